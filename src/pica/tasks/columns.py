@@ -1,0 +1,22 @@
+"""Field names of data files that differ from the ones a task knows."""
+
+from collections.abc import Mapping
+
+from pica.errors import ConfigError
+
+
+def renamed(fields: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Accepted names for each field of a task, with the user's own in place of the usual ones.
+
+    Args:
+        fields: Field of the task to the names it usually has.
+        columns: Field of the task to its name in the user's file.
+
+    Raises:
+        ConfigError: `columns` names a field that the task does not have.
+    """
+    if unknown := sorted(set(columns) - set(fields)):
+        raise ConfigError(
+            f"data.columns: {', '.join(map(repr, unknown))} is no field of this task; it has {', '.join(fields)}."
+        )
+    return {name: (columns[name],) if name in columns else usual for name, usual in fields.items()}

@@ -1,0 +1,166 @@
+"""Records from a data file or a hub data set, each with the place it stands at, so that an error can name it."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pica.errors import ConfigError, DataError
+
+_HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%+-]+))?")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: its fields, and where it stands ("train.jsonl, line 7")."""
+
+    fields: Mapping[str, Any]
+    place: str
+
+    def text(self, *names: str, required: bool = True, filled: bool = True) -> str:
+        """The first of these fields that the row has, as text.
+
+        Args:
+            names: Accepted field names, the preferred one first.
+            required: Whether a row without any of them is an error; otherwise it gives "".
+            filled: Whether a field with nothing but white space is an error.
+
+        Raises:
+            DataError: The field is missing or empty where that is not allowed, or is neither text nor a number.
+        """
+        for name in names:
+            value = self.fields.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+                raise DataError(f"{self.place}: field {name!r} must be text, found {_kind(value)}.")
+            if filled and not str(value).strip():
+                raise DataError(f"{self.place}: field {name!r} is empty.")
+            return str(value)
+        if not required:
+            return ""
+        wanted = " or ".join(repr(name) for name in names)
+        there = ", ".join(repr(name) for name in self.fields) or "no fields"
+        raise DataError(
+            f"{self.place}: field {wanted} is missing (the row has {there}). "
+            "If the file uses other names, map them with data.columns."
+        )
+
+
+def is_hub(location: str) -> bool:
+    """Whether a data location names a hub data set rather than a file."""
+    return location.startswith("hub:")
+
+
+def check_location(location: str) -> str | None:
+    """What is wrong with a data location as far as can be told without reading it, in one sentence; None if nothing."""
+    if location == "embedded":
+        return None
+    if is_hub(location):
+        return (
+            None if _HUB.fullmatch(location) else f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT]."
+        )
+    path = Path(location).expanduser()
+    if not path.exists():
+        return f"file {location!r} does not exist; give a .json or .jsonl file, hub:OWNER/NAME or embedded."
+    if path.is_dir():
+        return f"{location!r} is a folder; give a .json or .jsonl file."
+    if path.suffix not in (".json", ".jsonl"):
+        return f"{location!r} has an unknown ending; give a .json or .jsonl file."
+    return None
+
+
+def read_records(location: str) -> list[Record]:
+    """Read a `.json` list, a `.jsonl` file or a hub data set.
+
+    Raises:
+        DataError: It is missing, empty, not UTF-8, not valid JSON, or a row is not an object; with the line number.
+    """
+    if problem := check_location(location):
+        raise DataError(problem[0].upper() + problem[1:])
+    if is_hub(location):
+        return _read_hub(location)
+    path = Path(location).expanduser()
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason}).") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    rows = _lines(text, path) if path.suffix == ".jsonl" else _array(text, path)
+    records = []
+    for line, value in rows:
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, line {line}: expected an object with named fields, found {_kind(value)}.")
+        records.append(Record(value, f"{path}, line {line}"))
+    if not records:
+        raise DataError(f"{path}: the file holds no rows.")
+    return records
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a JSON-lines text with their line numbers; blank lines are skipped."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})."
+                ) from None
+
+
+def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a JSON list with the line each begins at. Decoded one by one, since json.loads keeps no positions."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+
+    def skip(position: int) -> int:
+        match = blank.match(text, position)
+        return match.end() if match else position
+
+    def fail(position: int, message: str) -> DataError:
+        return DataError(f"{path}, line {text.count(chr(10), 0, position) + 1}: not valid JSON ({message}).")
+
+    position = skip(0)
+    if position == len(text):
+        return
+    if text[position] != "[":
+        raise fail(position, "expected a list of rows; a file with one object a line must end in .jsonl")
+    position, line, counted = skip(position + 1), 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise fail(error.pos, error.msg) from None
+        yield line, value
+        position = skip(end)
+        if text[position : position + 1] == ",":
+            position = skip(position + 1)
+        elif text[position : position + 1] != "]":
+            raise fail(position, "expected ',' or ']' after a row; the file may be cut short")
+    if skip(position + 1) != len(text):
+        raise fail(skip(position + 1), "text after the end of the list")
+
+
+def _read_hub(location: str) -> list[Record]:
+    """All rows of one split of a hub data set (default split: train)."""
+    import datasets
+
+    match = _HUB.fullmatch(location)
+    if match is None:
+        raise ConfigError(f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT].")
+    try:
+        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except Exception as error:  # the library raises many kinds; all mean that the data could not be had
+        raise DataError(f"{location}: could not be loaded ({type(error).__name__}: {error}).") from error
+    return [Record(dict(row), f"{location}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "text", type(None): "null", bool: "true or false", dict: "an object"}.get(
+        type(value), "a number"
+    )
