@@ -1,0 +1,52 @@
+"""PiCa: parameter-efficient fine-tuning with column space projection, as a method of Hugging Face PEFT.
+
+Importing this package registers the method, so that everything in PEFT that takes a `PeftConfig` takes a `PicaConfig`.
+The `pica` command does not need that before it knows what it was asked for; it enters through `_pica_entry`, and then
+the same names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pica._version import __version__
+
+if TYPE_CHECKING:
+    from pica.tuner.config import PicaConfig
+    from pica.tuner.coverage import coverage
+    from pica.tuner.model import PicaModel
+
+__all__ = ["PicaConfig", "PicaModel", "__version__", "coverage", "register"]
+
+_HOMES = {
+    "PicaConfig": "pica.tuner.config",
+    "PicaModel": "pica.tuner.model",
+    "coverage": "pica.tuner.coverage",
+}
+
+
+def register() -> None:
+    """Make PiCa a method of PEFT. Importing `pica` does this; calling it again changes nothing."""
+    from pica.tuner.config import PicaConfig
+    from pica.tuner.model import PicaModel
+    from pica.tuner.registration import register_method
+
+    register_method("PICA", PicaConfig, PicaModel)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pica' has no attribute {name!r}")
+    register()
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# The command line must answer `pica --help` without paying seconds for torch.
+if not getattr(sys.modules.get("_pica_entry"), "starting", False):
+    register()

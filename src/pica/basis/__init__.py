@@ -1,0 +1,23 @@
+"""The spectral basis of one frozen weight: solve it, orient it, apply it. Knows torch and scipy, nothing of PEFT."""
+
+from pica.basis._precision import full_precision as full_precision
+from pica.basis._progress import solve_many as solve_many
+from pica.basis.orient import direction_signs as direction_signs
+from pica.basis.spectral import PROJECTIONS as PROJECTIONS
+from pica.basis.spectral import Basis as Basis
+from pica.basis.spectral import BasisRequest as BasisRequest
+from pica.basis.spectral import Side as Side
+from pica.basis.spectral import max_rank as max_rank
+from pica.basis.spectral import solve_basis as solve_basis
+
+__all__ = [
+    "PROJECTIONS",
+    "Basis",
+    "BasisRequest",
+    "Side",
+    "direction_signs",
+    "full_precision",
+    "max_rank",
+    "solve_basis",
+    "solve_many",
+]

@@ -1,0 +1,50 @@
+"""Solve the bases of many weights, one at a time, with a progress bar when that takes more than a few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
+
+# A bar that flashes up for half a second is noise; one after this long is news.
+QUIET_SECONDS = 3.0
+
+
+def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, Side]]) -> list[Basis]:
+    """Basis for each of `requests`, in order.
+
+    Args:
+        requests: What to solve; a request's own `side` is used unless it is "auto".
+        load: Gives a request's weight (out, in) and the side that "auto" means for it; the weight is released after use.
+
+    Raises:
+        BasisError, RankError: as `solve_basis`, for the first layer that fails; nothing is kept then.
+    """
+    solved: list[Basis] = []
+    started = time.monotonic()
+    bar: tqdm | None = None
+    try:
+        for request in requests:
+            weight, side = load(request)
+            solved.append(
+                solve_basis(
+                    weight,
+                    request.rank,
+                    projection=request.projection,
+                    side=side if request.side == "auto" else request.side,
+                    seed=request.seed,
+                    name=request.name,
+                )
+            )
+            if bar is not None:
+                bar.update()
+            elif time.monotonic() - started > QUIET_SECONDS and len(solved) < len(requests):
+                bar = tqdm(total=len(requests), initial=len(solved), desc="PiCa basis", unit="layer", leave=False)
+    finally:
+        if bar is not None:
+            bar.close()
+    return solved

@@ -1,0 +1,27 @@
+"""One deterministic rule for the sign of a direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Entries whose magnitude lies this close (relatively) to the largest count as ties, and the first of them decides.
+# Structured weights (identity, Haar-like, block-repeated) have exact ties that rounding would otherwise break at random.
+TIE = 1e-4
+
+
+def direction_signs(directions: Tensor) -> Tensor:
+    """Sign that makes the entry of largest magnitude of each direction positive; of tied entries, the first.
+
+    Args:
+        directions: One direction a row, (k, n), any float dtype.
+    Returns:
+        +1 or -1 for each row, (k,), same dtype and device. A row of zeros gets +1.
+    """
+    if directions.numel() == 0:
+        return directions.new_ones(directions.shape[0])
+    magnitude = directions.abs()
+    largest = magnitude.amax(dim=1, keepdim=True)
+    first = (magnitude >= largest * (1 - TIE)).to(torch.uint8).argmax(dim=1, keepdim=True)  # argmax takes the first
+    decisive = directions.gather(1, first).squeeze(1)
+    return torch.where(decisive < 0, -torch.ones_like(decisive), torch.ones_like(decisive))

@@ -1,0 +1,293 @@
+"""Top-r right singular basis of a frozen weight, from the eigenvectors of its smaller Gram matrix.
+
+Notation, in PyTorch's layout (the paper writes the transpose): W = U S V^T is the weight, (out, in); the basis is
+P = V_r^T, (r, in), and an adapter adds M P to W. What the update needs is h = P x, and
+
+    in  <= out:  h = P x           from the eigenvectors V of W^T W, (in, in)
+    out <  in:   h = S^-1 U^T y0   from the eigenvectors U of W W^T, (out, out), with y0 = W x
+
+so a basis stores one *projector* with min(in, out) columns: P itself (side "in") or S^-1 U^T (side "out").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from pica.basis._precision import full_precision
+from pica.basis.orient import direction_signs
+from pica.errors import BasisError, ConfigError, RankError
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["in", "out"]
+PROJECTIONS = ("principal", "minor", "random")
+
+# Upcasting a half-precision weight happens in slices of this many elements, so it never costs a full copy.
+SLICE_ELEMENTS = 4 * 2**20
+# Rows of a solved basis whose inner products miss the identity by more than this are solved again, another way.
+ORTHOGONALITY_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Directions of one weight, as the projector that an adapter applies.
+
+    Attributes:
+        projector: (rank, in) on side "in": orthonormal rows P. (rank, out) on side "out": S^-1 U^T. float32 or float64.
+        side: Whether the projector reads the layer's input x or its bias-free output W x.
+        gains: |W p_i| for each direction, (rank,), same dtype: the singular values for "principal" and "minor".
+        projection: "principal", "minor" or "random".
+        solver: How it was computed, for the record ("eigh", "subset eigh", "svd", "qr").
+    """
+
+    projector: Tensor
+    side: Side
+    gains: Tensor
+    projection: str
+    solver: str
+
+    @property
+    def rank(self) -> int:
+        return self.projector.shape[0]
+
+    def directions(self, weight: Tensor) -> Tensor:
+        """The rows P themselves, (rank, in), for the `weight` (out, in) that the basis was solved from."""
+        if self.side == "in":
+            return self.projector
+        with full_precision(weight.device):
+            return self.projector @ weight.to(self.projector.dtype)
+
+
+@dataclass(frozen=True)
+class BasisRequest:
+    """What is wanted of one weight; the arguments of `solve_basis` as a value."""
+
+    name: str
+    rank: int
+    projection: str = "principal"
+    side: Literal["auto", "in", "out"] = "auto"
+    seed: int = 0
+
+
+def max_rank(out_features: int, in_features: int, projection: str = "principal") -> int:
+    """Most directions that a weight (out, in) can give: min(out, in); for "random" all `in`."""
+    return in_features if projection == "random" else min(out_features, in_features)
+
+
+def solve_basis(
+    weight: Tensor,
+    rank: int,
+    *,
+    projection: str = "principal",
+    side: Literal["auto", "in", "out"] = "auto",
+    seed: int = 0,
+    name: str = "weight",
+) -> Basis:
+    """Basis of `weight`: `rank` directions of its input space, or as many as it has.
+
+    float16 and bfloat16 weights are solved in float32, others in their own precision, on the weight's device. When a
+    solver fails there (or gives rows that are not orthonormal) a full SVD is tried, then the CPU; the log says so.
+
+    Args:
+        weight: Frozen weight, (out, in), a float dtype, finite, not on the meta device; never modified.
+        rank: Directions wanted, 1 <= rank <= `max_rank`.
+        projection: "principal": the top right singular directions (the paper's U_r). "minor": the last ones that carry
+            any energy, the very last first. "random": seeded orthonormal rows that ignore the weight's values.
+        side: "in" or "out" forces where the projector acts; "auto" takes the side with fewer features.
+        seed: For "random": with `name` and the shape it determines the rows, on every platform.
+        name: The layer, for messages (and for "random").
+
+    Returns:
+        At most `rank` directions: those with a vanishing singular value are dropped, so a zero weight gives rank 0.
+        Each row of P has its largest entry positive (`direction_signs`).
+
+    Raises:
+        BasisError: `weight` holds NaN or infinity, is on the meta device or has no float dtype.
+        RankError: `rank` is out of range.
+        ConfigError: unknown `projection` or `side`.
+    """
+    _check(weight, rank, projection, side, name)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    with full_precision(weight.device):
+        scale = _magnitude(weight, name)
+        if projection == "random":
+            return _random_basis(weight, rank, dtype, seed, name)
+        if scale == 0.0:
+            return _empty(weight, dtype, projection, side)
+        if side == "auto":
+            side = _smaller_side(weight)
+        # Squares of float32 entries outside this range overflow or vanish; scaling costs a copy, so only there.
+        unit = weight / scale if not 1e-12 < scale < 1e12 else weight
+        basis = _solve_with_fallbacks(unit, rank, projection, side, dtype, name)
+        if unit is weight:
+            return basis
+        projector = basis.projector if basis.side == "in" else basis.projector / scale
+        return Basis(projector, basis.side, basis.gains * scale, projection, basis.solver)
+
+
+def _check(weight: Tensor, rank: int, projection: str, side: str, name: str) -> None:
+    if projection not in PROJECTIONS:
+        raise ConfigError(f"{name}: projection={projection!r} is unknown; use one of {', '.join(PROJECTIONS)}.")
+    if side not in ("auto", "in", "out"):
+        raise ConfigError(f"{name}: side={side!r} is unknown; use 'auto', 'in' or 'out'.")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise BasisError(f"{name}: a basis needs a float matrix (out, in), got {weight.dtype} {tuple(weight.shape)}.")
+    if weight.is_meta:
+        raise BasisError(f"{name}: the weight is on the meta device; load the base model before solving its basis.")
+    limit = max_rank(weight.shape[0], weight.shape[1], projection)
+    if not 1 <= rank <= limit:
+        raise RankError(f"{name}: rank={rank} is outside 1..{limit} for a weight of shape {tuple(weight.shape)}.")
+
+
+def _magnitude(weight: Tensor, name: str) -> float:
+    """Largest |entry|; raises where one is not finite. `aminmax` carries NaN through and needs no mask."""
+    if weight.numel() == 0:
+        return 0.0
+    low, high = (float(v) for v in torch.aminmax(weight))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise BasisError(
+            f"{name}: the frozen weight holds NaN or infinity, so it has no basis. Check the base model's files, "
+            "or leave this layer out with exclude_modules."
+        )
+    return max(abs(low), abs(high))
+
+
+def _empty(weight: Tensor, dtype: torch.dtype, projection: str, side: str) -> Basis:
+    resolved: Side = "out" if side == "out" else "in"
+    columns = weight.shape[1] if resolved == "in" else weight.shape[0]
+    none = torch.zeros(0, columns, dtype=dtype, device=weight.device)
+    return Basis(none, resolved, none.new_zeros(0), projection, "zero weight")
+
+
+def _solve_with_fallbacks(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.dtype, name: str) -> Basis:
+    attempts: list[tuple[Callable[..., Basis], torch.device]] = [(_from_gram, w.device), (_from_svd, w.device)]
+    if w.device.type != "cpu":
+        attempts += [(_from_gram, torch.device("cpu")), (_from_svd, torch.device("cpu"))]
+    failures: list[str] = []
+    for solve, device in attempts:
+        try:
+            basis = solve(w.to(device), rank, projection, side, dtype)
+        except (RuntimeError, np.linalg.LinAlgError) as error:  # LinAlgError and OutOfMemoryError are RuntimeErrors
+            failures.append(f"{solve.__name__[6:]} on {device}: {str(error).splitlines()[0]}")
+            logger.warning("%s: basis by %s failed, trying another way", name, failures[-1])
+            continue
+        return Basis(basis.projector.to(w.device), basis.side, basis.gains.to(w.device), projection, basis.solver)
+    raise BasisError(f"{name}: no solver could compute its basis ({'; '.join(failures)}).")
+
+
+def _smaller_side(w: Tensor) -> Side:
+    return "in" if w.shape[1] <= w.shape[0] else "out"
+
+
+def _gram(w: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+    """W^T W (side "in") or W W^T (side "out") in `dtype`, upcasting slice by slice."""
+    if w.dtype == dtype:
+        return w.T @ w if side == "in" else w @ w.T
+    summed_dim, kept = (0, w.shape[1]) if side == "in" else (1, w.shape[0])
+    total = torch.zeros(kept, kept, dtype=dtype, device=w.device)
+    for part in w.split(max(1, SLICE_ELEMENTS // kept), dim=summed_dim):
+        part = part.to(dtype)
+        total.addmm_(part.T, part) if side == "in" else total.addmm_(part, part.T)
+    return total
+
+
+def _leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Tensor, str]:
+    """(count, n) eigenvectors as rows, of the largest eigenvalues in falling order (or smallest in rising order)."""
+    n = gram.shape[0]
+    if gram.device.type == "cpu" and 2 * count <= n:
+        # LAPACK's MRRR for a part of the spectrum: up to three times faster than all of it, and orthogonal in clusters.
+        window = [0, count - 1] if smallest else [n - count, n - 1]
+        _, vectors = scipy.linalg.eigh(
+            gram.numpy(), subset_by_index=window, driver="evr", check_finite=False, overwrite_a=True
+        )
+        rows, solver = torch.from_numpy(np.ascontiguousarray(vectors.T)), "subset eigh"
+    else:
+        _, all_vectors = torch.linalg.eigh(gram)
+        rows, solver = (all_vectors[:, :count] if smallest else all_vectors[:, n - count :]).T, "eigh"
+    return (rows if smallest else rows.flip(0)).contiguous(), solver
+
+
+def _from_gram(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.dtype) -> Basis:
+    """Always from the smaller Gram matrix; `side` only says in which form the projector is wanted."""
+    solved_side = _smaller_side(w)
+    if projection == "minor":
+        # A Gram matrix squares the spectrum: the small singular values need double precision to be told apart, and
+        # all of them are wanted, since only then is it known which is the last that carries energy.
+        gram = _gram(w, solved_side, torch.float64)
+        rows, solver = _leading_eigenvectors(gram, gram.shape[0], smallest=True)
+    else:
+        gram = _gram(w, solved_side, dtype)
+        rows, solver = _leading_eigenvectors(gram, rank, smallest=False)
+    del gram
+    eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=w.device)
+    if not float((rows @ rows.T - eye).abs().max()) <= ORTHOGONALITY_TOLERANCE:
+        raise RuntimeError("the eigenvectors are not orthonormal")
+    return _finish(w, rows, rank, solved_side, side, dtype, projection, solver)
+
+
+def _from_svd(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.dtype) -> Basis:
+    solved_side = _smaller_side(w)
+    left, _, right = torch.linalg.svd(w.to(dtype), full_matrices=False)
+    rows = right if solved_side == "in" else left.T
+    rows = rows.flip(0) if projection == "minor" else rows[:rank]
+    return _finish(w, rows.contiguous(), rank, solved_side, side, dtype, projection, "svd")
+
+
+def _finish(
+    w: Tensor,
+    rows: Tensor,
+    rank: int,
+    solved_side: Side,
+    side: Side,
+    dtype: torch.dtype,
+    projection: str,
+    solver: str,
+) -> Basis:
+    """Measure each direction's gain, drop the vanishing ones, fix signs, and form the projector of `side`.
+
+    `rows` are right singular vectors, (k, in), where `solved_side` is "in", and left ones, (k, out), where it is "out".
+    """
+    # |W v| and |W^T u| are accurate to eps * |W|, where the square root of an eigenvalue is only to sqrt(eps) * |W|.
+    image = _apply(w, rows, solved_side)  # W v: (k, out), or W^T u: (k, in)
+    gains = image.norm(dim=1)
+    floor = max(w.shape) * torch.finfo(dtype).eps * float(gains.max())
+    keep = (gains > floor).nonzero().squeeze(1)[:rank]
+    rows, image, gains = rows[keep], image[keep], gains[keep].unsqueeze(1)
+    directions = rows if solved_side == "in" else image / gains  # P = V^T = S^-1 U^T W
+    left = rows if solved_side == "out" else image / gains  # U^T = S^-1 V^T W^T
+    projector = directions if side == "in" else left / gains
+    signs = direction_signs(directions).unsqueeze(1)
+    return Basis((projector * signs).to(dtype).contiguous(), side, gains.squeeze(1).to(dtype), projection, solver)
+
+
+def _apply(w: Tensor, rows: Tensor, side: Side) -> Tensor:
+    """rows W^T (side "in": images W v) or rows W (side "out"), in the dtype of `rows`, upcasting slice by slice."""
+    if w.dtype == rows.dtype:
+        return rows @ w.T if side == "in" else rows @ w
+    dim, other = (0, w.shape[1]) if side == "in" else (1, w.shape[0])
+    parts = w.split(max(1, SLICE_ELEMENTS // other), dim=dim)
+    return torch.cat([rows @ (p.to(rows.dtype).T if side == "in" else p.to(rows.dtype)) for p in parts], dim=1)
+
+
+def _random_basis(weight: Tensor, rank: int, dtype: torch.dtype, seed: int, name: str) -> Basis:
+    """Orthonormal rows from Gram-Schmidt of Gaussian ones, so that the rows for a smaller rank come first.
+
+    numpy's legacy generator is frozen by its maintainers: the same numbers in every version and on every platform.
+    """
+    columns = weight.shape[1]
+    digest = hashlib.sha256(f"{seed}\n{name}\n{columns}".encode()).digest()
+    generator = np.random.RandomState(np.frombuffer(digest[:16], dtype="<u4"))
+    gaussian = torch.from_numpy(generator.standard_normal((rank, columns)))
+    q, triangle = torch.linalg.qr(gaussian.T)  # (in, rank)
+    rows = (q * triangle.diagonal().sign()).T.contiguous().to(device=weight.device, dtype=dtype)
+    gains = _apply(weight, rows, "in").norm(dim=1)
+    return Basis(rows, "in", gains, "random", "qr")

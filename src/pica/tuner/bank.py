@@ -1,0 +1,58 @@
+"""Where the shared matrices live: once, in one container that is a child of the base model's root.
+
+A matrix that is registered in each of its layers is seen many times by FSDP, safetensors and PEFT's casts, which then
+shard, store or copy it many times. A container on the tuner instead would hide it from transformers' and diffusers' own
+adapter integrations, which keep the base model and drop the tuner. So: one child of the root, layers hold a reference
+that is not registered, and look their matrix up by name each time (casts and loaders may replace the parameter).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+BANK_NAME = "pica_M"
+
+
+class PicaBank(nn.ModuleDict):
+    """{adapter name: ParameterDict{group key: M (out, rank)}}."""
+
+    def matrices(self, adapter_name: str) -> nn.ParameterDict:
+        return cast(nn.ParameterDict, self[adapter_name])
+
+    def add_matrix(self, adapter_name: str, group: str, matrix: torch.Tensor) -> None:
+        """Register M for a group of an adapter unless it is there already (a reload keeps the parameter object)."""
+        if adapter_name not in self:
+            self[adapter_name] = nn.ParameterDict()
+        if group not in self.matrices(adapter_name):
+            self.matrices(adapter_name)[group] = nn.Parameter(matrix)
+
+
+def get_bank(root: nn.Module) -> PicaBank | None:
+    """The bank of a base model, or None where no PiCa adapter was ever added."""
+    bank = root._modules.get(BANK_NAME)
+    return bank if isinstance(bank, PicaBank) else None
+
+
+def ensure_bank(root: nn.Module) -> PicaBank:
+    """The bank of a base model, made if need be."""
+    bank = get_bank(root)
+    if bank is None:
+        bank = PicaBank()
+        root.add_module(BANK_NAME, bank)
+    return bank
+
+
+def find_banks(model: nn.Module) -> list[tuple[str, PicaBank]]:
+    """(name in the state dict, bank) for each bank in `model`, whatever wraps it.
+
+    FSDP1 and torch.compile put components into module names that a state dict does not have.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, PicaBank):
+            parts = [p for p in name.split(".") if p not in ("_fsdp_wrapped_module", "_orig_mod")]
+            found.append((".".join(parts), module))
+    return found

@@ -1,0 +1,94 @@
+"""Which layers an adapter goes on: defaults by architecture, and a clear no to an entry that matches nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pica.errors import TargetError
+
+_DECODER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+_ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+# The paper's choices for the families it uses (q k v up down; all six of an encoder) and their relatives; elsewhere the
+# layers that PEFT adapts by default.
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    **dict.fromkeys(
+        [
+            "llama",
+            "mistral",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "qwen2",
+            "qwen3",
+            "smollm3",
+            "granite",
+            "olmo",
+            "olmo2",
+        ],
+        _DECODER,
+    ),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "camembert"], _ENCODER),
+    **dict.fromkeys(
+        ["deberta-v2"],
+        ["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense"],
+    ),
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+}
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether PiCa can adapt this base layer: a linear layer of some kind, quantised or not, or a Conv1D."""
+    from peft.utils.quantization_utils import resolve_quantization_backend
+
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def check_targets(config: PeftConfig, model: nn.Module) -> None:
+    """Raise `TargetError` if an entry of `target_modules` matches no module path of `model`; names what is near."""
+    targets = getattr(config, "target_modules", None)
+    if not targets or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    paths = _base_paths(model)
+    if isinstance(targets, str):
+        try:
+            missing = [] if any(re.fullmatch(targets, p) for p in paths) else [targets]
+        except re.error as error:
+            raise TargetError(f"target_modules={targets!r} is not a regular expression ({error}).") from error
+    else:
+        ends = {".".join(parts[i:]) for p in paths for parts in [p.split(".")] for i in range(len(parts))}
+        missing = sorted(t for t in targets if t not in ends)
+    if missing:
+        names = sorted({p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit()})
+        raise TargetError(
+            f"Target modules {{{', '.join(map(repr, missing))}}} not found in the base model. {_near(missing, names)}"
+        )
+
+
+def _base_paths(model: nn.Module) -> list[str]:
+    """Paths of the base model's modules, without what adapters put inside their layers."""
+    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+    return [n for n, _ in model.named_modules() if n and not (inside and n.startswith(inside))]
+
+
+def _near(missing: Sequence[str], names: Iterable[str]) -> str:
+    names = list(names)
+    near = sorted({n for m in missing for n in difflib.get_close_matches(m.rpartition(".")[2], names, n=3, cutoff=0.5)})
+    if near:
+        return f"Names that are near: {', '.join(near)}."
+    return f"Its modules are named: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}."

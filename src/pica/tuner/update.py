@@ -1,0 +1,73 @@
+"""The update y += h M^T as pure functions of tensors; the layer and the tests call the same ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def coordinates(source: Tensor, projector: Tensor, shift: Tensor | None = None) -> Tensor:
+    """h = source projector^T (- shift): what the frozen basis sees of each token.
+
+    Args:
+        source: The layer's input x (..., in), or its output y (..., out) where the projector reads that side.
+        projector: (r, in) or (r, out), frozen. Nothing of `source`'s width is kept for backward because of that.
+        shift: (r,), subtracted; the projected bias where y holds one.
+    Returns:
+        (..., r) in the dtype that the product has (autocast included).
+    """
+    if source.dtype != projector.dtype and not torch.is_autocast_enabled(source.device.type):
+        projector = projector.to(source.dtype)
+    return F.linear(source, projector, None if shift is None else -shift.to(projector.dtype))
+
+
+def add_product(y: Tensor, h: Tensor, matrix: Tensor, *, in_place: bool = False) -> Tensor:
+    """y + h M^T (the paper's x U_r B, transposed).
+
+    The product runs in y's dtype; M's gradient comes back in M's. Only h and M are saved for backward.
+
+    Args:
+        y: Base layer's output, (..., out).
+        h: Coordinates, (..., r).
+        matrix: M, (out, r).
+        in_place: Whether y's memory may be overwritten: the caller knows that nobody else holds it.
+    """
+    h, matrix = h.to(y.dtype), matrix.to(y.dtype)
+    if in_place:
+        return _AddProductInPlace.apply(y, h, matrix)  # pyright: ignore[reportReturnType] - untyped in torch
+    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), matrix.T).view_as(y)
+
+
+class _AddProductInPlace(torch.autograd.Function):
+    """y.addmm_ on a flattened view, without the copy-on-write bookkeeping that autograd adds to in-place views."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, matrix: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(h, matrix)
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), matrix.T)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        h, matrix = ctx.saved_tensors
+        dh = dy @ matrix if ctx.needs_input_grad[1] else None  # (..., out) (out, r) -> (..., r)
+        dm = None
+        if ctx.needs_input_grad[2]:
+            dm = dy.reshape(-1, dy.shape[-1]).T @ h.reshape(-1, h.shape[-1])  # (out, tokens) (tokens, r)
+        return dy, dh, dm
+
+
+def delta_weight(matrix: Tensor, directions: Tensor) -> Tensor:
+    """dW = M P, (out, in), in at least float32 (the paper's U_r B, transposed).
+
+    Args:
+        matrix: M, (out, r).
+        directions: P, (r, in), orthonormal rows.
+    """
+    dtype = torch.promote_types(torch.promote_types(matrix.dtype, directions.dtype), torch.float32)
+    return matrix.to(dtype) @ directions.to(dtype)
