@@ -287,7 +287,7 @@ def _random_basis(weight: Tensor, rank: int, dtype: torch.dtype, seed: int, name
     digest = hashlib.sha256(f"{seed}\n{name}\n{columns}".encode()).digest()
     generator = np.random.RandomState(np.frombuffer(digest[:16], dtype="<u4"))
     gaussian = torch.from_numpy(generator.standard_normal((rank, columns)))
-    q, triangle = torch.linalg.qr(gaussian.T)  # (in, rank)
-    rows = (q * triangle.diagonal().sign()).T.contiguous().to(device=weight.device, dtype=dtype)
+    rows = torch.linalg.qr(gaussian.T)[0].T  # (rank, in); QR leaves the signs open
+    rows = (rows * direction_signs(rows).unsqueeze(1)).contiguous().to(device=weight.device, dtype=dtype)
     gains = _apply(weight, rows, "in").norm(dim=1)
     return Basis(rows, "in", gains, "random", "qr")

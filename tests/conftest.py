@@ -1,0 +1,44 @@
+"""Shared fixtures: tiny models made from real architectures' configs, seeded without touching the global generator."""
+
+from __future__ import annotations
+
+import os
+
+# The models here are tiny: a second thread only waits for the first, and pytest-xdist uses the other cores.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable  # noqa: E402 - the variables have to be set before torch is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import pica  # noqa: E402, F401 - registers the method
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """Factory of Llamas with random weights: 3 layers, width 64, grouped-query attention; the same for the same seed."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: int | bool) -> LlamaForCausalLM:
+        sizes = {
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # ten times the usual deviation: logits that differ visibly when a layer changes
+            config = LlamaConfig(**{**sizes, "initializer_range": 0.2, **overrides})
+            return LlamaForCausalLM(config).to(dtype).eval()
+
+    return make
