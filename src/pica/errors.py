@@ -39,3 +39,7 @@ class AdapterFileError(PicaError, ValueError):
 
 class TrainingError(PicaError, RuntimeError):
     """Training cannot go on, for instance because the loss is not finite."""
+
+
+class OutputError(PicaError, OSError):
+    """Results cannot be written: the folder is not empty, not writable, or the disk is full."""
