@@ -39,6 +39,9 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
             torch.manual_seed(seed)
             # ten times the usual deviation: logits that differ visibly when a layer changes
             config = LlamaConfig(**{**sizes, "initializer_range": 0.2, **overrides})
-            return LlamaForCausalLM(config).to(dtype).eval()
+            model = LlamaForCausalLM(config).eval()
+            return (
+                model if dtype == torch.float32 else model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            )
 
     return make

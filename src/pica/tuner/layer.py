@@ -145,7 +145,9 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         if bias is None or bias.is_meta:
             return "out"
-        response = weight.norm(dtype=torch.float32) / weight.shape[0] ** 0.5  # rms |W x| over outputs, |x| = 1
+        response = (
+            torch.linalg.vector_norm(weight, dtype=torch.float64) / weight.shape[0] ** 0.5
+        )  # rms |W x| over outputs, |x| = 1
         return "out" if float(bias.detach().abs().max()) <= BIAS_LIMIT * float(response) else "in"
 
     # ---- merging -----------------------------------------------------------------------------------------------

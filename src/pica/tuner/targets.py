@@ -45,6 +45,8 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
         ["deberta-v2"],
         ["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense"],
     ),
+    # the names of transformers 5 first, then those of 4: whatever a model has counts
+    **dict.fromkeys(["vit", "deit", "dinov2"], ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", *_ENCODER]),
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
 
