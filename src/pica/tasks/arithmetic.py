@@ -1,4 +1,4 @@
-"""One-step arithmetic word problems: generated ones that need no file, and instruction files in the LLM-Adapters form."""
+"""Arithmetic word problems: generated ones that need no file, and instruction files in the LLM-Adapters form."""
 
 import logging
 from fractions import Fraction

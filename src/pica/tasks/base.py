@@ -1,4 +1,4 @@
-"""What a task is: prompts with their target answers, how to read an answer out of generated text, and when it is right.
+"""What a task is: prompts with target answers, how to read an answer out of generated text, and when it is right.
 
 A task is one class that satisfies `Task`; `pica.tasks.TASKS` names them. Nothing here needs torch.
 """
@@ -90,7 +90,8 @@ class Template:
 
 TEMPLATES: dict[str, Template] = {
     "alpaca": Template(
-        text="Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        text="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request."
         "\n\n### Instruction:\n{question}\n\n### Response:\n",
         with_context="Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request."

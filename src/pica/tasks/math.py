@@ -12,10 +12,10 @@ _FIELDS = {"question": ("question", "query"), "solution": ("answer", "response")
 class MathTask:
     """Worked solutions that end in `#### N` (GSM8K) or `The answer is: N` (MetaMathQA).
 
-    Rows are `question`/`answer` or `query`/`response`. The final answer is the first number after the first marker, or,
-    where a text has no marker, its last number; values are compared exactly, so 72, 72.0 and $72 are equal. Training
-    rows whose answer is not a number (formulas from the MATH part of MetaMathQA) are learnt from but cannot be scored,
-    so a test file must not hold any.
+    Rows are `question`/`answer` or `query`/`response`. The final answer is the first number after the first marker,
+    or, where a text has no marker, its last number; values are compared exactly, so 72, 72.0 and $72 are equal.
+    Training rows whose answer is not a number (formulas from the MATH part of MetaMathQA) are learnt from but cannot
+    be scored, so a test file must not hold any.
     """
 
     name = "math"
@@ -33,9 +33,7 @@ class MathTask:
             solution = record.text(*fields["solution"])
             answer = whole_number(after_marker(solution, self.markers) or "")
             if answer is None and split != "train":
-                raise DataError(
-                    f"{record.place}: the solution gives no final number after '####' or 'The answer is:'."
-                )
+                raise DataError(f"{record.place}: the solution gives no final number after '####' or 'The answer is:'.")
             question = record.text(*fields["question"])
             template = source.template or self.default_template
             examples.append(make_example(template, question, solution, answer=answer or ""))

@@ -36,7 +36,7 @@ def after_marker(text: str, markers: tuple[str, ...]) -> str | None:
 
     Args:
         text: Generated or gold text.
-        markers: Phrases that announce the answer, the most telling first; case is ignored. Of several places of the same
+        markers: Phrases that announce the answer, the most telling first; case is ignored. Of several places of one
             marker the first counts, because a model that does not stop goes on to invent further problems.
     """
     for marker in markers:
@@ -60,7 +60,7 @@ def answer_in(text: str, markers: tuple[str, ...]) -> str | None:
 
 
 def same_number(first: str | None, second: str | None, *, tolerance: Fraction = Fraction(0)) -> bool:
-    """Whether two numbers in plain form have the same value: "4" and "4.0" do, "0.33" and "1/3" only with tolerance."""
+    """Whether two plain numbers have the same value: "4" and "4.0" do, "0.33" and "1/3" only with tolerance."""
     left, right = _value(first), _value(second)
     return left is not None and right is not None and abs(left - right) <= tolerance
 

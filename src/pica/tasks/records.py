@@ -55,13 +55,11 @@ def is_hub(location: str) -> bool:
 
 
 def check_location(location: str) -> str | None:
-    """What is wrong with a data location as far as can be told without reading it, in one sentence; None if nothing."""
+    """What is wrong with a data location, as far as can be told without reading it; None if nothing is."""
     if location == "embedded":
         return None
     if is_hub(location):
-        return (
-            None if _HUB.fullmatch(location) else f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT]."
-        )
+        return None if _HUB.fullmatch(location) else f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT]."
     path = Path(location).expanduser()
     if not path.exists():
         return f"file {location!r} does not exist; give a .json or .jsonl file, hub:OWNER/NAME or embedded."
