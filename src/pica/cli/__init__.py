@@ -1,0 +1,122 @@
+"""The `pica` command: finds the subcommand, runs it, and turns errors into one sentence and an exit status.
+
+Exit status: 0 done; 2 something the user can put right; 130 interrupted; 1 a bug. Nothing here imports torch.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from types import FrameType
+
+from pica._version import __version__
+from pica.errors import PicaError
+from pica.experiments.interrupts import Interrupted
+from pica.experiments.output import disk_is_full
+
+COMMANDS = {
+    "train": "fine-tune a model and measure what it gained; no arguments: a small example that needs no download",
+    "evaluate": "measure a model or an adapter on a task",
+    "merge": "write model and adapter as one plain model folder",
+    "env": "versions, devices and caches for a bug report",
+}
+
+USAGE = """usage: pica COMMAND ...
+       pica COMMAND --help
+
+PiCa: parameter-efficient fine-tuning with column space projection.
+
+commands:
+{commands}
+
+options:
+  --help       show this text
+  --version    show the version
+  --debug      show the full traceback of an error (so does PICA_DEBUG=1)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; `argv` defaults to the process's arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("PICA_DEBUG", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except Interrupted as stopped:
+        _say(_how_to_go_on(stopped))
+        return 130
+    except KeyboardInterrupt:
+        _say("Interrupted; nothing was left unfinished on disk.")
+        return 130
+    except PicaError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if disk_is_full(error) and not debug:
+            _say(f"error: No room left on the disk ({error}); free some space or choose another place with --output.")
+            return 2
+        traceback.print_exc()
+        _say("This is a bug; please report it with the lines above and the output of `pica env`.")
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {name:<{width}}   {summary}" for name, summary in COMMANDS.items())
+        print(USAGE.format(commands="\n".join(lines)), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"pica {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        _say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
+        return 2
+    command = importlib.import_module(f"pica.cli.{name}")
+    before = _terminate_like_interrupt()
+    try:
+        return command.run(rest)
+    except SystemExit as stop:  # argparse has printed its help or its complaint
+        return stop.code if isinstance(stop.code, int) else 2
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate_like_interrupt():
+    """Let SIGTERM end a command in the same good order as Ctrl-C. Returns the handler that was there before."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        return signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread, where Python allows no handlers
+        return None
+
+
+def _how_to_go_on(stopped: Interrupted) -> str:
+    if stopped.folder is None:
+        return "Interrupted before training began; nothing was written."
+    where = (
+        f"the checkpoint {str(stopped.checkpoint)!r} is a loadable adapter"
+        if stopped.checkpoint
+        else "what was measured so far is kept"
+    )
+    return f"Interrupted; {where}. Continue with: pica train --resume {stopped.folder}"
+
+
+def _say(text: str) -> None:
+    print(f"pica: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,96 @@
+"""What a run shows: bars and notes on standard error, results on standard output."""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pica.experiments.reporting import Advance
+
+_SHARE = 0.1  # without a terminal a line is written each time this much of the work is done
+
+
+class ConsoleReporter:
+    """Shows notes and bars to a person, on standard error."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print lines that stay."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
+        """A bar on a terminal, a line now and then in a log file."""
+        show = self._live_bar if self.console.is_terminal else self._lines
+        with show(label, total) as advance:
+            yield advance
+
+    @contextmanager
+    def _live_bar(self, label: str, total: int) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(label, total=total, note="")
+
+            def advance(count: int = 1, note: str = "") -> None:
+                progress.update(task, advance=count, note=note)
+
+            yield advance
+
+    @contextmanager
+    def _lines(self, label: str, total: int) -> Iterator[Advance]:
+        done, shown, begun = 0, 0, time.monotonic()
+
+        def advance(count: int = 1, note: str = "") -> None:
+            nonlocal done, shown
+            done += count
+            if count and (done >= total or done - shown >= _SHARE * total):
+                shown = done
+                self.say(f"{label}: {done}/{total}, {time.monotonic() - begun:.0f} s{', ' + note if note else ''}")
+
+        yield advance
+
+
+class _NoteHandler(logging.Handler):
+    """Shows warnings of this package as notes."""
+
+    def __init__(self, reporter: ConsoleReporter) -> None:
+        super().__init__(logging.WARNING)
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._reporter.say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def reporter() -> ConsoleReporter:
+    """A reporter for a command, with this package's warnings routed to it and the libraries' chatter off."""
+    made = ConsoleReporter()
+    package = logging.getLogger("pica")
+    package.handlers = [_NoteHandler(made)]
+    package.propagate = False
+    return made
+
+
+def quiet_libraries() -> None:
+    """Turn off bars and notes of the libraries underneath, whose messages name nothing a user of ours wrote."""
+    import datasets
+    import transformers
+
+    for library in ("transformers", "trl", "peft"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()

@@ -1,0 +1,36 @@
+"""`pica env`: what to paste into a bug report."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print versions, devices and caches."""
+    parser = argparse.ArgumentParser(prog="pica env", description="Print versions, devices and caches.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+
+    from pica.experiments.environment import environment
+
+    found = environment()
+    print(json.dumps(found, indent=2) if given.json else "\n".join(_lines(found)))
+    return 0
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for section, values in found.items():
+        lines.append(f"{section}:")
+        lines += [f"  {name + ':':<18} {_value(value)}" for name, value in values.items()]
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):  # a cache folder
+        size = "absent" if value["bytes"] is None else f"{value['bytes'] / 2**20:.1f} MiB"
+        return f"{value['path']} ({size})"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

@@ -1,0 +1,70 @@
+"""`pica evaluate`: measure a model or an adapter on a task."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+EPILOG = """examples:
+  pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
+  pica evaluate out/adapter --data test.jsonl -o answers.jsonl
+  pica evaluate ./SmolLM2-135M --task math --data test.jsonl --limit 200
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="pica evaluate",
+        description="Answer problems greedily and print accuracy and held-out loss.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("model", metavar="MODEL", help="a model, an adapter folder, or the output folder of pica train")
+    made.add_argument("--base", metavar="MODEL", help="base model of the adapter, if not the one it records")
+    made.add_argument("--task", help="arithmetic or math; an adapter's run knows its own")
+    made.add_argument(
+        "--data", metavar="FILE", help="test problems: a .json or .jsonl file, hub:OWNER/NAME or embedded"
+    )
+    made.add_argument("--limit", type=_positive, metavar="N", help="use the first N problems")
+    made.add_argument("--template", help="prompt: alpaca, question or plain")
+    made.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
+    made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="problems at once (default: 32)")
+    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the model")
+    made.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    made.add_argument("-o", "--output", type=Path, metavar="FILE", help="write every prediction to this .jsonl file")
+    made.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, evaluate and print."""
+    given = parser().parse_args(arguments)
+
+    from pica.cli.console import quiet_libraries, reporter
+
+    shown = reporter()
+    with shown.console.status("Loading libraries"):
+        from pica.experiments.assessing import Request, assess
+
+        quiet_libraries()
+    options = {name: value for name, value in vars(given).items() if name != "json"}
+    found = assess(Request(**options), reporter=shown)
+    summary = {"model": found.model, "task": found.task, "data": found.data, **found.result.summary()}
+    if given.json:
+        print(json.dumps(summary, indent=2))
+        return 0
+    result = found.result
+    print(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
+    print(f"accuracy       {result.accuracy:.2%} ± {result.stderr:.2%} (standard error)")
+    print(f"held-out loss  {result.loss:.4f} nats a token over {result.tokens} tokens")
+    if given.output is not None:
+        print(f"predictions    {given.output}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value

@@ -1,0 +1,57 @@
+"""`pica merge`: model and adapter as one plain model folder."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pica.errors import AdapterFileError
+
+EPILOG = """examples:
+  pica merge pica-arithmetic-tiny -o merged
+  pica merge out/adapter -o merged --base ./SmolLM2-135M --dtype bfloat16
+
+The result needs neither pica nor peft. The sum is formed in float32 and rounded once.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="pica merge",
+        description="Add an adapter to its base model and write a plain model folder.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
+    made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty folder to write")
+    made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
+    made.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="precision of the result (default: auto, that of the base model's files)",
+    )
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, merge and say where."""
+    given = parser().parse_args(arguments)
+
+    from pica.cli.console import quiet_libraries, reporter
+
+    shown = reporter()
+    with shown.console.status("Loading libraries"):
+        from pica.experiments.assessing import find_adapter
+        from pica.experiments.merging import merge
+
+        quiet_libraries()
+    path = given.adapter.expanduser()
+    adapter = find_adapter(path)
+    if adapter is None:
+        there = "holds no adapter_config.json" if path.is_dir() else "does not exist"
+        raise AdapterFileError(f"Adapter folder {str(path)!r} {there}.")
+    with shown.console.status("Merging"):
+        merge(adapter, given.output.expanduser(), base=given.base, dtype=given.dtype)
+    print(f"Merged model: {given.output}")
+    return 0

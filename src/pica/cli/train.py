@@ -1,0 +1,168 @@
+"""`pica train`: fine-tune a model after a recipe and measure what it gained."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pica.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pica.experiments.run import RunResult
+
+DEFAULT = "arithmetic-tiny"
+
+USAGE = "pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite]\n       pica train --resume [DIR]"
+
+DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems it has not seen.
+
+RECIPE is a YAML file or the name of a built-in recipe ({builtin}).
+Without one, the fields below have the values shown; without --model.path as well, it is {default},
+which needs no download and takes a few minutes on two cores. Every field of a recipe can be set here too.
+"""
+
+EPILOG = """examples:
+  pica train
+  pica train smollm2-gsm8k --model.path ./SmolLM2-135M --data.train train.jsonl --data.test test.jsonl
+  pica train my-recipe.yaml --adapter.r 64 --trainer.learning_rates '[3e-4, 1e-3, 3e-3]' -o out
+  pica train --resume out
+
+The output folder gets adapter/ (for PEFT), recipe.resolved.yaml, metrics.json, predictions-*.jsonl and loss_curve.csv.
+Ctrl-C stops after the current step and leaves a checkpoint.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, train, and print the comparison."""
+    from pica.experiments.parsing import load_recipe
+
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    reference, overrides, options = split_arguments(arguments)
+    if options["resume"] is not None and (overrides or options["overwrite"]):
+        given = ", ".join([f"--{key}" for key, _ in overrides] + ["--overwrite"] * options["overwrite"])
+        raise ConfigError(f"--resume goes on with the recipe that the run began with; leave out {given}.")
+    if reference is None and not any(key == "model.path" for key, _ in overrides):
+        reference = DEFAULT
+    folder = Path(options["resume"]).expanduser() if options["resume"] else None
+    recipe = None if folder else load_recipe(reference, overrides)
+
+    from pica.cli.console import quiet_libraries, reporter
+
+    shown = reporter()
+    with shown.console.status("Loading libraries"):
+        from pica.experiments.run import default_output, resume, start
+
+        quiet_libraries()
+    if recipe is None or options["resume"] is not None:
+        folder = folder or default_output(recipe)  # pyright: ignore[reportArgumentType]
+        shown.say(f"Resuming {folder}")
+        result = resume(folder, reporter=shown)
+    else:
+        shown.say(f"Recipe {recipe.name}: {recipe.model.path} on {recipe.task.name}, into {default_output(recipe)}")
+        result = start(recipe, reporter=shown, overwrite=options["overwrite"])
+    print_result(result)
+    return 0
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
+    """The recipe, the overrides as (field, text), and the options `overwrite` and `resume` (None: absent, "": no folder).
+
+    Raises:
+        ConfigError: An option has no value, or there are two recipes.
+    """
+    recipe: str | None = None
+    overrides: list[tuple[str, Any]] = []
+    options: dict[str, Any] = {"overwrite": False, "resume": None}
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if token == "--overwrite":
+            options["overwrite"] = True
+        elif token == "--resume":
+            options["resume"] = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+        elif token.startswith("--resume="):
+            options["resume"] = token.partition("=")[2]
+        elif token.startswith("--") or token == "-o":
+            key, equals, value = token.removeprefix("--").partition("=")
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise ConfigError(f"Option {token} needs a value.")
+                value = rest.pop(0)
+            overrides.append(("output" if key == "-o" else key, value))
+        elif token.startswith("-"):
+            raise ConfigError(
+                f"Unknown option {token}; fields are set as --section.field VALUE, see pica train --help."
+            )
+        elif recipe is None:
+            recipe = token
+        else:
+            raise ConfigError(f"One recipe at a time: found {recipe!r} and {token!r}.")
+    return recipe, overrides, options
+
+
+def help_text() -> str:
+    """Help with every field of a recipe, its type and its default."""
+    from pica.experiments.parsing import builtin_recipes, option_parser, section_names
+
+    parser = option_parser("pica train")
+    parser.usage = USAGE
+    parser.description = DESCRIPTION.format(builtin=", ".join(builtin_recipes()), default=DEFAULT)
+    parser.epilog = EPILOG
+    parser.formatter_class = _formatter(parser.formatter_class)
+    group = parser.add_argument_group("Run")
+    group.add_argument("-o", metavar="DIR", help="Same as --output.")
+    group.add_argument("--overwrite", action="store_true", help="Replace an earlier run in the output folder.")
+    group.add_argument("--resume", metavar="DIR", help="Go on with the interrupted run in DIR.")
+    group.add_argument("--debug", action="store_true", help="Show the full traceback of an error.")
+    for action in parser._actions:
+        if action.dest in section_names():  # a whole section at once is not read from the command line
+            action.help = argparse.SUPPRESS
+    return parser.format_help()
+
+
+def _formatter(base: Any) -> type:
+    class Formatter(base, argparse.RawDescriptionHelpFormatter):
+        """Keeps the line breaks of description and epilog."""
+
+    return Formatter
+
+
+def print_result(result: "RunResult") -> None:
+    """The comparison as a table, and what lies where."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = result.metrics
+    title = f"{metrics['name']}: {metrics['problems']['test']} test problems"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in ("", "trainable", "rate", "accuracy", "loss", "ms/step", "peak MiB"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    if "base" in metrics:
+        table.add_row("base model", "", "", *_scores(metrics["base"]), "", "")
+    for name in ("adapter", "baseline"):
+        if row := metrics.get(name):
+            training = row["training"]
+            step, peak = training["step_seconds"], training["peak_memory"]
+            table.add_row(
+                f"{row['method']} r={row['r']}",
+                f"{row['parameters']['trainable']:,}",
+                f"{row['learning_rate']:g}",
+                *_scores(row),
+                f"{1000 * step:.1f}" if step else "",
+                f"{peak.get('gpu', peak['host']):.0f}",
+            )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("accuracy ± standard error; loss on the gold answers in nats a token; times are medians\n")
+    sizes = f"{metrics['adapter']['file_bytes'] / 1024:.0f} KiB"
+    console.print(f"Adapter:     {result.output / 'adapter'} ({sizes})", markup=False)
+    console.print(f"Numbers:     {result.output / 'metrics.json'}, {result.output / 'loss_curve.csv'}", markup=False)
+    console.print(f"Predictions: {result.output / 'predictions-*.jsonl'}", markup=False)
+    console.print(f"Recipe:      {result.output / 'recipe.resolved.yaml'}", markup=False)
+
+
+def _scores(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['accuracy']:.1%} ± {row['stderr']:.1%}", f"{row['loss']:.4f}"

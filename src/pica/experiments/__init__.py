@@ -1,0 +1,1 @@
+"""Experiments: a recipe, and what runs it."""

@@ -1,0 +1,114 @@
+"""What can be wrong with a recipe whose fields have the right types. Reads no data and imports no torch."""
+
+import math
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+from pica.experiments.recipe import Recipe
+from pica.tasks import TASKS, TEMPLATES
+from pica.tasks.records import check_location
+
+METHODS = ("pica", "lora")
+"""Adapter methods that `pica.experiments.adapters` builds."""
+
+_POSITIVE_INTEGERS = {
+    "data": ("train_limit", "validation_limit", "test_limit"),
+    "task": ("max_new_tokens",),
+    "adapter": ("r",),
+    "trainer": ("max_steps", "batch_size", "accumulation", "max_length", "log_steps", "save_steps", "eval_batch_size"),
+    "baseline": ("r",),
+}
+_AT_LEAST_ZERO = {"trainer": ("warmup", "weight_decay", "max_grad_norm")}
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """Everything that is wrong with the recipe, one sentence each: ranges, unknown names, missing files."""
+    return [*_ranges(recipe), *_names(recipe), *_places(recipe)]
+
+
+def model_problem(path: str) -> str | None:
+    """Why a model location cannot be right, in one sentence; None for a model folder or what may be a hub name."""
+    folder = Path(path).expanduser()
+    if path == "embedded":
+        return None
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return None
+        hint = (
+            "; this is an adapter, give the model it belongs to" if (folder / "adapter_config.json").is_file() else ""
+        )
+        return f"folder {path!r} holds no config.json, so it is no model folder{hint}."
+    if folder.is_file():
+        return f"{path!r} is a file; give the model's folder."
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path.strip():
+        return f"model folder {path!r} does not exist."
+    return None
+
+
+def _ranges(recipe: Recipe) -> Iterator[str]:
+    for section, names in _POSITIVE_INTEGERS.items():
+        for name in names:
+            value = getattr(getattr(recipe, section), name)
+            if value is not None and value < 1:
+                yield f"{section}.{name} = {value}: must be at least 1."
+    for section, names in _AT_LEAST_ZERO.items():
+        for name in names:
+            value = getattr(getattr(recipe, section), name)
+            if not 0 <= value < math.inf:
+                yield f"{section}.{name} = {value}: must be 0 or more."
+    trainer, adapter = recipe.trainer, recipe.adapter
+    rates = [("trainer.learning_rate", trainer.learning_rate)]
+    rates += [("trainer.learning_rates", rate) for rate in trainer.learning_rates]
+    rates += [("baseline.learning_rates", rate) for rate in recipe.baseline.learning_rates]
+    for name, rate in rates:
+        if not 0 < rate < math.inf:
+            yield f"{name} = {rate}: must be above 0."
+    if not 0 < trainer.epochs < math.inf:
+        yield f"trainer.epochs = {trainer.epochs}: must be above 0."
+    if not 0 <= adapter.lora_dropout < 1:
+        yield f"adapter.lora_dropout = {adapter.lora_dropout}: must be from 0 to below 1."
+    if adapter.lora_alpha is not None and not 0 < adapter.lora_alpha < math.inf:
+        yield f"adapter.lora_alpha = {adapter.lora_alpha}: must be above 0."
+    for pattern, rank in adapter.rank_pattern.items():
+        if rank < 1:
+            yield f"adapter.rank_pattern: {pattern!r} has rank {rank}; it must be at least 1."
+    if isinstance(adapter.share, int) and adapter.share < 1:
+        yield f"adapter.share = {adapter.share}: a number of consecutive layers must be at least 1."
+    if isinstance(adapter.share, str) and adapter.share not in ("role", "none"):
+        yield f"adapter.share = {adapter.share!r}: must be role, none, a whole number or a mapping of regex to group."
+    if recipe.baseline.method is not None and not recipe.baseline.learning_rates:
+        yield "baseline.learning_rates is empty: give at least one, for instance [0.001]."
+    if not 0 <= trainer.seed < 2**32:
+        yield f"trainer.seed = {trainer.seed}: must be from 0 to 2^32 - 1."
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    if recipe.task.name not in TASKS:
+        yield f"task.name = {recipe.task.name!r}: unknown task{_near(recipe.task.name, TASKS)}"
+    if recipe.task.template is not None and recipe.task.template not in TEMPLATES:
+        yield f"task.template = {recipe.task.template!r}: unknown template{_near(recipe.task.template, TEMPLATES)}"
+    for section, method in (("adapter", recipe.adapter.method), ("baseline", recipe.baseline.method)):
+        if method is not None and method not in METHODS:
+            yield f"{section}.method = {method!r}: unknown method{_near(method, METHODS)}"
+    if not recipe.name or "/" in recipe.name or recipe.name.startswith("."):
+        yield f"name = {recipe.name!r}: must be a plain word that can be part of a folder name."
+
+
+def _places(recipe: Recipe) -> Iterator[str]:
+    if problem := model_problem(recipe.model.path):
+        yield f"model.path: {problem}"
+    for name in ("train", "validation", "test"):
+        location = getattr(recipe.data, name)
+        if location is not None and (problem := check_location(location)):
+            yield f"data.{name}: {problem}"
+    if recipe.data.train != "embedded" and recipe.data.test is None:
+        yield "data.test is required when data.train is a file: accuracy is never reported on training problems."
+    if recipe.task.name == "math" and "embedded" in (recipe.data.train, recipe.data.test):
+        yield "task math has no embedded problems: set data.train and data.test to GSM8K-style files."
+
+
+def _near(name: str, known: object) -> str:
+    names = sorted(known)  # pyright: ignore[reportArgumentType] -- a dict or a tuple of names
+    near = get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}? Known: {', '.join(names)}." if near else f"; known: {', '.join(names)}."

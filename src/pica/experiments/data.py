@@ -1,0 +1,131 @@
+"""Examples of a recipe's three splits, and their token sequences."""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from pica.errors import DataError
+from pica.experiments.recipe import Recipe
+from pica.tasks import Example, Source, Split, Task
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of tokens without loss, as torch's cross entropy has it
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to learn from, to choose learning rates by, and to report on."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def source(recipe: Recipe, split: Split, *, limit: int | None) -> Source:
+    """Where one split of a recipe comes from; `location` is that of training problems where the split has no own."""
+    location = getattr(recipe.data, split) or recipe.data.train
+    return Source(location, limit, recipe.data.seed, recipe.task.template, recipe.data.columns)
+
+
+def needs_validation(recipe: Recipe) -> bool:
+    """Whether a recipe chooses anything, or names validation problems."""
+    chooses = len(recipe.trainer.learning_rates) > 1
+    chooses |= recipe.baseline.method is not None and len(recipe.baseline.learning_rates) > 1
+    return chooses or recipe.data.validation is not None
+
+
+def load_splits(recipe: Recipe, task: Task) -> Splits:
+    """Read or generate all splits.
+
+    Validation problems are the validation source's, else generated ones, else taken out of the training file by the
+    data seed; training problems with the same prompt as one of them are then left out.
+
+    Raises:
+        DataError: A source is missing, empty or malformed, or holds too few problems.
+    """
+    data, validation = recipe.data, []
+    own_source = data.validation is not None or data.train == "embedded"
+    if needs_validation(recipe) and own_source:
+        validation = task.load("validation", source(recipe, "validation", limit=data.validation_limit))
+    if needs_validation(recipe) and not own_source:
+        everything = task.load("train", source(recipe, "train", limit=None))
+        train, validation = take_out(everything, data.validation_limit, seed=data.seed)
+        train = train[: data.train_limit]
+    else:
+        train = task.load("train", source(recipe, "train", limit=data.train_limit))
+    test = task.load("test", source(recipe, "test", limit=data.test_limit))
+    if not train or not test:
+        raise DataError(f"data.{'test' if train else 'train'}: no problems are left to use.")
+    seen = {example.prompt for example in train}
+    if shared := sum(example.prompt in seen for example in test):
+        logger.warning("%d of the %d test problems are also training problems", shared, len(test))
+    return Splits(train, validation, test)
+
+
+def take_out(examples: Sequence[Example], count: int, *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split examples into (kept, taken out), the latter drawn with a generator of its own.
+
+    Raises:
+        DataError: Fewer than twice `count` examples are there.
+    """
+    if len(examples) < 2 * count:
+        raise DataError(
+            f"data.train holds {len(examples)} problems, too few to take {count} out for validation; "
+            "set data.validation_limit lower or name a file in data.validation."
+        )
+    chosen = set(random.Random(seed).sample(range(len(examples)), count))
+    taken = [example for index, example in enumerate(examples) if index in chosen]
+    prompts = {example.prompt for example in taken}
+    return [example for example in examples if example.prompt not in prompts], taken
+
+
+def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the prompts, with the tokenizer's start token if it has one and never with an end token."""
+    encoded = tokenizer([example.prompt for example in examples])["input_ids"]
+    end = tokenizer.eos_token_id
+    return [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]  # pyright: ignore[reportArgumentType]
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+) -> datasets.Dataset:
+    """Token sequences for training or for measuring a loss.
+
+    Prompt and completion are tokenized apart and joined, so that the loss begins exactly where generation would; an
+    end-of-text token closes the completion.
+
+    Args:
+        examples: What to encode.
+        tokenizer: Tokenizer with an end-of-text token.
+        max_length: Sequences are cut off here at the end; those with no completion left are dropped.
+
+    Returns:
+        Columns `input_ids` and `labels`, both lists of the sequence's length; labels are -100 on the prompt.
+
+    Raises:
+        DataError: No sequence is left.
+    """
+    prompts = prompt_ids(examples, tokenizer)
+    completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    cut = 0
+    for prompt, completion in zip(prompts, completions):  # pyright: ignore[reportArgumentType]
+        ids = (prompt + list(completion) + [tokenizer.eos_token_id])[:max_length]
+        cut += max_length is not None and len(prompt) + len(completion) + 1 > max_length
+        if len(ids) > len(prompt):
+            rows["input_ids"].append(ids)
+            rows["labels"].append([IGNORED] * len(prompt) + ids[len(prompt) :])
+    if not rows["input_ids"]:
+        raise DataError(f"All prompts are longer than trainer.max_length = {max_length}, so nothing can be learnt.")
+    if cut:
+        dropped = len(examples) - len(rows["input_ids"])
+        logger.warning(
+            "%d of %d sequences are longer than trainer.max_length = %d: cut off, %d of them dropped as nothing but "
+            "prompt was left", cut, len(examples), max_length, dropped,
+        )  # fmt: skip
+    return datasets.Dataset.from_dict(rows)

@@ -1,0 +1,54 @@
+"""An adapter and its base model made into one plain model folder."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from pica.errors import AdapterFileError
+from pica.experiments import output as files
+from pica.experiments.models import DTYPES, base_of, load_adapter, load_model, load_tokenizer, locate
+from pica.experiments.recipe import ModelSection
+
+
+def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = "auto") -> Path:
+    """Write the merged model and its tokenizer to `target`, a folder that transformers loads without pica.
+
+    The sum W + dW is formed in float32 and rounded once.
+
+    Args:
+        adapter: Adapter folder, of any PEFT method.
+        target: New or empty folder.
+        base: Base model; as recorded in the adapter if None.
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the base model's files.
+
+    Returns:
+        `target`.
+
+    Raises:
+        AdapterFileError: The adapter or its base is not to be had, or the result does not fit the precision.
+        OutputError: `target` is not empty or can't be written.
+    """
+    files.check_free(target, overwrite=False)
+    section = ModelSection(path=base_of(adapter, base), dtype="float32")
+    chosen = DTYPES[dtype] if dtype in DTYPES else _stored_dtype(section)
+    tokenizer = load_tokenizer(section)
+    merged = load_adapter(load_model(section), adapter).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    merged = merged.to(chosen)  # pyright: ignore[reportArgumentType]
+    for name, parameter in merged.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise AdapterFileError(f"Merged weight {name} is not finite in {chosen}; choose another with --dtype.")
+    if target.is_dir():
+        with files.translated_write_errors(target):
+            target.rmdir()  # empty, as checked
+    with files.atomic_folder(target) as partial:
+        merged.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+    return target
+
+
+def _stored_dtype(section: ModelSection) -> torch.dtype:
+    """Precision that the base model's configuration names; float32 where it names none."""
+    stored = AutoConfig.from_pretrained(locate(section.path)).dtype
+    return stored if isinstance(stored, torch.dtype) else DTYPES.get(str(stored), torch.float32)

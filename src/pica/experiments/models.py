@@ -1,0 +1,132 @@
+"""Loading models and tokenizers from a folder, the hub or this package."""
+
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import pica
+from pica.errors import AdapterFileError, ConfigError, PicaError
+from pica.experiments.checks import model_problem
+from pica.experiments.recipe import ModelSection
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")  # type: ignore[attr-defined]
+
+
+def locate(path: str) -> str:
+    """Absolute folder of a local model (so that an adapter finds it from anywhere), or the hub name unchanged.
+
+    Raises:
+        ConfigError: The location can't be a model.
+    """
+    if problem := model_problem(path):
+        raise ConfigError(problem[0].upper() + problem[1:])
+    if path == "embedded":
+        return str(resources.files("pica") / "assets" / "tiny-llama")
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
+
+
+def load_model(section: ModelSection) -> PreTrainedModel:
+    """The frozen base model, in evaluation mode on the CPU.
+
+    Raises:
+        ConfigError: The folder is incomplete, or the hub has no such model or cannot be reached.
+    """
+    options: dict[str, Any] = {"dtype": "auto" if section.dtype == "auto" else DTYPES[section.dtype]}
+    if section.attention is not None:
+        options["attn_implementation"] = section.attention
+    model = _from_pretrained(AutoModelForCausalLM, section, options)
+    return model.eval()
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: There is none, or it has no end-of-text token.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, section, {})
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"The tokenizer of {section.path!r} has no end-of-text token, so no answer could ever end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """Put a saved adapter, of any method that PEFT knows, on its base model.
+
+    Raises:
+        AdapterFileError: The folder holds no adapter, or one that is damaged or belongs to another model.
+        PicaError: The method itself refuses the model.
+    """
+    pica.register()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():  # PEFT would look for it on the hub
+            raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {name}.")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except PicaError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise AdapterFileError(f"Adapter {str(folder)!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def base_of(adapter: Path, base: str | None = None) -> str:
+    """Where the base model of an adapter folder is: as given, else as recorded with the adapter.
+
+    Raises:
+        AdapterFileError: The folder holds no adapter, or its base model is not to be found.
+    """
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        recorded = config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
+    if base is not None:
+        return base
+    if recorded and (Path(recorded).is_absolute() and Path(recorded).parts[-3:] == ("pica", "assets", "tiny-llama")):
+        return "embedded"  # the package may be installed elsewhere by now
+    if not recorded:
+        raise AdapterFileError(f"Adapter {str(adapter)!r} does not record its base model; name it with --base.")
+    if problem := model_problem(recorded):
+        raise AdapterFileError(f"The base model of adapter {str(adapter)!r}: {problem} Name it with --base.")
+    return recorded
+
+
+def _from_pretrained(loader: Any, section: ModelSection, options: dict[str, Any]) -> Any:
+    location = locate(section.path)
+    local = Path(location).is_dir()
+    try:
+        return loader.from_pretrained(
+            location,
+            revision=section.revision or "main",
+            trust_remote_code=section.trust_remote_code,
+            local_files_only=local,  # a folder must not cause requests to the hub
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if local:
+            raise ConfigError(f"Model folder {section.path!r} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(
+            f"Model {section.path!r} is no local folder, and loading it from the hub failed: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,162 @@
+"""A recipe: everything that decides a training run. The text under each field is its help on the command line."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelSection:
+    """The pre-trained model that is adapted."""
+
+    path: str = "embedded"
+    """Folder or hub name of a causal language model; "embedded" is the small model inside this package."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen weights; "auto" takes that of the model's files."""
+    attention: str | None = None
+    """Attention implementation, for instance sdpa or eager; the model's own choice if unset."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model on the hub; only for authors you trust."""
+
+
+@dataclass
+class DataSection:
+    """Where the problems come from. Sources: "embedded", a .json or .jsonl file, hub:OWNER/NAME[/CONFIG][:SPLIT]."""
+
+    train: str = "embedded"
+    """Source of the training problems."""
+    validation: str | None = None
+    """Source of the problems that choose between learning rates; if unset, some are taken out of the training ones."""
+    test: str | None = None
+    """Source of the problems that accuracy is reported on, never used to choose anything; required with files."""
+    train_limit: int | None = None
+    """Use at most this many training problems."""
+    validation_limit: int = 100
+    """Use, or take out of the training problems, at most this many for validation."""
+    test_limit: int | None = None
+    """Use at most this many test problems."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of the task's fields in your files, for instance {question: prompt, solution: target}."""
+    seed: int = 0
+    """Decides which problems are generated or taken out for validation; the training seed does not."""
+
+
+@dataclass
+class TaskSection:
+    """What is asked and how answers are scored."""
+
+    name: str = "arithmetic"
+    """Task: arithmetic or math."""
+    template: str | None = None
+    """Prompt: alpaca, question or plain; the task's own choice if unset."""
+    max_new_tokens: int | None = None
+    """Longest answer that is generated, in tokens; the task's own choice if unset."""
+
+
+@dataclass
+class AdapterSection:
+    """The method that adapts the model."""
+
+    method: str = "pica"
+    """Method: pica or lora."""
+    r: int = 32
+    """Rank."""
+    target_modules: list[str] | str | None = None
+    """Layers to adapt: a list of names, one regular expression, or all-linear; the method's default if unset."""
+    exclude_modules: list[str] | str | None = None
+    """Layers to leave alone: a list of names or one regular expression."""
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the blocks to adapt; all if unset."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from r, by layer name or regular expression, for instance {k_proj: 8}."""
+    share: int | str | dict[str, str] = "role"
+    """pica: which layers share one matrix: role, none, a number of consecutive layers, or {regex: group}."""
+    projection: Literal["principal", "minor", "random"] = "principal"
+    """pica: directions of the frozen weight that carry the update."""
+    save_basis: bool = False
+    """pica: store the frozen basis in the adapter file instead of recomputing it on load."""
+    lora_alpha: float | None = None
+    """lora: scale numerator; the update is scaled by lora_alpha / r. Twice the rank if unset."""
+    lora_dropout: float = 0.0
+    """lora: dropout on the adapter's input."""
+
+
+@dataclass
+class TrainerSection:
+    """How long and with what optimizer."""
+
+    max_steps: int | None = None
+    """Number of optimizer steps; overrides epochs."""
+    epochs: float = 1.0
+    """Passes over the training problems."""
+    batch_size: int = 8
+    """Problems in one forward pass."""
+    accumulation: int = 1
+    """Forward passes to one optimizer step; batch_size x accumulation is the effective batch."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    learning_rates: list[float] = field(default_factory=list)
+    """Rates to choose from by validation loss, each trained in full; overrides learning_rate."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup: float = 0.1
+    """Warm-up: a share of all steps if below 1, else a number of steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the trained parameters."""
+    optimizer: str = "adamw_torch"
+    """Any optimizer name that transformers' TrainingArguments.optim takes."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm here; 0 does not clip."""
+    max_length: int = 512
+    """Longest training sequence in tokens; longer ones are cut off at the end."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the forward pass; the half ones use autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    group_by_length: bool = False
+    """Batch problems of similar length: less padding, but no longer uniformly random batches."""
+    log_steps: int = 10
+    """Steps between two points of the loss curve."""
+    save_steps: int | None = None
+    """Steps between two checkpoints; if unset only an interruption makes one."""
+    eval_batch_size: int = 32
+    """Problems in one forward pass when answering and measuring losses."""
+    seed: int = 0
+    """Decides the order of the data and random initial values."""
+
+
+@dataclass
+class BaselineSection:
+    """An optional second method, trained on the same data for the same number of steps."""
+
+    method: str | None = None
+    """Method to compare with, for instance lora; none if unset. Takes the adapter section's target_modules."""
+    r: int = 1
+    """Its rank."""
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3])
+    """Its learning rates to choose from by validation loss, each trained in full."""
+
+
+@dataclass
+class Recipe:
+    """A training run."""
+
+    name: str = "run"
+    """What the run is called."""
+    output: str | None = None
+    """Folder to write into; pica-NAME in the current folder if unset."""
+    evaluate_base: bool = True
+    """Measure the model before training too."""
+    model: ModelSection = field(default_factory=ModelSection)
+    """Model."""
+    data: DataSection = field(default_factory=DataSection)
+    """Data."""
+    task: TaskSection = field(default_factory=TaskSection)
+    """Task."""
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    """Adapter."""
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+    """Trainer."""
+    baseline: BaselineSection = field(default_factory=BaselineSection)
+    """Baseline."""

@@ -1,0 +1,297 @@
+"""A whole run: measure the base model, train the adapter, measure again, and hold a baseline beside it.
+
+Each phase's result is noted as soon as it is there, so that an interrupted run goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+
+import pica
+from pica.errors import ConfigError, OutputError, TrainingError
+from pica.experiments import output as files
+from pica.experiments.adapters import attach, baseline_section, parameter_counts
+from pica.experiments.data import encode, load_splits
+from pica.experiments.evaluation import Evaluation, evaluate, held_out_loss
+from pica.experiments.interrupts import Interrupted
+from pica.experiments.measuring import machine, versions
+from pica.experiments.models import device, load_adapter, load_model, load_tokenizer
+from pica.experiments.parsing import dump_recipe, load_recipe
+from pica.experiments.recipe import AdapterSection, Recipe
+from pica.experiments.reporting import Reporter
+from pica.experiments.training import last_checkpoint, train
+from pica.tasks import get_task
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Folder inside the output folder that holds what an unfinished run needs to go on."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left behind.
+
+    Attributes:
+        output: Its folder.
+        metrics: The content of metrics.json.
+    """
+
+    output: Path
+    metrics: dict[str, Any]
+
+
+def default_output(recipe: Recipe) -> Path:
+    """The recipe's output folder, or one named after it in the current folder."""
+    return Path(recipe.output).expanduser() if recipe.output else Path(f"pica-{recipe.name}")
+
+
+def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> RunResult:
+    """Run a checked recipe from its beginning.
+
+    Raises:
+        PicaError: Something in the user's hands is wrong; if found before training, no folder has been made.
+        Interrupted: The user stopped the run; `resume` goes on with it.
+    """
+    folder = default_output(recipe)
+    files.check_free(folder, overwrite=overwrite)
+    return _guarded(_Run(recipe, folder, reporter, resuming=False))
+
+
+def resume(folder: Path, *, reporter: Reporter) -> RunResult:
+    """Go on with an interrupted run, with the recipe that it was started with.
+
+    Raises:
+        ConfigError: The folder holds no run, or a finished one.
+        PicaError, Interrupted: As `start`.
+    """
+    if not (folder / files.RESOLVED).is_file():
+        raise ConfigError(f"{str(folder)!r} holds no {files.RESOLVED}, so there is no run to resume.")
+    if (folder / "metrics.json").is_file():
+        raise ConfigError(f"The run in {str(folder)!r} is finished; start another one with --output or --overwrite.")
+    recipe = load_recipe(str(folder / files.RESOLVED))
+    return _guarded(_Run(recipe, folder, reporter, resuming=True))
+
+
+def _guarded(run: "_Run") -> RunResult:
+    try:
+        return run.execute()
+    except (KeyboardInterrupt, Interrupted):
+        checkpoints = [last_checkpoint(folder) for folder in (run.folder / CHECKPOINTS).glob("*")]
+        latest = max((path for path in checkpoints if path), key=lambda path: path.stat().st_mtime, default=None)
+        begun = (run.folder / files.RESOLVED).is_file() and run.begun
+        raise Interrupted(checkpoint=latest, folder=run.folder if begun else None) from None
+
+
+class _Phases:
+    """Results of finished phases, kept in a file until the run is complete."""
+
+    def __init__(self, path: Path, *, read: bool) -> None:
+        self._path, self._results = path, dict[str, Any]()
+        if read and path.is_file():
+            try:
+                self._results = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise OutputError(f"{str(path)!r} is damaged; start the run again with --overwrite.") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._results
+
+    def __getitem__(self, name: str) -> Any:
+        return self._results[name]
+
+    def done(self, name: str, result: Any) -> Any:
+        """Note the result of a phase and return it."""
+        self._results[name] = result
+        files.write_json(self._path, self._results)
+        return result
+
+
+class _Run:
+    """One recipe on its way."""
+
+    def __init__(self, recipe: Recipe, folder: Path, reporter: Reporter, *, resuming: bool) -> None:
+        self.recipe, self.folder, self.reporter = recipe, folder, reporter
+        self.task = get_task(recipe.task.name)
+        self.checkpoints = folder / CHECKPOINTS
+        self.phases = _Phases(self.checkpoints / "phases.json", read=resuming)
+        self.begun = resuming
+
+    def execute(self) -> RunResult:
+        """Do every phase that is not done yet, and write the results."""
+        recipe = self.recipe
+        self.splits = load_splits(recipe, self.task)
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.rows = encode(self.splits.train, self.tokenizer, max_length=recipe.trainer.max_length)
+        counts = {name: len(getattr(self.splits, name)) for name in ("train", "validation", "test")}
+        self.reporter.say("Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+        # The adapter is put on before anything is measured: a wrong target must show now, not after minutes.
+        model = None if "adapter" in self.phases else self._adapted(recipe.adapter)
+        if model is not None:
+            self._describe(model, recipe.adapter)
+        if not self.begun:
+            files.create(self.folder)
+            files.write_text(self.folder / files.RESOLVED, dump_recipe(recipe))
+            self.begun = True
+
+        metrics: dict[str, Any] = {
+            "name": recipe.name,
+            "seed": recipe.trainer.seed,
+            "model": recipe.model.path,
+            "task": recipe.task.name,
+            "problems": counts,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        if recipe.evaluate_base:
+            metrics["base"] = self._base(model)
+        rates = recipe.trainer.learning_rates or [recipe.trainer.learning_rate]
+        metrics["adapter"] = self._fit("adapter", recipe.adapter, rates, model)
+        model = None  # the baseline loads its own copy, and two would not fit everywhere
+        if recipe.baseline.method is not None:
+            section = baseline_section(recipe.baseline, recipe.adapter)
+            metrics["baseline"] = self._fit("baseline", section, recipe.baseline.learning_rates, None)
+        self._write_curves(metrics)
+        files.write_json(self.folder / "metrics.json", metrics)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return RunResult(self.folder, metrics)
+
+    def _adapted(self, section: AdapterSection) -> peft.PeftModel:
+        return attach(load_model(self.recipe.model), section, seed=self.recipe.trainer.seed)
+
+    def _describe(self, model: peft.PeftModel, section: AdapterSection) -> None:
+        if section.method == "pica":
+            self.reporter.say(str(pica.coverage(model)))
+        count = parameter_counts(model)
+        self.reporter.say(
+            f"Trainable parameters ({section.method} r={section.r}): {count['trainable']:,} "
+            f"of {count['total']:,} ({count['trainable'] / count['total']:.3%})"
+        )
+
+    def _base(self, model: peft.PeftModel | None) -> dict[str, Any]:
+        """Measure the model without an adapter; `model` is None only when that has been done."""
+        if "base" in self.phases:
+            return self.phases["base"]
+        chosen = load_model(self.recipe.model) if model is None else model
+        without = chosen.disable_adapter() if isinstance(chosen, peft.PeftModel) else contextlib.nullcontext()
+        with without:
+            found = self._evaluate(chosen, "Base model: answering")
+        self._report("Base model", found, "predictions-base.jsonl")
+        return self.phases.done("base", found.summary())
+
+    def _fit(
+        self, name: str, section: AdapterSection, rates: Sequence[float], model: peft.PeftModel | None
+    ) -> dict[str, Any]:
+        """Train with each rate, keep the best by validation loss, and measure it as read back from its file."""
+        if name in self.phases:
+            return self.phases[name]
+        title = f"{section.method} r={section.r}"
+        candidates = []
+        for rate in rates:
+            key = f"{name}-lr{rate:g}"
+            if key not in self.phases:
+                try:
+                    self._try(key, section, rate, model or self._adapted(section), f"{title}, rate {rate:g}")
+                except TrainingError as error:
+                    if len(rates) == 1:
+                        raise
+                    logger.warning("Learning rate %g is out: %s", rate, error)
+                    self.phases.done(key, {"learning_rate": rate, "failed": str(error)})
+                model = None
+            candidates.append(self.phases[key])
+        usable = [candidate for candidate in candidates if "failed" not in candidate]
+        if not usable:
+            raise TrainingError(f"None of the learning rates {list(rates)} trained; add lower ones.")
+        best = min(usable, key=lambda candidate: candidate["validation_loss"] or 0.0)
+        if len(rates) > 1:
+            self.reporter.say(f"{title}: learning rate {best['learning_rate']:g} has the lowest validation loss")
+        written = self.checkpoints / f"{name}-lr{best['learning_rate']:g}" / "adapter"
+        adapted = load_adapter(load_model(self.recipe.model), written)
+        found = self._evaluate(adapted, f"{title}: answering")
+        suffix = "adapter" if name == "adapter" else f"baseline-{section.method}"
+        self._report(title, found, f"predictions-{suffix}.jsonl")
+        with files.atomic_folder(self.folder / name) as partial:
+            shutil.copytree(written, partial, dirs_exist_ok=True)
+        result = {
+            "method": section.method,
+            "r": section.r,
+            **{key: best[key] for key in ("learning_rate", "parameters", "validation_loss")},
+            **found.summary(),
+            "training": best["training"],
+            "file_bytes": (written / "adapter_model.safetensors").stat().st_size,
+            "candidates": candidates,
+        }
+        return self.phases.done(name, result)
+
+    def _try(self, key: str, section: AdapterSection, rate: float, model: peft.PeftModel, label: str) -> None:
+        """One full training."""
+        place = self.checkpoints / key
+        training = train(
+            model,
+            self.tokenizer,
+            self.rows,
+            self.recipe.trainer,
+            learning_rate=rate,
+            checkpoints=place,
+            adapter=place / "adapter",
+            reporter=self.reporter,
+            label=label,
+        )
+        loss = None
+        if self.splits.validation:
+            batch = self.recipe.trainer.eval_batch_size
+            loss, _ = held_out_loss(model, self.tokenizer, self.splits.validation, batch_size=batch)
+        result = {
+            "learning_rate": rate,
+            "validation_loss": loss,
+            "parameters": parameter_counts(model),
+            "training": dataclasses.asdict(training),
+        }
+        self.phases.done(key, result)
+        for checkpoint in place.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _evaluate(self, model: Any, label: str) -> Evaluation:
+        return evaluate(
+            model.to(device()),
+            self.tokenizer,
+            self.task,
+            self.splits.test,
+            batch_size=self.recipe.trainer.eval_batch_size,
+            max_new_tokens=self.recipe.task.max_new_tokens or self.task.default_max_new_tokens,
+            reporter=self.reporter,
+            label=label,
+        )
+
+    def _report(self, title: str, found: Evaluation, file: str) -> None:
+        files.write_jsonl(self.folder / file, map(dataclasses.asdict, found.predictions))
+        self.reporter.say(
+            f"{title}: accuracy {found.accuracy:.1%} ± {found.stderr:.1%} on {found.examples} test problems, "
+            f"held-out loss {found.loss:.4f}"
+        )
+
+    def _write_curves(self, metrics: dict[str, Any]) -> None:
+        """All loss curves in one table; metrics.json keeps their first and last points."""
+        rows = []
+        for name in ("adapter", "baseline"):
+            for candidate in metrics.get(name, {}).get("candidates", []):
+                if "failed" in candidate:
+                    continue
+                curve = candidate["training"].pop("curve")
+                candidate["training"] |= {"first_loss": curve[0]["loss"], "last_loss": curve[-1]["loss"]}
+                peak = {"run": name, "method": metrics[name]["method"], "peak_rate": candidate["learning_rate"]}
+                rows += [peak | point for point in curve]
+            if name in metrics:
+                chosen = metrics[name]["learning_rate"]
+                same = (c for c in metrics[name]["candidates"] if c["learning_rate"] == chosen)
+                metrics[name]["training"] = next(same)["training"]
+        columns = ("run", "method", "peak_rate", "step", "epoch", "loss", "learning_rate", "grad_norm")
+        files.write_csv(self.folder / "loss_curve.csv", rows, columns)
