@@ -43,3 +43,7 @@ class TrainingError(PicaError, RuntimeError):
 
 class OutputError(PicaError, OSError):
     """Results cannot be written: the folder is not empty, not writable, or the disk is full."""
+
+
+class ExportError(PicaError, ValueError):
+    """An adapter cannot be exported as asked, or what was written does not reproduce it."""
