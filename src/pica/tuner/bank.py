@@ -15,6 +15,11 @@ from torch import nn
 
 BANK_NAME = "pica_M"
 
+# What wrappers put into module names: FSDP1 and activation checkpointing, whose state dicts leave it out, and
+# torch.compile, whose state dicts do not.
+HIDDEN_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = HIDDEN_WRAPPERS | {"_orig_mod"}
+
 
 class PicaBank(nn.ModuleDict):
     """{adapter name: ParameterDict{group key: M (out, rank)}}."""
@@ -30,9 +35,19 @@ class PicaBank(nn.ModuleDict):
             self.matrices(adapter_name)[group] = nn.Parameter(matrix)
 
 
+def plain_name(name: str) -> str:
+    """A module or state-dict name as it is without wrappers, so that an adapter does not depend on them."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _unwrapped(root: nn.Module) -> nn.Module:
+    compiled = root._modules.get("_orig_mod")  # of torch.compile(model)
+    return root if compiled is None else compiled
+
+
 def get_bank(root: nn.Module) -> PicaBank | None:
     """The bank of a base model, or None where no PiCa adapter was ever added."""
-    bank = root._modules.get(BANK_NAME)
+    bank = _unwrapped(root)._modules.get(BANK_NAME)
     return bank if isinstance(bank, PicaBank) else None
 
 
@@ -41,18 +56,20 @@ def ensure_bank(root: nn.Module) -> PicaBank:
     bank = get_bank(root)
     if bank is None:
         bank = PicaBank()
-        root.add_module(BANK_NAME, bank)
+        # `add_module` refuses a name that a forwarded attribute of an inner model has (a PeftModel within a PeftModel).
+        _unwrapped(root)._modules[BANK_NAME] = bank
     return bank
 
 
-def find_banks(model: nn.Module) -> list[tuple[str, PicaBank]]:
-    """(name in the state dict, bank) for each bank in `model`, whatever wraps it.
+def drop_bank(root: nn.Module) -> None:
+    """Remove the bank of a base model, if there is one."""
+    _unwrapped(root)._modules.pop(BANK_NAME, None)
 
-    FSDP1 and torch.compile put components into module names that a state dict does not have.
-    """
+
+def find_banks(model: nn.Module) -> list[tuple[str, PicaBank]]:
+    """(name in the state dict, bank) for each bank in `model`, whatever wraps it."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, PicaBank):
-            parts = [p for p in name.split(".") if p not in ("_fsdp_wrapped_module", "_orig_mod")]
-            found.append((".".join(parts), module))
+            found.append((".".join(p for p in name.split(".") if p not in HIDDEN_WRAPPERS), module))
     return found

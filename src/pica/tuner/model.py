@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, Side, max_rank, solve_many
 from pica.errors import AdapterFileError, TargetError
-from pica.tuner.bank import BANK_NAME, PicaBank, ensure_bank, find_banks, get_bank
+from pica.tuner.bank import BANK_NAME, PicaBank, drop_bank, ensure_bank, find_banks, get_bank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear, features_of, projection_key
 from pica.tuner.roles import Group, Member, plan_groups
@@ -89,6 +89,7 @@ class PicaModel(BaseTuner):
             raise TargetError(
                 f"{current_key}.{parameter_name}: PiCa adapts whole layers; target_parameters is not supported."
             )
+        current_key = plain_name(current_key)
         plan = self._plan = self._plan or _Plan(self, peft_config)
         bank = ensure_bank(self.model)
         group, request = plan.groups[current_key], plan.requests[current_key]
@@ -122,7 +123,7 @@ class PicaModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self.model._modules.pop(BANK_NAME, None)
+        drop_bank(self.model)
         return model  # pyright: ignore[reportReturnType] - PEFT annotates None
 
     # ---- saving and loading ------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class PicaModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         prefixes = tuple(f"{name}.{adapter_name}." for name, _ in find_banks(model))
-        selected = {k: v for k, v in state_dict.items() if k.startswith(prefixes)} if prefixes else {}
+        selected = {plain_name(k): v for k, v in state_dict.items() if k.startswith(prefixes)} if prefixes else {}
         selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return selected
 
@@ -157,12 +158,17 @@ class PicaModel(BaseTuner):
         Raises:
             AdapterFileError: a matrix is missing, not expected, or of another shape; names them.
         """
-        wanted = {f"{bank}.{g}": (f"{bank}.{adapter_name}.{g}", m) for bank, g, m in _matrices(model, adapter_name)}
+        wanted = {
+            f"{plain_name(bank)}.{g}": (f"{bank}.{adapter_name}.{g}", m)
+            for bank, g, m in _matrices(model, adapter_name)
+        }
         renamed: dict[str, Tensor] = {}
         problems: list[str] = []
         found: set[str] = set()
         for key, value in state_dict.items():
-            short = key if key in wanted else key.removeprefix("base_model.model.")
+            short = plain_name(key)
+            if short not in wanted:  # adapters that were injected without a PeftModel lack its prefix
+                short = short.removeprefix("base_model.model.")
             if short not in wanted:
                 if re.search(rf"(^|\.){BANK_NAME}\.", key):
                     problems.append(f"{key} is not expected")
@@ -245,13 +251,13 @@ class _Plan:
     """What one adapter needs, worked out before the model is touched.
 
     Attributes:
-        groups, requests: For the path of each target layer, its group and what it asks of its basis.
+        groups, requests: For the plain path of each target layer, its group and what it asks of its basis.
         bases: Solved bases, by path: for layers that have none of that projection yet, or too small a one, and whose
             weights are materialised.
     """
 
     def __init__(self, tuner: PicaModel, config: PicaConfig) -> None:
-        layers = dict(_target_layers(tuner, config))
+        layers = {plain_name(path): module for path, module in _target_layers(tuner, config)}
         members = []
         limited: list[str] = []
         for path, module in layers.items():
