@@ -31,9 +31,10 @@ def register() -> None:
     """Make PiCa a method of PEFT. Importing `pica` does this; calling it again changes nothing."""
     from pica.tuner.config import PicaConfig
     from pica.tuner.model import PicaModel
-    from pica.tuner.registration import register_method
+    from pica.tuner.registration import hide_banks_from_base_state, register_method
 
     register_method("PICA", PicaConfig, PicaModel)
+    hide_banks_from_base_state()
 
 
 def __getattr__(name: str) -> Any:

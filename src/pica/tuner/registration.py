@@ -7,10 +7,15 @@ and the ordinary registration does the rest.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import register_peft_method, save_and_load
+
+from pica.tuner.bank import find_banks
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -31,3 +36,21 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
     """Register a method once; a second call (module reload, a PEFT that has the method itself) changes nothing."""
     if ensure_peft_type(name) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+
+
+def hide_banks_from_base_state() -> None:
+    """Keep `get_base_model_state_dict` and its counterpart from taking shared matrices for weights of the base model.
+
+    PEFT tells the two apart by the kind of layer that a tensor is in, and has no hook for a container outside of layers.
+    """
+    name = "_get_adapter_state_dict_key_prefixes"
+    original = getattr(save_and_load, name, None)
+    if original is None or hasattr(original, "knows_banks"):
+        return
+
+    @functools.wraps(original)
+    def prefixes(model: Any) -> set[str]:
+        return original(model) | {bank_name for bank_name, _ in find_banks(model.base_model.model)}
+
+    prefixes.knows_banks = True  # pyright: ignore[reportAttributeAccessIssue] - a mark, for reloads of this module
+    setattr(save_and_load, name, prefixes)
