@@ -12,10 +12,12 @@ from peft.utils.constants import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pica.errors import TargetError
+from pica.tuner.bank import PicaBank
 
 _DECODER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 _ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -51,6 +53,10 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
 }
 
 
+class UnmatchedTargetError(TargetError, NoMatchingPeftModuleError):
+    """A `TargetError` that code written for PEFT's own methods catches too."""
+
+
 def is_supported(module: nn.Module) -> bool:
     """Whether PiCa can adapt this base layer: a linear layer of some kind, quantised or not, or a Conv1D."""
     from peft.utils.quantization_utils import resolve_quantization_backend
@@ -62,7 +68,7 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def check_targets(config: PeftConfig, model: nn.Module) -> None:
-    """Raise `TargetError` if an entry of `target_modules` matches no module path of `model`; names what is near."""
+    """Raise `UnmatchedTargetError` if an entry of `target_modules` matches no module path of `model`; names what is near."""
     targets = getattr(config, "target_modules", None)
     if not targets or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
@@ -77,15 +83,19 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
         missing = sorted(t for t in targets if t not in ends)
     if missing:
         names = sorted({p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit()})
-        raise TargetError(
+        raise UnmatchedTargetError(
             f"Target modules {{{', '.join(map(repr, missing))}}} not found in the base model. {_near(missing, names)}"
         )
 
 
 def _base_paths(model: nn.Module) -> list[str]:
     """Paths of the base model's modules, without what adapters put inside their layers."""
-    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
-    return [n for n, _ in model.named_modules() if n and not (inside and n.startswith(inside))]
+    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, PicaBank)))
+    return [
+        n
+        for n, m in model.named_modules()
+        if n and not isinstance(m, PicaBank) and not (inside and n.startswith(inside))
+    ]
 
 
 def _near(missing: Sequence[str], names: Iterable[str]) -> str:
