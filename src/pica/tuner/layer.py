@@ -232,7 +232,9 @@ class PicaLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             if self.merged:
-                raise ValueError("Cannot pass `adapter_names` when there are merged adapters, call `unmerge_adapter`.")
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         names = [n for n in self.active_adapters if n in self.r]
