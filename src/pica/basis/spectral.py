@@ -33,6 +33,8 @@ PROJECTIONS = ("principal", "minor", "random")
 
 # Upcasting a half-precision weight happens in slices of this many elements, so it never costs a full copy.
 SLICE_ELEMENTS = 4 * 2**20
+# Solved beyond the rank and dropped: directions just inside the cut mix with those just outside it, so cut further out.
+SPARE_DIRECTIONS = 8
 # Rows of a solved basis whose inner products miss the identity by more than this are solved again, another way.
 ORTHOGONALITY_TOLERANCE = 1e-2
 
@@ -176,7 +178,7 @@ def _solve_with_fallbacks(w: Tensor, rank: int, projection: str, side: Side, dty
     for solve, device in attempts:
         try:
             basis = solve(w.to(device), rank, projection, side, dtype)
-        except (RuntimeError, np.linalg.LinAlgError) as error:  # LinAlgError and OutOfMemoryError are RuntimeErrors
+        except (RuntimeError, TypeError, np.linalg.LinAlgError) as error:  # TypeError: no float64 on this device
             failures.append(f"{solve.__name__[6:]} on {device}: {str(error).splitlines()[0]}")
             logger.warning("%s: basis by %s failed, trying another way", name, failures[-1])
             continue
@@ -226,7 +228,7 @@ def _from_gram(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.d
         rows, solver = _leading_eigenvectors(gram, gram.shape[0], smallest=True)
     else:
         gram = _gram(w, solved_side, dtype)
-        rows, solver = _leading_eigenvectors(gram, rank, smallest=False)
+        rows, solver = _leading_eigenvectors(gram, min(rank + SPARE_DIRECTIONS, gram.shape[0]), smallest=False)
     del gram
     eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=w.device)
     if not float((rows @ rows.T - eye).abs().max()) <= ORTHOGONALITY_TOLERANCE:
@@ -257,9 +259,12 @@ def _finish(
     `rows` are right singular vectors, (k, in), where `solved_side` is "in", and left ones, (k, out), where it is "out".
     """
     # |W v| and |W^T u| are accurate to eps * |W|, where the square root of an eigenvalue is only to sqrt(eps) * |W|.
+    rows = _orthonormal(rows.double())
     image = _apply(w, rows, solved_side)  # W v: (k, out), or W^T u: (k, in)
+    if projection == "principal":
+        rows, image = _separate(rows, image)
     gains = image.norm(dim=1)
-    floor = max(w.shape) * torch.finfo(dtype).eps * float(gains.max())
+    floor = max(w.shape) * torch.finfo(dtype).eps * float(gains.max())  # `dtype`: what the weight itself resolves
     keep = (gains > floor).nonzero().squeeze(1)[:rank]
     rows, image, gains = rows[keep], image[keep], gains[keep].unsqueeze(1)
     directions = rows if solved_side == "in" else image / gains  # P = V^T = S^-1 U^T W
@@ -267,6 +272,23 @@ def _finish(
     projector = directions if side == "in" else left / gains
     signs = direction_signs(directions).unsqueeze(1)
     return Basis((projector * signs).to(dtype).contiguous(), side, gains.squeeze(1).to(dtype), projection, solver)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Rows that are orthonormal to float32 rounding, made so to float64 rounding (Cholesky QR)."""
+    factor = torch.linalg.cholesky(rows @ rows.T)
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
+
+
+def _separate(rows: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the directions within their span so that their images are orthogonal, in falling order of length.
+
+    A float32 Gram matrix tells two directions apart only to eps * (s_1 / s_i)^2 over their relative gap, so neighbours
+    come out mixed, differently on each device. The span is far more accurate than its directions, and within it the
+    problem is (k, k): small enough for float64.
+    """
+    rotation = torch.linalg.eigh(image @ image.T)[1].flip(1).T  # (k, k), rows: new directions in terms of the old
+    return rotation @ rows, rotation @ image
 
 
 def _apply(w: Tensor, rows: Tensor, side: Side) -> Tensor:
