@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pica.errors import ConfigError
 from pica.experiments import output as files
@@ -71,7 +72,7 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
         section.path = base_of(adapter, request.base)
     section.dtype = request.dtype or (recipe.model.dtype if recipe else "float32")  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = load_tokenizer(section)
-    model = load_model(section)
+    model: Any = load_model(section)
     if adapter is not None:
         model = load_adapter(model, adapter)
     longest = request.max_new_tokens or (recipe.task.max_new_tokens if recipe else None)

@@ -84,10 +84,17 @@ def take_out(examples: Sequence[Example], count: int, *, seed: int) -> tuple[lis
     return [example for example in examples if example.prompt not in prompts], taken
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Ids of the end-of-text and the padding token, both of which `load_tokenizer` has made sure of."""
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(end, int) and isinstance(padding, int)
+    return end, padding
+
+
 def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of the prompts, with the tokenizer's start token if it has one and never with an end token."""
     encoded = tokenizer([example.prompt for example in examples])["input_ids"]
-    end = tokenizer.eos_token_id
+    end, _ = special_ids(tokenizer)
     return [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]  # pyright: ignore[reportArgumentType]
 
 
@@ -112,10 +119,11 @@ def encode(
     """
     prompts = prompt_ids(examples, tokenizer)
     completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
+    end, _ = special_ids(tokenizer)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     cut = 0
     for prompt, completion in zip(prompts, completions):  # pyright: ignore[reportArgumentType]
-        ids = (prompt + list(completion) + [tokenizer.eos_token_id])[:max_length]
+        ids: list[int] = (prompt + list(completion) + [end])[:max_length]
         cut += max_length is not None and len(prompt) + len(completion) + 1 > max_length
         if len(ids) > len(prompt):
             rows["input_ids"].append(ids)

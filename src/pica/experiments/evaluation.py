@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pica.experiments.data import IGNORED, encode, prompt_ids
+from pica.experiments.data import IGNORED, encode, prompt_ids, special_ids
 from pica.experiments.reporting import Reporter
 from pica.tasks import Example, Task
 
@@ -98,6 +98,7 @@ def answers(
     """Greedy continuations of the prompts, in the examples' order, without special tokens."""
     model.eval()
     prompts = prompt_ids(examples, tokenizer)
+    end, padding = special_ids(tokenizer)
     # Sampling options in a model's own generation_config would only cause warnings, as greedy decoding ignores them.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -105,14 +106,14 @@ def answers(
         temperature=1.0,
         top_p=1.0,
         top_k=50,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end,
+        pad_token_id=padding,
     )
     texts = [""] * len(examples)
     right = done = 0
     with reporter.bar(label, len(examples)) as advance:
         for indices in _batches([len(ids) for ids in prompts], batch_size):
-            ids, mask = _left_padded([prompts[index] for index in indices], int(tokenizer.pad_token_id or 0))
+            ids, mask = _left_padded([prompts[index] for index in indices], padding)
             ids, mask = ids.to(model.device), mask.to(model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
@@ -133,10 +134,11 @@ def held_out_loss(
     rows = encode([example for example in examples if example.completion.strip()] or examples, tokenizer)
     ids, labels = rows["input_ids"], rows["labels"]
     lengths = [len(row) for row in ids]
+    _, padding = special_ids(tokenizer)
     total, tokens = 0.0, 0
     for indices in _batches(lengths, batch_size):
         width = max(lengths[index] for index in indices)
-        batch = torch.full((len(indices), width), int(tokenizer.pad_token_id or 0))
+        batch = torch.full((len(indices), width), padding)
         target = torch.full((len(indices), width), IGNORED)
         mask = torch.zeros((len(indices), width), dtype=torch.long)
         for row, index in enumerate(indices):

@@ -18,8 +18,9 @@ RESOLVED = "recipe.resolved.yaml"
 """File in every output folder that holds the full recipe; its presence marks a folder as one of ours."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors and torch.save report a failed write in their own exceptions, with only the text to tell it by.
-_FULL_TEXTS = ("No space left on device", "StorageFull", "Disk quota exceeded", "File too large", "file write failed")
+# safetensors, torch.save and shutil report a failed write in exceptions of their own, with only the text to tell by;
+# "inline_container" is the part of torch that writes files.
+_FULL_TEXTS = ("No space left", "StorageFull", "quota exceeded", "File too large", "inline_container")
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
@@ -61,10 +62,8 @@ def disk_is_full(error: BaseException) -> bool:
     """Whether an exception, of whatever library, means that a write found no room."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
-    text = str(error)
-    return type(error).__name__ in ("SafetensorError", "RuntimeError", "OSError") and any(
-        part in text for part in _FULL_TEXTS
-    )
+    known = isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"
+    return known and any(part in str(error) for part in _FULL_TEXTS)
 
 
 @contextmanager
