@@ -1,0 +1,94 @@
+"""Base models: found from what an adapter's configuration records, and copied without their tensors."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from pathlib import Path
+
+from peft import PeftConfig
+from torch import nn
+
+from pica.errors import AdapterFileError, ConfigError
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# Only these libraries are imported because an adapter's file names them.
+_LIBRARIES = ("transformers", "diffusers")
+
+
+def load_base_model(name: str | None, config: PeftConfig, *, revision: str | None = None) -> nn.Module:
+    """The base model of an adapter, in its files' precision, in evaluation mode, on the CPU.
+
+    Args:
+        name: Folder or hub name; by default the one that `config` records.
+        config: The adapter's configuration: its task type or class name says which model class to load.
+        revision: Branch, tag or commit; by default the one that `config` records.
+    Raises:
+        ConfigError: no name is known, or the model cannot be loaded.
+    """
+    name = name or config.base_model_name_or_path
+    if not name:
+        raise ConfigError("The adapter records no base model; give its name or folder as base_model (--base).")
+    location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    try:
+        model_class = _model_class(location, config)
+        model = model_class.from_pretrained(location, revision=revision or config.revision, torch_dtype="auto")  # pyright: ignore[reportAttributeAccessIssue]
+    except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"The base model {name!r} cannot be loaded ({str(error).splitlines()[0]}); give its folder or hub name as "
+            "base_model (--base)."
+        ) from error
+    return model.eval()
+
+
+def _model_class(location: str, config: PeftConfig) -> type:
+    import transformers
+
+    task = str(getattr(config.task_type, "value", config.task_type) or "")
+    if task in _AUTO_CLASSES:
+        return getattr(transformers, _AUTO_CLASSES[task])
+    recorded = config.auto_mapping or {}
+    library, class_name = str(recorded.get("parent_library", "")), str(recorded.get("base_model_class", ""))
+    if class_name and library.partition(".")[0] in _LIBRARIES:
+        return getattr(importlib.import_module(library), class_name)
+    architectures = transformers.AutoConfig.from_pretrained(location).architectures
+    if not architectures:
+        raise ValueError("its config.json names no architecture")
+    return getattr(transformers, architectures[0])
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """The configuration of a saved PiCa adapter.
+
+    Raises:
+        AdapterFileError: the folder holds none, or one of another method.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():  # PEFT would look for it on the hub
+            there = f"holds no {name}" if folder.is_dir() else "does not exist"
+            raise AdapterFileError(f"Adapter folder {str(folder)!r} {there}.")
+    try:
+        method = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        config = PeftConfig.from_pretrained(str(folder)) if method == "PICA" else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise AdapterFileError(f"{folder / 'adapter_config.json'} cannot be read: {error}.") from error
+    if config is None:
+        raise AdapterFileError(f"{str(folder)!r} holds an adapter of type {method!r}, not a PiCa adapter.")
+    return config
+
+
+def share_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with `model`.
+
+    What is done to the copy's modules (wrapping, unwrapping, evaluation mode) leaves `model` alone, at no memory.
+    """
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)

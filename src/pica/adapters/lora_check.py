@@ -1,0 +1,210 @@
+"""Does a written LoRA folder do what the PiCa adapter does? Asked of plain PEFT, on the same base model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from pica.adapters.base_model import share_tensors
+from pica.adapters.factors import SharedSpectrum
+from pica.basis import full_precision
+from pica.errors import ExportError
+from pica.tuner.bank import BANK_NAME
+from pica.tuner.layer import PicaLinear
+
+_PROBES = 8  # random vectors that stand for all inputs of a layer
+_SAMPLES, _TOKENS = 2, 16
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What the check measured on a random batch.
+
+    Attributes:
+        logits: Largest |difference| between the outputs of the PiCa model and of the reloaded LoRA.
+        effect: Largest |difference| between the outputs of the PiCa model and of the base model, to compare with.
+        scale: Largest |output| of the PiCa model.
+        layers: Largest relative error of a layer's update.
+    """
+
+    logits: float
+    effect: float
+    scale: float
+    layers: float
+
+
+def check_folder(
+    root: nn.Module,
+    adapter: str,
+    folder: Path,
+    spectra: Mapping[str, SharedSpectrum],
+    filled: set[str],
+    rank: int,
+    dtype: torch.dtype,
+    inputs: Mapping[str, Tensor] | None,
+) -> CheckResult:
+    """Load `folder` with plain PEFT on the base of `root`, compare each layer's update and the model's output.
+
+    `root` (a base model with PiCa layers) is not touched: everything happens on copies that share its tensors.
+
+    Args:
+        spectra: {path: shared matrix} of the exported layers.
+        filled: Paths that got a zero adapter.
+        rank: Rank of the export; layers with more directions are truncated, and may miss what they are known to miss.
+        dtype: Precision of the file; PEFT may load it in a finer one.
+        inputs: Keyword arguments of the model's forward pass; by default random ones that fit its configuration.
+    Raises:
+        ExportError: the reloaded adapter has other layers, another update or another output than it should.
+    """
+    device = next(root.parameters()).device
+    batch = dict(inputs) if inputs is not None else example_inputs(root, device)
+    flags = [(p, p.requires_grad) for p in root.parameters()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PEFT, about what is checked here
+            adapted = share_tensors(root).eval()
+            layers = {p: m for p, m in adapted.named_modules() if isinstance(m, PicaLinear)}
+            _activate(adapted, adapter)
+            expected = output_of(adapted, batch)
+            plain = plain_copy(adapted)
+            base = output_of(plain, batch)
+            reloaded = PeftModel.from_pretrained(plain, str(folder)).eval()
+            worst = _compare_layers(reloaded, layers, adapter, spectra, filled, rank, torch.finfo(dtype).eps)
+            found = output_of(reloaded, batch)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    result = CheckResult(_gap(found, expected), _gap(expected, base), float(expected.abs().max()), worst)
+    exact = all(s.rank <= rank for s in spectra.values())
+    rounding = 256 * max(torch.finfo(dtype).eps, torch.finfo(expected.dtype).eps) * result.scale
+    # The layers were compared above; this catches what lies outside them, such as modules_to_save that did not load.
+    if not torch.isfinite(found).all() or (exact and result.logits > max(rounding, 0.5 * result.effect)):
+        raise ExportError(
+            f"The exported LoRA does not give the PiCa model's output: they differ by {result.logits:.3g} where the adapter "
+            f"itself changes the output by {result.effect:.3g}. Nothing was written; please report this."
+        )
+    return result
+
+
+def _compare_layers(
+    reloaded: PeftModel,
+    layers: Mapping[str, PicaLinear],
+    adapter: str,
+    spectra: Mapping[str, SharedSpectrum],
+    filled: set[str],
+    rank: int,
+    eps: float,
+) -> float:
+    """Largest relative error of a layer's update on random inputs; raises where one is larger than it may be."""
+    lora = {p: m for p, m in reloaded.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    if set(lora) != {*spectra, *filled}:
+        odd = sorted(set(lora) ^ {*spectra, *filled})
+        raise ExportError(
+            f"The exported folder does not reload as it should: PEFT adapts {len(lora)} layers of the expected "
+            f"{len(spectra) + len(filled)}, the first that differs is {odd[0]}. Nothing was written; please report this."
+        )
+    worst = 0.0
+    for path, module in lora.items():
+        a = cast(Tensor, module.lora_A["default"].weight)  # (r, in)
+        b = cast(Tensor, module.lora_B["default"].weight)  # (out, r)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(a.shape[1], _PROBES, generator=generator).to(device=a.device, dtype=dtype)
+        with full_precision(a.device):
+            found = module.scaling["default"] * (b.to(dtype) @ (a.to(dtype) @ probes))  # (out, probes)
+            wanted, allowed = torch.zeros_like(found), 0.0
+            if path in spectra:
+                layer, spectrum = layers[path], spectra[path]
+                rows = layer.directions(layer.pica_projection[adapter], layer.frozen_weight())[: spectrum.rank]
+                matrix = layer.matrix(adapter).detach()[:, : spectrum.rank].to(rows)
+                wanted = (matrix @ (rows @ probes.to(rows))).to(found)
+                # a few random inputs see the known error only within a factor
+                allowed = 3 * spectrum.row(rank).relative + 16 * eps
+        norm = float(wanted.norm())
+        relative = float((found - wanted).norm()) / norm if norm else float(found.abs().max())
+        if not relative <= allowed:
+            raise ExportError(
+                f"{path}: the exported update differs from the PiCa update by {relative:.2g} of its size, where "
+                f"{allowed:.2g} is allowed. Nothing was written; please report this."
+            )
+        worst = max(worst, relative)
+    return worst
+
+
+def _activate(model: nn.Module, adapter: str) -> None:
+    """Make `adapter` the one that every layer of `model` applies."""
+    for module in model.modules():
+        if isinstance(module, PicaLinear):
+            module.enable_adapters(True)
+            module.set_adapter([adapter])
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            has_it = adapter in module._adapters
+            module.enable_adapters(has_it)
+            if has_it:
+                module.set_adapter(adapter)
+
+
+def plain_copy(root: nn.Module) -> nn.Module:
+    """The base model of `root` without any trace of adapters, sharing its tensors."""
+    plain = share_tensors(root)
+    wrapped = [(n, m) for n, m in plain.named_modules() if isinstance(m, (PicaLinear, AuxiliaryTrainingWrapper))]
+    for path, module in wrapped:
+        parent_path, _, name = path.rpartition(".")
+        inner = module.base_layer if isinstance(module, PicaLinear) else module.original_module
+        setattr(plain.get_submodule(parent_path), name, inner)
+    plain._modules.pop(BANK_NAME, None)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if attribute in vars(plain):
+            delattr(plain, attribute)
+    return plain
+
+
+def example_inputs(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Random inputs, the same each time, for a transformers model that reads tokens or images.
+
+    Raises:
+        ExportError: the model's configuration does not say what it reads.
+    """
+    config: Any = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", None)
+    generator = torch.Generator().manual_seed(0)
+    if name == "input_ids" and config is not None:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        tokens = torch.randint(0, text.vocab_size, (_SAMPLES, _TOKENS), generator=generator)
+        mask = torch.ones_like(tokens)
+        batch = {"input_ids": tokens, "attention_mask": mask}
+        if getattr(config, "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = tokens.flip(1)
+        return {k: v.to(device) for k, v in batch.items()}
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and isinstance(size, (int, list, tuple)):
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.randn(_SAMPLES, getattr(config, "num_channels", 3), height, width, generator=generator)
+        return {"pixel_values": pixels.to(device=device, dtype=next(model.parameters()).dtype)}
+    raise ExportError(
+        f"No example input is known for {type(model).__name__}, so the export cannot be checked; pass check_inputs "
+        "(keyword arguments of its forward pass), or check=False (--no-check)."
+    )
+
+
+def output_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's logits, or the first tensor that it returns, in at least float32."""
+    result: Any = model(**batch)
+    logits = getattr(result, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    values = [result] if isinstance(result, Tensor) else list(result.values() if hasattr(result, "values") else result)
+    return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
