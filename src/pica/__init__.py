@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 from pica._version import __version__
 
 if TYPE_CHECKING:
+    from pica.adapters.lora_export import export_lora
+    from pica.adapters.reference import import_reference
     from pica.tuner.config import PicaConfig
     from pica.tuner.coverage import coverage
     from pica.tuner.model import PicaModel
 
-__all__ = ["PicaConfig", "PicaModel", "__version__", "coverage", "register"]
+__all__ = ["PicaConfig", "PicaModel", "__version__", "coverage", "export_lora", "import_reference", "register"]
 
 _HOMES = {
     "PicaConfig": "pica.tuner.config",
     "PicaModel": "pica.tuner.model",
     "coverage": "pica.tuner.coverage",
+    "export_lora": "pica.adapters.lora_export",
+    "import_reference": "pica.adapters.reference",
 }
 
 
