@@ -202,11 +202,11 @@ class PicaModel(BaseTuner):
         known = {n for m in self.modules() if isinstance(m, PicaLinear) for n in m.r}
         if unknown := {n for n in adapter_names if n != "__base__"} - known:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        beams = kwargs.get("num_beams")
-        repeats = beams if isinstance(beams, int) and beams > 1 else 1
+        repeats = _rows_per_input(kwargs)
         per_row = [n for n in adapter_names for _ in range(repeats)]
-        get_encoder = getattr(self.model, "get_encoder", None)
-        encoder = get_encoder() if callable(get_encoder) and repeats > 1 else None
+        encoder = None
+        if repeats > 1 and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            encoder = self.model.get_encoder()  # decoder-only models answer this too, with all their layers
         in_encoder = {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
         handles = []
         try:
@@ -232,6 +232,13 @@ def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, n
         if adapter_name in bank:
             for group, matrix in bank.matrices(adapter_name).items():
                 yield bank_name, group, matrix
+
+
+def _rows_per_input(kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` with these arguments makes of each input: beams, or sequences to return."""
+    settings = kwargs.get("generation_config")
+    counts = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max((n for n in counts if isinstance(n, int)), default=1)
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, *, adapter_names: list[str]) -> tuple[Any, dict]:
