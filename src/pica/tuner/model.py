@@ -39,6 +39,11 @@ class PicaModel(BaseTuner):
 
     # ---- adding an adapter -------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # An expression may be wide enough to match the bank that an earlier adapter left; that is nobody's wish.
+        return BANK_NAME not in key.split(".") and BaseTuner._check_target_module_exists(peft_config, key)
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         defaults = peft_config.target_modules is None and DEFAULT_TARGETS.get(str(model_config.get("model_type")))  # pyright: ignore[reportAttributeAccessIssue]
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
