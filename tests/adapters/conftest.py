@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import pica
+from pica.tuner.bank import get_bank
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -20,7 +21,9 @@ def adapted(base: nn.Module, *, seed: int = 0, scale: float = 0.05, **options: A
     model = get_peft_model(base, pica.PicaConfig(**{"r": 12, "target_modules": TARGETS, **options}))  # pyright: ignore[reportArgumentType]
     assert isinstance(model, PeftModel)
     generator = torch.Generator().manual_seed(seed)
-    for matrix in model.get_base_model().pica_M["default"].values():  # pyright: ignore[reportIndexIssue, reportCallIssue, reportAttributeAccessIssue]
+    bank = get_bank(model.get_base_model())
+    assert bank is not None
+    for matrix in bank.matrices("default").values():
         out, rank = matrix.shape
         left, right = torch.randn(out, rank, generator=generator), torch.randn(rank, rank, generator=generator)
         fall = torch.linspace(1.0, 0.1, rank).square()
