@@ -46,9 +46,12 @@ def _unwrapped(root: nn.Module) -> nn.Module:
 
 
 def get_bank(root: nn.Module) -> PicaBank | None:
-    """The bank of a base model, or None where no PiCa adapter was ever added."""
+    """The bank of a base model, or None where no PiCa adapter was ever added.
+
+    A PeftModel put into another tuner has it deeper inside: its layers refer to that one already.
+    """
     bank = _unwrapped(root)._modules.get(BANK_NAME)
-    return bank if isinstance(bank, PicaBank) else None
+    return bank if isinstance(bank, PicaBank) else next((inner for _, inner in find_banks(root)), None)
 
 
 def ensure_bank(root: nn.Module) -> PicaBank:
@@ -63,7 +66,9 @@ def ensure_bank(root: nn.Module) -> PicaBank:
 
 def drop_bank(root: nn.Module) -> None:
     """Remove the bank of a base model, if there is one."""
-    _unwrapped(root)._modules.pop(BANK_NAME, None)
+    for module in list(root.modules()):
+        if isinstance(module._modules.get(BANK_NAME), PicaBank):
+            del module._modules[BANK_NAME]
 
 
 def find_banks(model: nn.Module) -> list[tuple[str, PicaBank]]:
