@@ -27,6 +27,10 @@ class PicaBank(nn.ModuleDict):
     def matrices(self, adapter_name: str) -> nn.ParameterDict:
         return cast(nn.ParameterDict, self[adapter_name])
 
+    def forward(self, x: Any) -> Any:
+        """The identity: a base model that runs its children in turn (`nn.Sequential`) runs its bank too."""
+        return x
+
     def add_matrix(self, adapter_name: str, group: str, matrix: torch.Tensor) -> None:
         """Register M for a group of an adapter unless it is there already (a reload keeps the parameter object)."""
         if adapter_name not in self:
