@@ -8,7 +8,7 @@ that is not registered, and look their matrix up by name each time (casts and lo
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
