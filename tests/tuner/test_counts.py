@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -114,7 +115,7 @@ def test_the_baselines_beside_them_are_the_papers(config, rank, dora, expected):
     model = get_peft_model(base, LoraConfig(r=rank, target_modules=QKVUD), low_cpu_mem_usage=True)
     count = trainable(model)
     if dora:  # one magnitude a row of each weight; PEFT cannot make DoRA on the meta device (it needs weight norms)
-        count += sum(m.out_features for m in base.modules() if hasattr(m, "lora_A"))
+        count += sum(m.out_features for m in base.modules() if isinstance(m, LoraLayer))
     assert count == expected
 
 

@@ -8,10 +8,13 @@ that is not registered, and look their matrix up by name each time (casts and lo
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from pica.tuner.layer import PicaLinear
 
 BANK_NAME = "pica_M"
 
@@ -21,11 +24,43 @@ HIDDEN_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module
 WRAPPERS = HIDDEN_WRAPPERS | {"_orig_mod"}
 
 
-class PicaBank(nn.ModuleDict):
-    """{adapter name: ParameterDict{group key: M (out, rank)}}."""
+class AdapterSlot(nn.ParameterDict):
+    """One adapter's matrices {group key: M (out, rank)}, with the fingerprint of the bases that give them meaning.
 
-    def matrices(self, adapter_name: str) -> nn.ParameterDict:
-        return cast(nn.ParameterDict, self[adapter_name])
+    Attributes:
+        fingerprint: uint8 buffer, stored with the matrices; None until the adapter's bases exist.
+        layers: The adapter's layers by path. A plain dict: they are not children of the bank.
+        unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
+    """
+
+    fingerprint: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fingerprint", None)
+        self.layers: dict[str, PicaLinear] = {}
+        self.unverified = False
+
+    def set_fingerprint(self, fingerprint: torch.Tensor) -> None:
+        self.fingerprint = fingerprint.clone()
+
+
+class PicaBank(nn.ModuleDict):
+    """{adapter name: AdapterSlot}.
+
+    Attributes:
+        unverified: Whether some slot may be; layers look at it in each forward pass, so it is one flag for all of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unverified = False
+
+    def matrices(self, adapter_name: str) -> AdapterSlot:
+        return cast(AdapterSlot, self[adapter_name])
+
+    def refresh_unverified(self) -> None:
+        self.unverified = any(cast(AdapterSlot, slot).unverified for slot in self.values())
 
     def forward(self, x: Any) -> Any:
         """The identity: a base model that runs its children in turn (`nn.Sequential`) runs its bank too."""
@@ -34,7 +69,7 @@ class PicaBank(nn.ModuleDict):
     def add_matrix(self, adapter_name: str, group: str, matrix: torch.Tensor) -> None:
         """Register M for a group of an adapter unless it is there already (a reload keeps the parameter object)."""
         if adapter_name not in self:
-            self[adapter_name] = nn.ParameterDict()
+            self[adapter_name] = AdapterSlot()
         if group not in self.matrices(adapter_name):
             self.matrices(adapter_name)[group] = nn.Parameter(matrix)
 

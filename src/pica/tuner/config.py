@@ -9,6 +9,7 @@ from peft import PeftConfig
 
 import pica._version
 from pica.basis import PROJECTIONS
+from pica.basis.fingerprint import FORMAT_VERSION
 from pica.errors import ConfigError
 from pica.tuner.registration import ensure_peft_type
 from pica.tuner.roles import check_share
@@ -95,6 +96,10 @@ class PicaConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train and store beside the adapter, as in PEFT's LoRA."}
     )
+    basis_format: int | None = field(
+        default=None,
+        metadata={"help": "Format of the basis fingerprint in the adapter file; filled in when an adapter is saved."},
+    )
     pica_version: str | None = field(
         default=None, metadata={"help": "Version of pica that wrote the adapter; filled in by itself."}
     )
@@ -112,7 +117,7 @@ class PicaConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         """The fields as plain values; sets become sorted lists, so that the same adapter gives the same file."""
-        plain = super().to_dict()
+        plain = {**super().to_dict(), "basis_format": FORMAT_VERSION}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 
     def _problems(self) -> list[str]:

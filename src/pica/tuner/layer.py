@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pica.basis import Basis, BasisRequest, Side, full_precision, solve_basis
 from pica.errors import BasisError
-from pica.tuner.bank import PicaBank
+from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.update import add_product, coordinates, delta_weight
 
 # A bias this many times larger than the layer's response to a unit input drowns that response when the output is
@@ -40,8 +40,8 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         self.pica_group: dict[str, str] = {}
         self.r: dict[str, int] = {}
         self.pica_projection: dict[str, str] = {}
-        self._requests: dict[str, BasisRequest] = {}  # what each projection was asked for, to solve it later
-        self._sides: dict[str, str] = {}
+        self.requests: dict[str, BasisRequest] = {}  # what each projection was asked for, to solve it later
+        self._made: dict[str, tuple[Side, str]] = {}  # (side, solver) of each projection's projector
         self._unmerged_weight: Tensor | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -68,10 +68,15 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         self.pica_group[name] = group
         self.r[name] = request.rank
         self.pica_projection[name] = projection
-        known = self._requests.get(projection)
+        known = self.requests.get(projection)
         if known is None or known.rank < request.rank:
-            self._requests[projection] = request
+            self.requests[projection] = request
+        self.pica_M.matrices(name).layers[self.pica_name] = self
         if basis is not None:
+            known_rows = self.projector(projection)
+            if known_rows is not None and not known_rows.is_meta and known_rows.shape[0] < basis.rank:
+                # Adapters that were trained with the first rows keep exactly those, whatever orientation they have.
+                basis.projector[: known_rows.shape[0]] = known_rows.to(basis.projector)
             self.install_basis(projection, basis)
 
     def install_basis(self, projection: str, basis: Basis) -> None:
@@ -79,16 +84,43 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         device, dtype = self.compute_device_and_dtype()
         # The projector is derived from the base weight, so no state dict holds it; `save_basis` stores it on request.
         self.register_buffer(buffer_name(projection), basis.projector.to(device=device, dtype=dtype), persistent=False)
-        self._sides[projection] = basis.side
+        self._made[projection] = (basis.side, basis.solver)
+
+    def use_own_basis(self, name: str, basis: Basis) -> None:
+        """Give adapter `name` this basis; others that used the same one before keep theirs."""
+        projection = self.pica_projection[name]
+        if any(p == projection for other, p in self.pica_projection.items() if other != name):
+            fresh = next(f"{projection}_{i}" for i in range(2, 10_000) if f"{projection}_{i}" not in self.requests)
+            self.requests[fresh] = self.requests[projection]
+            self.pica_projection[name] = projection = fresh
+        self.install_basis(projection, basis)
+
+    def turn_basis(self, name: str, rotation: Tensor) -> None:
+        """Replace the first rows P of adapter `name`'s basis by R P; `rotation` R is (k, k), orthogonal."""
+        projection = self.pica_projection[name]
+        projector = self.require_projector(projection)
+        wide = projector.to(torch.promote_types(projector.dtype, torch.float32)).clone()
+        count = rotation.shape[0]
+        with full_precision(wide.device):
+            wide[:count] = rotation.to(wide) @ wide[:count]
+        side, solver = self._made[projection]
+        self.use_own_basis(name, Basis(wide, side, wide.new_zeros(0), "principal", solver))
+
+    def side(self, projection: str) -> Side:
+        """Which side the projector reads: the input x ("in") or the bias-free output ("out")."""
+        return self._made[projection][0]
+
+    def solver(self, projection: str) -> str:
+        return self._made[projection][1]
 
     def projector(self, projection: str) -> Tensor | None:
         return getattr(self, buffer_name(projection), None)
 
-    def _require_projector(self, projection: str) -> Tensor:
+    def require_projector(self, projection: str) -> Tensor:
         """The projector, solved now if the weights were on the meta device when the adapter was added."""
         projector = self.projector(projection)
         if projector is None or projector.is_meta:
-            request = self._requests[projection]
+            request = self.requests[projection]
             weight = self.frozen_weight()
             self.install_basis(
                 projection,
@@ -154,15 +186,17 @@ class PicaLinear(nn.Module, BaseTunerLayer):
 
     def directions(self, projection: str, weight: Tensor) -> Tensor:
         """P as the forward pass uses it, (r, in), float32 or float64."""
-        projector = self._require_projector(projection)
+        projector = self.require_projector(projection)
         dtype = torch.promote_types(projector.dtype, torch.float32)
-        if self._sides[projection] == "in":
+        if self.side(projection) == "in":
             return projector.to(dtype)
         with full_precision(weight.device):
             return projector.to(dtype) @ weight.to(dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base layer's weight, in that weight's layout, float32 or float64."""
+        if self._bank[0].unverified:
+            verify_loaded(self._bank[0])
         weight = self.frozen_weight()
         rows = self.directions(self.pica_projection[adapter], weight)
         rank = min(self.r[adapter], rows.shape[0])
@@ -226,6 +260,8 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         `adapter_names` (one a sample, "__base__" for none) is put in by the model's forward hook.
         """
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        if self._bank[0].unverified:
+            verify_loaded(self._bank[0])
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -263,10 +299,10 @@ class PicaLinear(nn.Module, BaseTunerLayer):
             ranks[projection] = max(ranks.get(projection, 0), self.r[name])
         coords = {}
         for projection, rank in ranks.items():
-            projector = self._require_projector(projection)
+            projector = self.require_projector(projection)
             if rank < projector.shape[0]:
                 projector = projector[:rank]
-            if self._sides[projection] == "in":
+            if self.side(projection) == "in":
                 if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
                     x = x.to(y.dtype)  # base layers that cast their input themselves
                 coords[projection] = coordinates(x, projector)
@@ -328,6 +364,25 @@ class PicaLinear(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"pica={ {name: self.r[name] for name in sorted(self.r)} }"
+
+
+@torch.compiler.disable
+def verify_loaded(bank: PicaBank) -> None:
+    """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.
+
+    Raises:
+        BasisMismatchError, AdapterFileError: as `pica.tuner.meaning.establish_meaning`.
+    """
+    from pica.tuner.meaning import establish_meaning, take_fingerprint
+
+    for name, module in bank.items():
+        slot = cast(AdapterSlot, module)
+        if slot.unverified and slot.fingerprint is not None:
+            establish_meaning(slot, name, slot.fingerprint, None)
+        elif slot.unverified and (own := take_fingerprint(slot, name)) is not None:
+            slot.set_fingerprint(own)  # a new adapter made from a saved adapter's configuration
+            slot.unverified = False
+    bank.refresh_unverified()
 
 
 def features_of(layer: nn.Module) -> tuple[int, int]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from pica.basis import Basis, BasisRequest, Side, max_rank, solve_many
-from pica.errors import AdapterFileError, TargetError
-from pica.tuner.bank import BANK_NAME, PicaBank, drop_bank, ensure_bank, find_banks, get_bank, plain_name
+from pica.errors import PicaError, TargetError
+from pica.tuner.bank import BANK_NAME, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.config import PicaConfig
-from pica.tuner.layer import PicaLinear, features_of, projection_key
-from pica.tuner.roles import Group, Member, plan_groups
-from pica.tuner.targets import DEFAULT_TARGETS, check_targets, is_supported
+from pica.tuner.layer import PicaLinear
+from pica.tuner.meaning import take_fingerprint
+from pica.tuner.plan import Plan
+from pica.tuner.roles import Group
+from pica.tuner.state import remap_state, select_state, withdraw
+from pica.tuner.targets import DEFAULT_TARGETS, check_targets
 
 
 class PicaModel(BaseTuner):
@@ -35,7 +34,7 @@ class PicaModel(BaseTuner):
     prefix: str = "pica_"
     tuner_layer_cls = PicaLinear
     target_module_mapping = DEFAULT_TARGETS
-    _plan: _Plan | None = None  # of the adapter that is being added
+    _plan: Plan | None = None  # of the adapter that is being added
 
     # ---- adding an adapter -------------------------------------------------------------------------------------
 
@@ -71,6 +70,16 @@ class PicaModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         finally:
             self._plan = None
+        bank = get_bank(self.model)
+        if bank is not None and adapter_name in bank:
+            slot = bank.matrices(adapter_name)
+            config = self.peft_config[adapter_name]
+            loaded = isinstance(config, PicaConfig) and config.basis_format is not None
+            brings_basis = loaded and getattr(config, "save_basis", False)
+            if not brings_basis and (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
+                slot.set_fingerprint(fingerprint)
+            slot.unverified = loaded
+            bank.refresh_unverified()  # until its weights arrive, with the fingerprint that they were trained with
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.
@@ -95,7 +104,7 @@ class PicaModel(BaseTuner):
                 f"{current_key}.{parameter_name}: PiCa adapts whole layers; target_parameters is not supported."
             )
         current_key = plain_name(current_key)
-        plan = self._plan = self._plan or _Plan(self, peft_config)
+        plan = self._plan = self._plan or Plan(self, peft_config)
         bank = ensure_bank(self.model)
         group, request = plan.groups[current_key], plan.requests[current_key]
         layer = target if isinstance(target, PicaLinear) else PicaLinear(target, bank, current_key)
@@ -142,8 +151,7 @@ class PicaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        prefixes = tuple(f"{name}.{adapter_name}." for name, _ in find_banks(model))
-        selected = {plain_name(k): v for k, v in state_dict.items() if k.startswith(prefixes)} if prefixes else {}
+        selected = select_state(model, config, adapter_name, state_dict)
         selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return selected
 
@@ -158,40 +166,18 @@ class PicaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Put the adapter's name back into the keys.
+        """Put the adapter's name back into the keys, and its bases into the orientation of the training.
 
         Raises:
-            AdapterFileError: a matrix is missing, not expected, or of another shape; names them.
+            AdapterFileError: a matrix is missing, not expected, not finite or of another shape; names them.
+            BasisMismatchError: the adapter was trained with another basis. An adapter that was just added for this is
+                taken out again.
         """
-        wanted = {
-            f"{plain_name(bank)}.{g}": (f"{bank}.{adapter_name}.{g}", m)
-            for bank, g, m in _matrices(model, adapter_name)
-        }
-        renamed: dict[str, Tensor] = {}
-        problems: list[str] = []
-        found: set[str] = set()
-        for key, value in state_dict.items():
-            short = plain_name(key)
-            if short not in wanted:  # adapters that were injected without a PeftModel lack its prefix
-                short = short.removeprefix("base_model.model.")
-            if short not in wanted:
-                if re.search(rf"(^|\.){BANK_NAME}\.", key):
-                    problems.append(f"{key} is not expected")
-                renamed[key] = value
-                continue
-            full, parameter = wanted[short]
-            if value.shape != parameter.shape:
-                problems.append(f"{key} has shape {tuple(value.shape)} where {tuple(parameter.shape)} is expected")
-            found.add(short)
-            renamed[full] = value
-        problems += [f"{key} is missing" for key in wanted if key not in found]
-        if problems:
-            shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-            raise AdapterFileError(
-                f"The adapter does not fit this model and configuration: {shown}. "
-                "Check that the base model and adapter_config.json are those of the training."
-            )
-        return renamed
+        try:
+            return remap_state(model, config, adapter_name, state_dict)
+        except PicaError:
+            withdraw(model, adapter_name)
+            raise
 
     # ---- mixed batches, distributed training -------------------------------------------------------------------
 
@@ -232,13 +218,6 @@ class PicaModel(BaseTuner):
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".pica_basis_" in n]
 
 
-def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, nn.Parameter]]:
-    for bank_name, bank in find_banks(model):
-        if adapter_name in bank:
-            for group, matrix in bank.matrices(adapter_name).items():
-                yield bank_name, group, matrix
-
-
 def _rows_per_input(kwargs: dict[str, Any]) -> int:
     """How many rows `generate` with these arguments makes of each input: beams, or sequences to return."""
     settings = kwargs.get("generation_config")
@@ -257,98 +236,3 @@ def _initial_matrix(group: Group, config: PicaConfig, layer: PicaLinear, device:
     if config.init_weights or device.type == "meta":
         return torch.zeros(group.out_features, group.rank, dtype=dtype, device=device)
     return torch.randn(group.out_features, group.rank, dtype=dtype).to(device) / group.rank**0.5
-
-
-class _Plan:
-    """What one adapter needs, worked out before the model is touched.
-
-    Attributes:
-        groups, requests: For the plain path of each target layer, its group and what it asks of its basis.
-        bases: Solved bases, by path: for layers that have none of that projection yet, or too small a one, and whose
-            weights are materialised.
-    """
-
-    def __init__(self, tuner: PicaModel, config: PicaConfig) -> None:
-        layers = {plain_name(path): module for path, module in _target_layers(tuner, config)}
-        members = []
-        limited: list[str] = []
-        for path, module in layers.items():
-            in_features, out_features = features_of(_base_of(module))
-            wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
-            rank = min(wanted, max_rank(out_features, in_features, config.projection))
-            if rank < wanted:
-                limited.append(f"{path} ({out_features} x {in_features}: {rank})")
-            members.append(Member(path, out_features, in_features, rank))
-        if limited:
-            more = f" and {len(limited) - 1} more" if len(limited) > 1 else ""
-            warnings.warn(
-                f"PiCa: the rank asked for is larger than what some layers allow; they use all the directions they have: "
-                f"{limited[0]}{more}.",
-                stacklevel=2,
-            )
-        self.groups: dict[str, Group] = {}
-        for group in plan_groups(members, config.share):
-            self.groups.update({m.path: group for m in group.members})
-        self.requests = {m.path: self._request(m, config) for m in members}
-        self.bases = self._solve(layers)
-
-    @staticmethod
-    def _request(member: Member, config: PicaConfig) -> BasisRequest:
-        return BasisRequest(member.path, member.rank, config.projection, "auto", config.projection_seed)
-
-    def _solve(self, layers: dict[str, nn.Module]) -> dict[str, Basis]:
-        # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
-        wrapped = {
-            path: module if isinstance(module, PicaLinear) else PicaLinear(module, PicaBank(), path)
-            for path, module in layers.items()
-        }
-        needed = [
-            request
-            for path, request in self.requests.items()
-            if not wrapped[path].is_deferred() and _lacks_basis(wrapped[path], request)
-        ]
-
-        def load(request: BasisRequest) -> tuple[Tensor, Side]:
-            weight = wrapped[request.name].frozen_weight()
-            return weight, wrapped[request.name].preferred_side(weight)
-
-        solved = dict(zip((r.name for r in needed), solve_many(needed, load)))
-        short = [n for n, b in solved.items() if b.rank < self.requests[n].rank]
-        if short:
-            more = f" and {len(short) - 1} more" if len(short) > 1 else ""
-            warnings.warn(
-                f"PiCa: {short[0]}{more}: the weight has fewer directions with a non-zero singular value than the rank "
-                f"asked for ({solved[short[0]].rank} of {self.requests[short[0]].rank}); the layer uses those it has.",
-                stacklevel=2,
-            )
-        return solved
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _lacks_basis(layer: PicaLinear, request: BasisRequest) -> bool:
-    known = layer._requests.get(projection_key(request))
-    return known is None or known.rank < request.rank or layer.projector(projection_key(request)) is None
-
-
-def _target_layers(tuner: PicaModel, config: PicaConfig) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies."""
-    matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
-    inside: tuple[str, ...] = ()
-    for path, module in tuner.model.named_modules():
-        if not path or (inside and path.startswith(inside)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{path}.")
-        if not matches(config, path):
-            continue
-        assert isinstance(module, nn.Module)  # for the type checker, which loses it above
-        if not (isinstance(module, PicaLinear) or is_supported(module)):
-            raise TargetError(
-                f"Target module {path} ({type(module).__name__}) is not supported: PiCa adapts linear layers "
-                "(torch.nn.Linear, transformers' Conv1D, quantised linear layers). Leave it out of target_modules, "
-                "or name it in exclude_modules."
-            )
-        yield path, module

@@ -1,0 +1,224 @@
+"""A saved adapter's meaning: its basis fingerprint is taken when it is added, stored beside M, and held against on load.
+
+The fingerprint of an adapter is a buffer of its slot in the bank. It is checked where PEFT loads weights, and for
+loaders that write into the model directly (transformers' own) before the first forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pica.basis import Basis
+from pica.basis.fingerprint import (
+    Alignment,
+    LayerPrint,
+    Mode,
+    align,
+    choose_mode,
+    decode,
+    encode,
+    path_hash,
+    take_print,
+)
+from pica.errors import AdapterFileError, BasisMismatchError
+from pica.tuner.bank import AdapterSlot
+
+logger = logging.getLogger(__name__)
+
+# Estimated |P_trained - P|_F / sqrt(r). Two correct solvers in float32 differ by 1e-5; the fingerprint's own rounding
+# shows below QUIET; weights rounded to bfloat16 give 0.01 to 0.03 on SmolLM2; another model's basis gives 1.4.
+QUIET = 1e-2
+TOLERANCE = 6e-2
+WORST_DIRECTION = 0.5
+GAIN_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """Result for one layer: how its basis lies to the trained one."""
+
+    path: str
+    alignment: Alignment
+    trained_dtype: str
+    dtype: str
+
+    @property
+    def acceptable(self) -> bool:
+        a = self.alignment
+        return (
+            not a.reason and a.deviation <= TOLERANCE and a.worst <= WORST_DIRECTION and a.gain_error <= GAIN_TOLERANCE
+        )
+
+
+def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
+    """The fingerprint of an adapter's bases as they are now, uint8; None while a layer's weights are on the meta device."""
+    layers = slot.layers
+    if not layers or any(layer.is_deferred() for layer in layers.values()):
+        return None
+    mode, probes = _mode(slot, adapter_name)
+    prints: dict[str, LayerPrint] = {}
+    for path, layer in layers.items():
+        projection = layer.pica_projection[adapter_name]
+        projector = layer.require_projector(projection)
+        prints[path] = take_print(
+            projector,
+            layer.frozen_weight(),
+            layer.side(projection),
+            rank=layer.r[adapter_name],
+            projection=layer.requests[projection].projection,
+            solver=layer.solver(projection),
+            mode=mode,
+            probes=probes,
+        )
+    return torch.frombuffer(bytearray(encode(prints, mode, probes)), dtype=torch.uint8)
+
+
+def _mode(slot: AdapterSlot, adapter_name: str) -> tuple[Mode, int]:
+    ranks = [layer.r[adapter_name] for layer in slot.layers.values()]
+    return choose_mode(ranks, sum(m.numel() for m in slot.values()))
+
+
+def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor) -> list[LayerCheck]:
+    """Hold each layer's basis against a stored fingerprint; changes nothing.
+
+    Raises:
+        AdapterFileError: the fingerprint is damaged or is of other layers.
+    """
+    if fingerprint.dtype != torch.uint8 or fingerprint.ndim != 1:
+        raise AdapterFileError(
+            f"The adapter's basis fingerprint should be a row of bytes, got {fingerprint.dtype} {tuple(fingerprint.shape)}."
+        )
+    prints, mode, _ = decode(fingerprint.cpu().numpy().tobytes())
+    if absent := [path for path in slot.layers if path_hash(path) not in prints]:
+        raise AdapterFileError(
+            f"The adapter was trained on other layers than it is loaded onto: its fingerprint lacks {_some(absent)}. "
+            "Check target_modules in adapter_config.json, and the base model."
+        )
+    if len(prints) != len(slot.layers):
+        raise AdapterFileError(
+            f"The adapter was trained on {len(prints)} layers and is loaded onto {len(slot.layers)}. "
+            "Check target_modules in adapter_config.json, and the base model."
+        )
+    checks = []
+    for path, layer in slot.layers.items():
+        trained = prints[path_hash(path)]
+        projection = layer.pica_projection[adapter_name]
+        weight = layer.frozen_weight()
+        projector = layer.require_projector(projection)
+        side = layer.side(projection)
+
+        def gains(projector: Tensor = projector, weight: Tensor = weight, side: str = side, count: int = trained.rank):
+            basis = Basis(projector[:count].float(), "in" if side == "in" else "out", projector[:0, 0], "", "")
+            return (basis.directions(weight) @ weight.float().T).norm(dim=1)
+
+        alignment = align(trained, mode, projector, weight, side, gains)
+        checks.append(LayerCheck(path, alignment, trained.dtype, str(weight.dtype).removeprefix("torch.")))
+    return checks
+
+
+def establish_meaning(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor, base_name: str | None) -> None:
+    """Make the layers' bases the ones that the adapter was trained with, or refuse.
+
+    Other signs and rotations among equal singular values are put right; a deviation such as rounding of the weights
+    gives is accepted with a warning.
+
+    Raises:
+        BasisMismatchError: a basis is another one; nothing has been changed then.
+        AdapterFileError: the fingerprint is damaged or is of other layers.
+    """
+    checks = check_fingerprint(slot, adapter_name, fingerprint)
+    if bad := [c for c in checks if not c.acceptable]:
+        raise BasisMismatchError(_mismatch_message(bad, len(checks), base_name))
+    turned = 0
+    for check in checks:
+        if check.alignment.rotation is not None:
+            slot.layers[check.path].turn_basis(adapter_name, check.alignment.rotation)
+            turned += 1
+    if turned:
+        logger.info("%s: put %d of %d bases into the orientation of the training", adapter_name, turned, len(checks))
+    worst = max(checks, key=lambda c: c.alignment.deviation, default=None)
+    if worst is not None and worst.alignment.deviation > QUIET:
+        differing = {(c.trained_dtype, c.dtype) for c in checks if c.trained_dtype != c.dtype}
+        why = "; ".join(f"trained on {a} weights, these are {b}" for a, b in sorted(differing)) or "rounded weights?"
+        warnings.warn(
+            f"PiCa: the base model's weights are not exactly those of the training ({why}). The basis deviates by up to "
+            f"{worst.alignment.deviation:.1%} (layer {worst.path}; accepted up to {TOLERANCE:.0%}).",
+            stacklevel=3,
+        )
+    slot.set_fingerprint(fingerprint)
+    slot.unverified = False
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None) -> str:
+    shown = []
+    for check in sorted(bad, key=lambda c: -c.alignment.deviation)[:3]:
+        a = check.alignment
+        shown.append(f"{check.path} ({a.reason or f'deviation {a.deviation:.0%}, gains off by {a.gain_error:.0%}'})")
+    deviations = [c.alignment.deviation for c in bad]
+    if any(c.alignment.reason for c in bad):
+        cause = "another base model"
+    elif len(bad) == total and min(deviations) > 0.8:
+        cause = "another base model or another revision of it"
+    elif len(bad) < total:
+        cause = "a base model of which some layers were changed: an adapter merged into it, or fine-tuned"
+    else:
+        cause = "a merged, fine-tuned or quantised copy of the base model"
+    original = f" ({base_name})" if base_name else ""
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"This adapter was trained with another basis than this base model has, so it would compute something else: "
+        f"{len(bad)} of {total} layers differ: {', '.join(shown)}{more}. Likely cause: {cause}. Ways out: load the base "
+        f"model that it was trained on{original}, unmerge what was merged into it, or save the adapter again from there "
+        "with save_basis=True, which stores the basis."
+    )
+
+
+BASIS_MARK = "basis:"  # in a file: pica_M.basis:<layer path>, the projector itself
+
+
+def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
+    """The projectors of an adapter's layers, by file name, for `save_basis`: in the compute dtype, cut to its rank."""
+    found = {}
+    for path, layer in slot.layers.items():
+        projector = layer.require_projector(layer.pica_projection[adapter_name])
+        found[f"{BASIS_MARK}{path}"] = projector[: layer.r[adapter_name]].detach().clone().contiguous()
+    return found
+
+
+def install_stored_bases(slot: AdapterSlot, adapter_name: str, stored: Mapping[str, Tensor]) -> None:
+    """Use projectors from an adapter file.
+
+    Raises:
+        AdapterFileError: one is missing, not expected, not finite or of a shape that its layer does not have.
+    """
+    problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in slot.layers]
+    for path, layer in slot.layers.items():
+        tensor = stored.get(path)
+        if tensor is None:
+            problems.append(f"{BASIS_MARK}{path} is missing")
+            continue
+        widths = {layer.in_features: "in", layer.out_features: "out"} if tensor.ndim == 2 else {}
+        if layer.in_features == layer.out_features:
+            widths = {layer.in_features: "in"}
+        rank = layer.r[adapter_name]
+        if tensor.ndim != 2 or tensor.shape[1] not in widths or tensor.shape[0] > rank:
+            problems.append(f"{BASIS_MARK}{path} has shape {tuple(tensor.shape)}, expected at most {rank} rows")
+        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            problems.append(f"{BASIS_MARK}{path} is not finite")
+    if problems:
+        raise AdapterFileError(f"The adapter's stored basis does not fit this model: {_some(problems)}.")
+    for path, layer in slot.layers.items():
+        side = "in" if stored[path].shape[1] == layer.in_features else "out"
+        projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
+        layer.use_own_basis(adapter_name, Basis(projector, side, projector.new_zeros(0), "principal", "file"))

@@ -1,0 +1,119 @@
+"""What one adapter needs, worked out and solved before the model is touched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from pica.basis import Basis, BasisRequest, Side, max_rank, solve_many
+from pica.errors import TargetError
+from pica.tuner.bank import PicaBank, plain_name
+from pica.tuner.config import PicaConfig
+from pica.tuner.layer import PicaLinear, features_of, projection_key
+from pica.tuner.roles import Group, Member, plan_groups
+from pica.tuner.targets import is_supported
+
+if TYPE_CHECKING:
+    from pica.tuner.model import PicaModel
+
+
+class Plan:
+    """What one adapter needs, worked out before the model is touched.
+
+    Attributes:
+        groups, requests: For the plain path of each target layer, its group and what it asks of its basis.
+        bases: Solved bases, by path: for layers that have none of that projection yet, or too small a one, and whose
+            weights are materialised.
+    """
+
+    def __init__(self, tuner: PicaModel, config: PicaConfig) -> None:
+        layers = {plain_name(path): module for path, module in _target_layers(tuner, config)}
+        members = []
+        limited: list[str] = []
+        for path, module in layers.items():
+            in_features, out_features = features_of(_base_of(module))
+            wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
+            rank = min(wanted, max_rank(out_features, in_features, config.projection))
+            if rank < wanted:
+                limited.append(f"{path} ({out_features} x {in_features}: {rank})")
+            members.append(Member(path, out_features, in_features, rank))
+        if limited:
+            more = f" and {len(limited) - 1} more" if len(limited) > 1 else ""
+            warnings.warn(
+                f"PiCa: the rank asked for is larger than what some layers allow; they use all the directions they have: "
+                f"{limited[0]}{more}.",
+                stacklevel=2,
+            )
+        self.groups: dict[str, Group] = {}
+        for group in plan_groups(members, config.share):
+            self.groups.update({m.path: group for m in group.members})
+        self.requests = {m.path: self._request(m, config) for m in members}
+        # A saved adapter that brings its basis needs none solved; should its file never be read, the layers solve later.
+        self.bases = self._solve(layers, stored=config.save_basis and config.basis_format is not None)
+
+    @staticmethod
+    def _request(member: Member, config: PicaConfig) -> BasisRequest:
+        return BasisRequest(member.path, member.rank, config.projection, "auto", config.projection_seed)
+
+    def _solve(self, layers: dict[str, nn.Module], stored: bool) -> dict[str, Basis]:
+        # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
+        wrapped = {
+            path: module if isinstance(module, PicaLinear) else PicaLinear(module, PicaBank(), path)
+            for path, module in layers.items()
+        }
+        needed = [
+            request
+            for path, request in self.requests.items()
+            if not stored and not wrapped[path].is_deferred() and _lacks_basis(wrapped[path], request)
+        ]
+
+        def load(request: BasisRequest) -> tuple[Tensor, Side]:
+            weight = wrapped[request.name].frozen_weight()
+            return weight, wrapped[request.name].preferred_side(weight)
+
+        solved = dict(zip((r.name for r in needed), solve_many(needed, load)))
+        short = [n for n, b in solved.items() if b.rank < self.requests[n].rank]
+        if short:
+            more = f" and {len(short) - 1} more" if len(short) > 1 else ""
+            warnings.warn(
+                f"PiCa: {short[0]}{more}: the weight has fewer directions with a non-zero singular value than the rank "
+                f"asked for ({solved[short[0]].rank} of {self.requests[short[0]].rank}); the layer uses those it has.",
+                stacklevel=2,
+            )
+        return solved
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _lacks_basis(layer: PicaLinear, request: BasisRequest) -> bool:
+    known = layer.requests.get(projection_key(request))
+    return known is None or known.rank < request.rank or layer.projector(projection_key(request)) is None
+
+
+def _target_layers(tuner: PicaModel, config: PicaConfig) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies."""
+    matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
+    inside: tuple[str, ...] = ()
+    for path, module in tuner.model.named_modules():
+        if not path or (inside and path.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{path}.")
+        if not matches(config, path):
+            continue
+        assert isinstance(module, nn.Module)  # for the type checker, which loses it above
+        if not (isinstance(module, PicaLinear) or is_supported(module)):
+            raise TargetError(
+                f"Target module {path} ({type(module).__name__}) is not supported: PiCa adapts linear layers "
+                "(torch.nn.Linear, transformers' Conv1D, quantised linear layers). Leave it out of target_modules, "
+                "or name it in exclude_modules."
+            )
+        yield path, module

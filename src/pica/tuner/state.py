@@ -1,0 +1,105 @@
+"""An adapter's entries in a state dict: which they are, what they are called in a file, and whether a file fits."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from pica.errors import AdapterFileError
+from pica.tuner.bank import BANK_NAME, AdapterSlot, PicaBank, find_banks, plain_name
+from pica.tuner.meaning import BASIS_MARK, establish_meaning, install_stored_bases, stored_bases, take_fingerprint
+
+FINGERPRINT = "fingerprint"
+
+
+def _slots(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, AdapterSlot]]:
+    return [(name, bank, bank.matrices(adapter_name)) for name, bank in find_banks(model) if adapter_name in bank]
+
+
+def select_state(
+    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Entries of `state_dict` that are the adapter's, its fingerprint, and with `save_basis` its projectors."""
+    selected: dict[str, Tensor] = {}
+    for bank_name, _, slot in _slots(model, adapter_name):
+        prefix = f"{bank_name}.{adapter_name}."
+        selected.update({plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)})
+        plain = plain_name(prefix.rstrip(".")) + "."
+        if slot.fingerprint is None and (taken := take_fingerprint(slot, adapter_name)) is not None:
+            slot.set_fingerprint(taken)  # the weights were on the meta device when the adapter was added
+        if slot.fingerprint is not None:
+            selected[f"{plain}{FINGERPRINT}"] = slot.fingerprint
+        if getattr(config, "save_basis", False) and slot.fingerprint is not None:
+            selected.update({f"{plain}{k}": v for k, v in stored_bases(slot, adapter_name).items()})
+    return selected
+
+
+def remap_state(
+    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """File entries renamed to the model's names, after the file was held against the model and its bases.
+
+    Raises:
+        AdapterFileError, BasisMismatchError: see `PicaModel`.
+    """
+    renamed = dict(state_dict)
+    for bank_name, bank, slot in _slots(model, adapter_name):
+        short_bank = plain_name(bank_name).removeprefix("base_model.model.")
+        own = re.compile(rf"(base_model\.model\.)?{re.escape(short_bank)}\.(?P<entry>.+)")
+        entries: dict[str, Tensor] = {}
+        for key in state_dict:
+            if match := own.fullmatch(plain_name(key)):
+                entries[match["entry"]] = renamed.pop(key)
+        bases = {k.removeprefix(BASIS_MARK): entries.pop(k) for k in list(entries) if k.startswith(BASIS_MARK)}
+        fingerprint = entries.pop(FINGERPRINT, None)
+        _check_matrices(slot, entries, short_bank)
+        if fingerprint is None:
+            raise AdapterFileError(
+                "The adapter file holds no basis fingerprint, so nobody can tell which basis it was trained with. It is "
+                "incomplete, or another program wrote it."
+            )
+        if bases:
+            install_stored_bases(slot, adapter_name, bases)
+        establish_meaning(slot, adapter_name, fingerprint, getattr(config, "base_model_name_or_path", None))
+        bank.refresh_unverified()
+        prefix = f"{bank_name}.{adapter_name}."
+        renamed.update({f"{prefix}{k}": v for k, v in entries.items()})
+        renamed[f"{prefix}{FINGERPRINT}"] = fingerprint
+    if stray := [k for k in renamed if re.search(rf"(^|\.){BANK_NAME}\.", k) and f".{adapter_name}." not in k]:
+        raise AdapterFileError(f"The adapter file holds entries for a part that this model does not have: {stray[0]}.")
+    return renamed
+
+
+def _check_matrices(slot: AdapterSlot, entries: dict[str, Tensor], bank: str) -> None:
+    problems = [f"{bank}.{k} is not expected" for k in entries if k not in slot]
+    for group, matrix in slot.items():
+        value = entries.get(group)
+        if value is None:
+            problems.append(f"{bank}.{group} is missing")
+        elif value.shape != matrix.shape:
+            problems.append(f"{bank}.{group} has shape {tuple(value.shape)} where {tuple(matrix.shape)} is expected")
+        elif not value.is_floating_point():
+            problems.append(f"{bank}.{group} has dtype {value.dtype}, not a float one")
+        elif not value.is_meta and not torch.isfinite(value).all():
+            problems.append(f"{bank}.{group} holds NaN or infinity")
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise AdapterFileError(
+            f"The adapter does not fit this model and configuration: {shown}. "
+            "Check that the base model and adapter_config.json are those of the training."
+        )
+
+
+def withdraw(model: Any, adapter_name: str) -> None:
+    """Take an adapter out again whose weights could not be loaded, if it was added for that; leave others alone."""
+    slots = _slots(model, adapter_name)
+    if not any(slot.unverified for _, _, slot in slots) or not hasattr(model, "peft_config"):
+        return
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    elif hasattr(model, "base_model") and hasattr(model.base_model, "unload"):
+        model.base_model.unload()

@@ -1,0 +1,326 @@
+"""A loaded adapter computes what was trained, or loading refuses: solvers with other signs, rotations, orders and errors."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import pica.basis._progress
+import pica.tuner.layer
+from pica import PicaConfig
+from pica.basis import Basis, solve_basis
+from pica.errors import AdapterFileError, BasisMismatchError
+from pica.tuner.layer import PicaLinear
+
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def saved(tiny_llama, tmp_path) -> tuple[LlamaForCausalLM, str, Tensor]:
+    """(base, adapter folder, logits of the trained adapter)."""
+    return save(tiny_llama(), str(tmp_path / "adapter"))
+
+
+def save(base: LlamaForCausalLM, folder: str, **settings) -> tuple[LlamaForCausalLM, str, Tensor]:
+    model = get_peft_model(copy.deepcopy(base), PicaConfig(**{"r": 8, "init_weights": False, **settings})).eval()
+    with torch.no_grad():
+        logits = model(IDS).logits
+    model.save_pretrained(folder)
+    return base, folder, logits
+
+
+def logits_of(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def inject(monkeypatch, change: Callable[[Basis, Tensor], Basis]) -> None:
+    """Make every basis from now on come out of another, equally correct solver."""
+
+    def solve(weight, *args, **kwargs):
+        return change(solve_basis(weight, *args, **kwargs), weight)
+
+    for module in (pica.basis._progress, pica.tuner.layer):
+        monkeypatch.setattr(module, "solve_basis", solve)
+
+
+def random_signs(basis: Basis, weight: Tensor, seed: int = 0) -> Basis:
+    g = torch.Generator().manual_seed(seed)
+    signs = torch.where(torch.rand(basis.rank, generator=g) < 0.5, -1.0, 1.0).to(basis.projector)
+    return replace(basis, projector=basis.projector * signs[:, None])
+
+
+def test_another_solvers_signs_are_put_right(saved, monkeypatch):
+    base, folder, trained = saved
+    inject(monkeypatch, random_signs)
+    fresh = get_peft_model(copy.deepcopy(base), PicaConfig(r=8))
+    plain = get_peft_model(copy.deepcopy(base), PicaConfig(r=8))
+    for model in (fresh, plain):  # without the fingerprint the adapter would be another one: the control
+        for (_, p), value in zip(
+            sorted((n, p) for n, p in model.named_parameters() if p.requires_grad), sorted_matrices(folder)
+        ):
+            p.data.copy_(value)
+    assert (logits_of(plain) - trained).abs().max() > 1e-2
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    torch.testing.assert_close(logits_of(loaded), trained, atol=2e-5, rtol=0)
+
+
+def sorted_matrices(folder: str) -> list[Tensor]:
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    return [tensors[k] for k in sorted(tensors) if not k.endswith("fingerprint")]
+
+
+def test_training_goes_on_in_the_trained_orientation_and_saves_it(saved, monkeypatch, tmp_path):
+    base, folder, trained = saved
+    with monkeypatch.context() as patch:
+        inject(patch, random_signs)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+        loaded.save_pretrained(str(tmp_path / "again"))
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "again"))
+    torch.testing.assert_close(logits_of(again), trained, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["load_adapter", "into an existing adapter", "transformers", "AutoPeftModel"])
+def test_every_way_of_loading_puts_signs_right(saved, monkeypatch, tmp_path, how):
+    base, folder, trained = saved
+    base.save_pretrained(tmp_path / "base")
+    inject(monkeypatch, random_signs)
+    if how == "load_adapter":
+        model = get_peft_model(copy.deepcopy(base), PicaConfig(r=4), adapter_name="first")
+        model.load_adapter(folder, "second")
+        model.set_adapter("second")
+    elif how == "into an existing adapter":  # what the Trainer does to resume
+        model = get_peft_model(copy.deepcopy(base), PicaConfig(r=8))
+        model.load_adapter(folder, "default", is_trainable=True)
+    elif how == "transformers":
+        model = copy.deepcopy(base)
+        model.load_adapter(folder)
+    else:
+        config = PicaConfig.from_pretrained(folder)
+        config.base_model_name_or_path = str(tmp_path / "base")
+        config.save_pretrained(folder)
+        model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
+
+
+def test_two_adapters_of_opposite_orientation_live_in_one_model(saved, monkeypatch, tmp_path):
+    base, folder, trained = saved
+    with monkeypatch.context() as patch:
+        inject(patch, random_signs)
+        _, other, trained_there = save(base, str(tmp_path / "other"))
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="one")
+    model.load_adapter(other, "two")
+    for name, expected in (("one", trained), ("two", trained_there), ("one", trained)):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits_of(model), expected, atol=2e-5, rtol=0)
+
+
+def tie_spectrum(model: LlamaForCausalLM, sizes: int) -> LlamaForCausalLM:
+    """Give each adapted weight clusters of `sizes` exactly equal singular values."""
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            u, s, vt = torch.linalg.svd(parameter.data.double(), full_matrices=False)
+            tied = s[torch.arange(len(s)) // sizes * sizes]
+            parameter.data = ((u * tied) @ vt).float()
+    return model
+
+
+def rotate_inside_clusters(size: int) -> Callable[[Basis, Tensor], Basis]:
+    def change(basis: Basis, weight: Tensor) -> Basis:
+        g = torch.Generator().manual_seed(1)
+        projector = basis.projector.clone()
+        for start in range(0, basis.rank - size + 1, size):
+            q, _ = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))
+            projector[start : start + size] = q.to(projector) @ projector[start : start + size]
+        return replace(basis, projector=projector)
+
+    return change
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_rotations_inside_clusters_are_put_right_where_the_probes_determine_them(
+    tiny_llama, tmp_path, monkeypatch, size
+):
+    base, folder, trained = save(tie_spectrum(tiny_llama(), size), str(tmp_path))
+    inject(monkeypatch, rotate_inside_clusters(size))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    torch.testing.assert_close(logits_of(loaded), trained, atol=5e-3, rtol=0)
+
+
+def test_tied_values_in_another_order_are_put_right(tiny_llama, tmp_path, monkeypatch):
+    base, folder, trained = save(tie_spectrum(tiny_llama(), 2), str(tmp_path))
+    inject(monkeypatch, lambda b, w: replace(b, projector=b.projector.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    torch.testing.assert_close(logits_of(loaded), trained, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("make", ["orthogonal", "identity", "block-repeated"])
+def test_clusters_too_large_for_the_probes_load_exactly_or_not_at_all(tiny_llama, tmp_path, monkeypatch, make):
+    base = tiny_llama(num_key_value_heads=4, intermediate_size=64)
+    for i, (name, parameter) in enumerate(base.named_parameters()):
+        if "_proj" in name:
+            g = torch.Generator().manual_seed(i)
+            q = torch.linalg.qr(torch.randn(64, 64, generator=g))[0]
+            blocks = torch.linalg.qr(torch.randn(16, 16, generator=g))[0].repeat(4, 4) / 4
+            parameter.data = {"orthogonal": q, "identity": torch.eye(64), "block-repeated": blocks}[make]
+    base, folder, trained = save(base, str(tmp_path), r=16)
+    torch.testing.assert_close(
+        logits_of(PeftModel.from_pretrained(copy.deepcopy(base), folder)), trained, atol=1e-5, rtol=0
+    )
+    inject(monkeypatch, rotate_inside_clusters(16))
+    with pytest.raises(BasisMismatchError):
+        PeftModel.from_pretrained(copy.deepcopy(base), folder)
+
+
+@pytest.mark.parametrize("error", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+def test_a_perturbed_base_gives_a_bounded_difference_a_warning_or_a_refusal(saved, error):
+    base, folder, trained = saved
+    changed = copy.deepcopy(base)
+    g = torch.Generator().manual_seed(3)
+    for name, parameter in changed.named_parameters():
+        if "_proj" in name:
+            parameter.data += error * parameter.data.norm() / 64 * torch.randn(parameter.shape, generator=g)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            loaded = PeftModel.from_pretrained(copy.deepcopy(changed), folder)
+        except BasisMismatchError:
+            assert error >= 1e-3
+            return
+    assert error <= 1e-2
+    spoke = any("not exactly those of the training" in str(w.message) for w in caught)
+    difference = (logits_of(loaded) - trained).norm() / trained.norm()
+    assert difference < 300 * error + 1e-5
+    assert spoke or difference < 0.05
+
+
+def test_rounded_weights_load_with_a_warning_that_gives_the_deviation(tiny_llama, tmp_path):
+    base, folder, trained = save(tiny_llama(hidden_size=128, intermediate_size=256), str(tmp_path))
+    rounded = copy.deepcopy(base)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.half().float()
+    loaded = PeftModel.from_pretrained(
+        rounded, folder
+    )  # half precision, eight times finer than bfloat16: may be silent
+    assert (logits_of(loaded) - trained).norm() / trained.norm() < 0.05
+    with pytest.warns(UserWarning, match=r"trained on float32 weights, these are bfloat16.*deviates by up to \d"):
+        PeftModel.from_pretrained(tiny_llama(hidden_size=128, intermediate_size=256, dtype=torch.bfloat16), folder)
+
+
+def test_another_base_is_refused_and_left_clean(saved, tiny_llama):
+    _, folder, _ = saved
+    other = tiny_llama(seed=1)
+    before = logits_of(other)
+    with pytest.raises(BasisMismatchError, match=r"15 of 15 layers differ.*another base model or another revision"):
+        PeftModel.from_pretrained(other, folder)
+    assert not [m for m in other.modules() if isinstance(m, PicaLinear)]
+    assert torch.equal(logits_of(other), before)
+
+
+def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tiny_llama):
+    _, folder, _ = saved
+    model = get_peft_model(tiny_llama(seed=1), PicaConfig(r=8, init_weights=False), adapter_name="mine")
+    before = logits_of(model)
+    with pytest.raises(BasisMismatchError):
+        model.load_adapter(folder, "theirs")
+    assert list(model.peft_config) == ["mine"]
+    assert torch.equal(logits_of(model), before)
+
+
+def test_a_merged_base_is_refused_by_the_layers_that_changed(saved):
+    base, folder, _ = saved
+    model = get_peft_model(
+        copy.deepcopy(base), PicaConfig(r=8, target_modules=["q_proj"], init_weights=False)
+    ).merge_and_unload()
+    with pytest.raises(BasisMismatchError, match=r"3 of 15 layers differ.*q_proj.*merged"):
+        PeftModel.from_pretrained(model, folder)
+
+
+def test_transformers_own_loader_refuses_before_the_first_output(saved, tiny_llama):
+    _, folder, _ = saved
+    other = tiny_llama(seed=1)
+    other.load_adapter(folder)
+    with pytest.raises(BasisMismatchError, match="another base model"):
+        other(IDS)
+
+
+@pytest.mark.parametrize("side", ["q_proj", "down_proj"], ids=["input side", "output side"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_basis_needs_no_solver(tiny_llama, tmp_path, monkeypatch, dtype, side):
+    base, folder, trained = save(tiny_llama(dtype=dtype), str(tmp_path), save_basis=True, target_modules=[side])
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    stored = {k: v for k, v in tensors.items() if ".basis:" in k}
+    assert len(stored) == 3
+    assert all(v.dtype == dtype and min(v.shape) == 8 for v in stored.values())
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("solved a basis that the file holds")
+
+    for module in (pica.basis._progress, pica.tuner.layer):
+        monkeypatch.setattr(module, "solve_basis", refuse)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    assert torch.equal(logits_of(loaded), trained)
+
+
+def test_a_stored_basis_does_not_excuse_another_base(tiny_llama, tmp_path):
+    _, folder, _ = save(tiny_llama(), str(tmp_path), save_basis=True)
+    with pytest.raises(BasisMismatchError):
+        PeftModel.from_pretrained(tiny_llama(seed=1), folder)
+
+
+@pytest.mark.parametrize(
+    "damage", ["no fingerprint", "garbled fingerprint", "NaN", "missing", "extra", "shape", "dtype"]
+)
+def test_a_file_that_does_not_fit_is_one_clear_error_and_leaves_no_trace(saved, damage):
+    base, folder, _ = saved
+    path = f"{folder}/adapter_model.safetensors"
+    tensors = load_file(path)
+    matrix = next(k for k in tensors if "q_proj" in k)
+    fingerprint = next(k for k in tensors if k.endswith("fingerprint"))
+    if damage == "no fingerprint":
+        del tensors[fingerprint]
+    elif damage == "garbled fingerprint":
+        tensors[fingerprint] = tensors[fingerprint][:-5].clone()
+    elif damage == "NaN":
+        tensors[matrix][3, 2] = float("nan")
+    elif damage == "missing":
+        del tensors[matrix]
+    elif damage == "extra":
+        tensors["base_model.model.pica_M.model-layers-N-extra-64"] = torch.zeros(64, 8)
+    elif damage == "shape":
+        tensors[matrix] = tensors[matrix][:, :5].clone()
+    else:
+        tensors[matrix] = tensors[matrix].to(torch.int32)
+    save_file(tensors, path)
+    before = logits_of(base)
+    with pytest.raises(AdapterFileError):
+        PeftModel.from_pretrained(base, folder)
+    assert not [m for m in base.modules() if isinstance(m, PicaLinear)]
+    assert torch.equal(logits_of(base), before)
+
+
+def test_a_config_used_twice_is_no_saved_adapter(tiny_llama):
+    config = PicaConfig(r=8)
+    for seed in (0, 1):
+        get_peft_model(tiny_llama(seed=seed), config)(IDS)
+
+
+def test_a_larger_rank_later_keeps_what_smaller_adapters_were_trained_with(saved, monkeypatch):
+    base, folder, trained = saved
+    inject(monkeypatch, random_signs)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="small")
+    model.add_adapter("large", PicaConfig(r=24))
+    model.set_adapter("small")
+    torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
+    layer = next(m for m in model.modules() if isinstance(m, PicaLinear))
+    rows = layer.directions("principal", layer.frozen_weight())
+    torch.testing.assert_close(rows @ rows.T, torch.eye(24), atol=1e-4, rtol=0)
