@@ -10,6 +10,7 @@ from pathlib import Path
 from peft import PeftConfig
 from torch import nn
 
+from pica.adapters.wording import first_line
 from pica.errors import AdapterFileError, ConfigError
 
 _AUTO_CLASSES = {
@@ -43,7 +44,7 @@ def load_base_model(name: str | None, config: PeftConfig, *, revision: str | Non
         model = model_class.from_pretrained(location, revision=revision or config.revision, torch_dtype="auto")  # pyright: ignore[reportAttributeAccessIssue]
     except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
         raise ConfigError(
-            f"The base model {name!r} cannot be loaded ({str(error).splitlines()[0]}); give its folder or hub name as "
+            f"The base model {name!r} cannot be loaded ({first_line(error)}); give its folder or hub name as "
             "base_model (--base)."
         ) from error
     return model.eval()

@@ -22,6 +22,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from pica.adapters.names import base_modules, plain_names
+from pica.adapters.wording import first_line
 from pica.basis import Basis, full_precision
 from pica.errors import AdapterFileError, BasisError, ConfigError
 from pica.tuner.config import PicaConfig
@@ -80,7 +81,7 @@ def import_reference(
     config = PicaConfig(
         r=saved.rank,
         target_modules=targets,
-        share={f".*{re.escape(keyword)}.*": keyword for keyword in dict.fromkeys(matched.values())},
+        share={f".*{re.escape(k)}.*": k for k in saved.keywords if k in matched.values()},  # the first match wins
         save_basis=True,
         task_type=_task_of(base_model),
     )
@@ -146,7 +147,7 @@ def reference_basis(weight: Tensor, rank: int, device: torch.device | None, name
             )
         except RuntimeError as error:  # LinAlgError and OutOfMemoryError are RuntimeErrors
             raise BasisError(
-                f"{name}: its singular value decomposition failed ({str(error).splitlines()[0]}); "
+                f"{name}: its singular value decomposition failed ({first_line(error)}); "
                 "check the base model, or try svd_device='cpu' (--svd-device cpu)."
             ) from error
     rows = right[:rank].to(weight.device).contiguous()
@@ -168,7 +169,7 @@ def _read_matrices(file: Path, rank: int) -> dict[str, Tensor]:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise AdapterFileError(
-            f"{file} is not a file of tensors that torch.load(weights_only=True) accepts ({str(error).splitlines()[0]})."
+            f"{file} is not a file of tensors that torch.load(weights_only=True) accepts ({first_line(error)})."
         ) from error
     if not isinstance(saved, dict) or not saved:
         raise AdapterFileError(f"{file} must hold a dictionary from keyword to matrix, not {type(saved).__name__}.")
@@ -225,7 +226,7 @@ def _usable_device(device: torch.device | str | None) -> torch.device | None:
         found = torch.device(device)
         torch.zeros(1, device=found)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
-        raise ConfigError(f"svd_device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(f"svd_device={str(device)!r} cannot be used here ({first_line(error)}).") from error
     return found
 
 
