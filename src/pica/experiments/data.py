@@ -87,7 +87,8 @@ def take_out(examples: Sequence[Example], count: int, *, seed: int) -> tuple[lis
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Ids of the end-of-text and the padding token, both of which `load_tokenizer` has made sure of."""
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert isinstance(end, int) and isinstance(padding, int)
+    assert isinstance(end, int)
+    assert isinstance(padding, int)
     return end, padding
 
 
