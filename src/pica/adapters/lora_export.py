@@ -119,7 +119,8 @@ def export_lora(
         engine: "vllm", "sglang", "lorax", "llama.cpp", "diffusers" or "peft": follow its rules (see `engines`).
         fill_siblings: Write zero adapters for the members of q/k/v and gate/up that the adapter leaves out, and for
             blocks it leaves out. Engines that need it get it without asking.
-        base_model_name, revision: What to record as the base model; by default what the adapter records.
+        base_model_name, revision: What to record as the base model; by default what the adapter records. A base model
+            that is loaded by name is loaded at `revision`.
         check: Reload the folder with plain PEFT and compare each layer and the model's output.
         check_inputs: Keyword arguments of the forward pass to compare on; by default random tokens or pixels.
         overwrite: Replace an adapter that is in `output_dir`.
@@ -135,7 +136,7 @@ def export_lora(
     rules = find_engine(engine)
     target = Path(output_dir)
     check_replaceable(target.expanduser(), overwrite=overwrite)
-    root, config, name = _find_adapter(adapter, base_model, adapter_name)
+    root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
     layers = {p: m for p, m in base_modules(root).items() if isinstance(m, PicaLinear) and name in m.r}
     _check_exportable(root, config, layers, rules)
     spectra = shared_spectra(layers, name)
@@ -164,13 +165,13 @@ def export_lora(
 
 
 def _find_adapter(
-    adapter: nn.Module | str | Path, base_model: nn.Module | str | None, name: str | None
+    adapter: nn.Module | str | Path, base_model: nn.Module | str | None, name: str | None, revision: str | None
 ) -> tuple[nn.Module, PeftConfig, str]:
     """(base model with PiCa layers, the adapter's configuration, its name)."""
     if not isinstance(adapter, nn.Module):
         folder = Path(adapter).expanduser()
         config = read_peft_config(folder)
-        base = base_model if isinstance(base_model, nn.Module) else load_base_model(base_model, config)
+        base = base_model if isinstance(base_model, nn.Module) else load_base_model(base_model, config, revision=revision)
         # on a copy of the module tree, so that a model that was passed in stays as it is
         adapter = PeftModel.from_pretrained(share_tensors(base), str(folder))
         return adapter.get_base_model(), config, "default"

@@ -4,6 +4,7 @@ Exit status: 0 done; 2 something the user can put right; 130 interrupted; 1 a bu
 """
 
 import importlib
+import keyword
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ COMMANDS = {
     "train": "fine-tune a model and measure what it gained; no arguments: a small example that needs no download",
     "evaluate": "measure a model or an adapter on a task",
     "merge": "write model and adapter as one plain model folder",
+    "export": "write a PiCa adapter as a LoRA that serving engines load",
+    "import": "read an adapter of the authors' reference implementation",
     "env": "versions, devices and caches for a bug report",
 }
 
@@ -84,7 +87,8 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]!r}? " if near else ""
         _say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
         return 2
-    command = importlib.import_module(f"pica.cli.{name}")
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    command = importlib.import_module(f"pica.cli.{module}")
     before = _terminate_like_interrupt()
     try:
         return command.run(rest)
