@@ -14,20 +14,34 @@ from typing import TYPE_CHECKING, Any
 from pica._version import __version__
 
 if TYPE_CHECKING:
+    from pica.adapters.hotswap import hotswap_adapter
     from pica.adapters.lora_export import export_lora
     from pica.adapters.reference import import_reference
+    from pica.adapters.verify import verify
     from pica.tuner.config import PicaConfig
     from pica.tuner.coverage import coverage
     from pica.tuner.model import PicaModel
 
-__all__ = ["PicaConfig", "PicaModel", "__version__", "coverage", "export_lora", "import_reference", "register"]
+__all__ = [
+    "PicaConfig",
+    "PicaModel",
+    "__version__",
+    "coverage",
+    "export_lora",
+    "hotswap_adapter",
+    "import_reference",
+    "register",
+    "verify",
+]
 
 _HOMES = {
     "PicaConfig": "pica.tuner.config",
     "PicaModel": "pica.tuner.model",
     "coverage": "pica.tuner.coverage",
     "export_lora": "pica.adapters.lora_export",
+    "hotswap_adapter": "pica.adapters.hotswap",
     "import_reference": "pica.adapters.reference",
+    "verify": "pica.adapters.verify",
 }
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": "write model and adapter as one plain model folder",
     "export": "write a PiCa adapter as a LoRA that serving engines load",
     "import": "read an adapter of the authors' reference implementation",
+    "verify": "check an adapter's files, and that it belongs to its base model",
     "env": "versions, devices and caches for a bug report",
 }
 

@@ -1,0 +1,48 @@
+"""Put another adapter's weights in the place of a loaded one, without new modules or a recompilation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from pica.adapters.base_model import read_peft_config
+from pica.errors import ConfigError
+from pica.tuner.config import PicaConfig
+from pica.tuner.layer import PicaLinear
+
+# What decides which layers, groups and bases there are; everything else may differ.
+_STRUCTURE = ("r", "rank_pattern", "share", "projection", "projection_seed", "target_modules", "exclude_modules")
+
+
+def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str = "default") -> None:
+    """Load a saved adapter into the place of adapter `adapter_name`, in place.
+
+    The parameters stay the same objects, so a compiled model is not compiled again. The new adapter's basis is held
+    against its fingerprint, as in any load.
+
+    Args:
+        model: A PeftModel with a PiCa adapter of that name, not merged.
+        adapter_dir: Folder of an adapter with the same structure: ranks, sharing, projection and targets.
+    Raises:
+        ConfigError: there is no such adapter, it is merged, or the structures differ.
+        AdapterFileError, BasisMismatchError: the folder's adapter cannot be used; the model is as it was.
+    """
+    current = model.peft_config.get(adapter_name)
+    if not isinstance(current, PicaConfig):
+        raise ConfigError(f"The model has no PiCa adapter {adapter_name!r}; it has {', '.join(model.peft_config)}.")
+    if any(m.merged for m in model.modules() if isinstance(m, PicaLinear)):
+        raise ConfigError("Adapters are merged into the model; call model.unmerge_adapter() before swapping one.")
+    config = read_peft_config(Path(adapter_dir).expanduser())
+    differing = [n for n in _STRUCTURE if getattr(current, n) != getattr(config, n)]
+    if differing:
+        shown = ", ".join(f"{n}: {getattr(current, n)!r} here, {getattr(config, n)!r} there" for n in differing)
+        raise ConfigError(
+            f"{str(adapter_dir)!r} cannot take the place of {adapter_name!r}: {shown}. Load it beside it."
+        )
+    training = model.training
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.load_adapter(str(Path(adapter_dir).expanduser()), adapter_name, is_trainable=True)
+    model.train(training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = flags[name]

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import pica
+from pica import PicaConfig
+from pica.cli import main
+from pica.errors import BasisMismatchError, ConfigError
+from pica.tuner.layer import PicaLinear
+
+IDS = torch.arange(3, 12).unsqueeze(0)
+
+
+@pytest.fixture
+def adapter(tiny_llama, tmp_path):
+    model = get_peft_model(tiny_llama(), PicaConfig(r=8, init_weights=False))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def failed(report) -> list[str]:
+    return [c.name for c in report.checks if c.passed is False]
+
+
+def test_a_good_adapter_passes_every_check_and_leaves_the_base_alone(adapter, tiny_llama):
+    base = tiny_llama()
+    report = pica.verify(adapter, base)
+    assert report.ok
+    assert [c.passed for c in report.checks] == [True] * 6
+    assert not [m for m in base.modules() if isinstance(m, PicaLinear)]
+    assert "changes the output by" in str(report)
+
+
+def test_without_a_base_only_the_files_are_asked(adapter):
+    report = pica.verify(adapter)
+    assert report.ok
+    assert [c.passed for c in report.checks] == [True, True, True, None, None, None]
+
+
+def test_another_base_is_told(adapter, tiny_llama):
+    assert failed(pica.verify(adapter, tiny_llama(seed=1))) == ["belongs to this base"]
+    assert failed(pica.verify(adapter, tiny_llama(intermediate_size=96))) == ["right shapes"]
+
+
+def test_an_adapter_that_does_nothing_is_told(tiny_llama, tmp_path):
+    get_peft_model(tiny_llama(), PicaConfig(r=8)).save_pretrained(str(tmp_path))
+    assert failed(pica.verify(tmp_path, tiny_llama())) == ["has an effect"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "NaN", "no fingerprint", "no file", "no config", "not JSON", "a LoRA"])
+def test_damage_is_told(adapter, tiny_llama, damage):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "NaN":
+        next(v for v in tensors.values() if v.is_floating_point())[0, 0] = float("nan")
+        save_file(tensors, path)
+    elif damage == "no fingerprint":
+        save_file({k: v for k, v in tensors.items() if not k.endswith("fingerprint")}, path)
+    elif damage == "no file":
+        path.unlink()
+    elif damage == "no config":
+        (adapter / "adapter_config.json").unlink()
+    elif damage == "not JSON":
+        (adapter / "adapter_config.json").write_text("{")
+    else:
+        get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(str(adapter))
+    report = pica.verify(adapter)
+    assert failed(report) == [{"NaN": "finite", "no fingerprint": "complete"}.get(damage, "readable")]
+
+
+def test_the_command_prints_a_table_and_its_status_tells(adapter, tiny_llama, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    assert main(["verify", str(adapter), "--base", str(tmp_path / "base")]) == 0
+    assert "belongs to this base  ok" in capsys.readouterr().out
+    assert main(["verify", str(adapter), "--base", str(tmp_path / "other")]) == 1
+    assert "15 of 15 layers have another basis" in capsys.readouterr().out
+    assert main(["verify", str(adapter), "--files-only"]) == 0
+    assert main(["verify", str(tmp_path / "nothing"), "--files-only"]) == 1
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def test_hotswap_changes_the_weights_in_place(adapter, tiny_llama, tmp_path):
+    other = get_peft_model(tiny_llama(), PicaConfig(r=8, init_weights=False))
+    other.save_pretrained(str(tmp_path / "other"))
+    model = PeftModel.from_pretrained(tiny_llama(), str(adapter))
+    identity = {n: id(p) for n, p in model.named_parameters()}
+    assert not torch.equal(logits(model), logits(other))
+    pica.hotswap_adapter(model, tmp_path / "other")
+    torch.testing.assert_close(logits(model), logits(other), atol=1e-6, rtol=0)
+    assert {n: id(p) for n, p in model.named_parameters()} == identity
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_hotswap_refuses_what_does_not_fit_and_changes_nothing(adapter, tiny_llama, tmp_path):
+    model = PeftModel.from_pretrained(tiny_llama(), str(adapter))
+    before = logits(model)
+    get_peft_model(tiny_llama(), PicaConfig(r=4)).save_pretrained(str(tmp_path / "small"))
+    get_peft_model(tiny_llama(seed=1), PicaConfig(r=8, init_weights=False)).save_pretrained(str(tmp_path / "foreign"))
+    with pytest.raises(ConfigError, match="r: 8 here, 4 there"):
+        pica.hotswap_adapter(model, tmp_path / "small")
+    with pytest.raises(ConfigError, match="no PiCa adapter 'nobody'"):
+        pica.hotswap_adapter(model, adapter, "nobody")
+    with pytest.raises(BasisMismatchError):
+        pica.hotswap_adapter(model, tmp_path / "foreign")
+    assert torch.equal(logits(model), before)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    with pytest.raises(ConfigError, match="unmerge_adapter"):
+        pica.hotswap_adapter(merged, adapter)
