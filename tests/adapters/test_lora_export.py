@@ -189,6 +189,20 @@ def test_saved_folder_and_model_give_the_same_files(pica_llama, tiny_llama, tmp_
             torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5)
 
 
+def test_adapter_in_a_transformers_model(pica_llama, tiny_llama, tokens, tmp_path: Path) -> None:
+    """transformers' own integration keeps no PeftModel, and loads weights that are verified on first use."""
+    trained = pica_llama()
+    trained.save_pretrained(tmp_path / "adapter")
+    model = tiny_llama()
+    model.load_adapter(str(tmp_path / "adapter"))
+    done = export_lora(model, tmp_path / "lora")
+    assert done.layers == 12
+    plain = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        wanted = trained(input_ids=tokens).logits
+        torch.testing.assert_close(plain(input_ids=tokens).logits, wanted, atol=1e-4, rtol=0)
+
+
 def test_model_is_left_as_it_was(pica_llama, tokens, tmp_path: Path) -> None:
     model = pica_llama().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}

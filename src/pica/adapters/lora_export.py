@@ -21,7 +21,8 @@ from pica.adapters.lora_check import CheckResult, check_folder
 from pica.adapters.lora_folder import LoraFolder, write_lora_folder
 from pica.adapters.names import LinearShape, base_modules, incomplete_roles, linear_shapes, missing_members, plain_names
 from pica.errors import ConfigError, ExportError
-from pica.tuner.layer import PicaLinear
+from pica.tuner.bank import get_bank
+from pica.tuner.layer import PicaLinear, verify_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,8 @@ def export_lora(
     target = Path(output_dir)
     check_replaceable(target.expanduser(), overwrite=overwrite)
     root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
+    if (bank := get_bank(root)) is not None and bank.unverified:
+        verify_loaded(bank)  # weights that transformers loaded are held against their fingerprint on first use
     layers = {p: m for p, m in base_modules(root).items() if isinstance(m, PicaLinear) and name in m.r}
     _check_exportable(root, config, layers, rules)
     spectra = shared_spectra(layers, name)
@@ -171,7 +174,9 @@ def _find_adapter(
     if not isinstance(adapter, nn.Module):
         folder = Path(adapter).expanduser()
         config = read_peft_config(folder)
-        base = base_model if isinstance(base_model, nn.Module) else load_base_model(base_model, config, revision=revision)
+        base = (
+            base_model if isinstance(base_model, nn.Module) else load_base_model(base_model, config, revision=revision)
+        )
         # on a copy of the module tree, so that a model that was passed in stays as it is
         adapter = PeftModel.from_pretrained(share_tensors(base), str(folder))
         return adapter.get_base_model(), config, "default"

@@ -25,8 +25,10 @@ from pica.adapters.names import base_modules, plain_names
 from pica.adapters.wording import first_line
 from pica.basis import Basis, full_precision
 from pica.errors import AdapterFileError, BasisError, ConfigError
+from pica.tuner.bank import get_bank
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear
+from pica.tuner.meaning import take_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +94,10 @@ def import_reference(
     for path, keyword in matched.items():
         layer = model.get_base_model().get_submodule(path)
         assert isinstance(layer, PicaLinear)
-        layer.install_basis("principal", bases[path])
+        layer.use_own_basis("default", bases[path])
         with torch.no_grad():
             layer.matrix("default").copy_(saved.matrices[keyword])
+    _take_fingerprint(model.get_base_model())
     model.eval()
     here = config.base_model_name_or_path  # PEFT takes it from the model
     if saved.base_model and here and here != saved.base_model:
@@ -217,6 +220,16 @@ def _match_layers(base_model: nn.Module, saved: ReferenceAdapter) -> dict[str, s
     if unused := sorted(set(saved.matrices) - set(matched.values())):
         logger.warning("No layer of the base model uses the matrix of %s; it is left out.", ", ".join(unused))
     return matched
+
+
+def _take_fingerprint(root: nn.Module) -> None:
+    """Record the basis that is installed now; the one recorded so far is of the basis that the model solved itself."""
+    bank = get_bank(root)
+    assert bank is not None
+    slot = bank.matrices("default")
+    fingerprint = take_fingerprint(slot, "default")
+    assert fingerprint is not None  # the weights were there for the decomposition
+    slot.set_fingerprint(fingerprint)
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device | None:
