@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from pica.errors import PicaError, TargetError
-from pica.tuner.bank import BANK_NAME, drop_bank, ensure_bank, get_bank, plain_name
+from pica.errors import ConfigError, PicaError, TargetError
+from pica.tuner.bank import BANK_NAME, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear
 from pica.tuner.meaning import take_fingerprint
@@ -65,6 +65,7 @@ class PicaModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """PEFT's injection, with the bank's `requires_grad` flags kept. `state_dict` is not needed: the config decides."""
+        _check_name(adapter_name)
         self._plan = None
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -104,7 +105,10 @@ class PicaModel(BaseTuner):
                 f"{current_key}.{parameter_name}: PiCa adapts whole layers; target_parameters is not supported."
             )
         current_key = plain_name(current_key)
-        plan = self._plan = self._plan or Plan(self, peft_config)
+        if self._plan is None:
+            self._plan = Plan(self, peft_config)
+            _check_name(adapter_name, [g.key for g in self._plan.groups.values()], get_bank(self.model))
+        plan = self._plan
         bank = ensure_bank(self.model)
         group, request = plan.groups[current_key], plan.requests[current_key]
         layer = target if isinstance(target, PicaLinear) else PicaLinear(target, bank, current_key)
@@ -216,6 +220,20 @@ class PicaModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """DDP broadcasts buffers before each forward pass; bases are frozen and alike everywhere, and they are large."""
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".pica_basis_" in n]
+
+
+def _check_name(adapter_name: str, groups: Sequence[str] = (), bank: PicaBank | None = None) -> None:
+    """Refuse names under which PEFT would save an adapter without some of its matrices, or that no module can have.
+
+    Saving one adapter, PEFT drops every entry that has another adapter's name as a component. So no adapter may be called
+    like the bank or like a group, be it of its own or of another adapter.
+    """
+    others = {} if bank is None else {name: list(bank.matrices(name)) for name in bank}
+    taken = {BANK_NAME, *groups, *(key for keys in others.values() for key in keys)}
+    clash = adapter_name if adapter_name in taken else next((n for n in others if n in groups), None)
+    if "." in adapter_name or clash is not None:
+        why = f"{clash!r} is the name of shared matrices" if clash is not None else "a name must not contain a dot"
+        raise ConfigError(f"Adapter {adapter_name!r}: {why}. Choose another adapter name.")
 
 
 def _rows_per_input(kwargs: dict[str, Any]) -> int:
