@@ -16,10 +16,23 @@ _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
     "task": ("max_new_tokens",),
     "adapter": ("r",),
-    "trainer": ("max_steps", "batch_size", "accumulation", "max_length", "log_steps", "save_steps", "eval_batch_size"),
+    "trainer": (
+        "max_steps",
+        "batch_size",
+        "accumulation",
+        "max_length",
+        "log_steps",
+        "save_steps",
+        "eval_batch_size",
+        "threads",
+    ),
     "baseline": ("r",),
 }
 _AT_LEAST_ZERO = {"trainer": ("warmup", "weight_decay", "max_grad_norm")}
+
+
+REQUIRED = "REQUIRED"
+"""Stands in a recipe for a place that only the user can name."""
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -62,8 +75,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     rates += [("trainer.learning_rates", rate) for rate in trainer.learning_rates]
     rates += [("baseline.learning_rates", rate) for rate in recipe.baseline.learning_rates]
     for name, rate in rates:
-        if not 0 < rate < math.inf:
-            yield f"{name} = {rate}: must be above 0."
+        if not 0 < rate < 1e38:  # more does not fit the parameters' float32
+            yield f"{name} = {rate}: must be above 0 and finite."
     if not 0 < trainer.epochs < math.inf:
         yield f"trainer.epochs = {trainer.epochs}: must be above 0."
     if not 0 <= adapter.lora_dropout < 1:
@@ -96,11 +109,15 @@ def _names(recipe: Recipe) -> Iterator[str]:
 
 
 def _places(recipe: Recipe) -> Iterator[str]:
-    if problem := model_problem(recipe.model.path):
+    if recipe.model.path == REQUIRED:
+        yield "model.path is not set: give a model folder or a hub name with --model.path."
+    elif problem := model_problem(recipe.model.path):
         yield f"model.path: {problem}"
     for name in ("train", "validation", "test"):
         location = getattr(recipe.data, name)
-        if location is not None and (problem := check_location(location)):
+        if location == REQUIRED:
+            yield f"data.{name} is not set: give a .json or .jsonl file or hub:OWNER/NAME with --data.{name}."
+        elif location is not None and (problem := check_location(location)):
             yield f"data.{name}: {problem}"
     if recipe.data.train != "embedded" and recipe.data.test is None:
         yield "data.test is required when data.train is a file: accuracy is never reported on training problems."

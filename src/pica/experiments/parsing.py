@@ -148,7 +148,7 @@ def _unknown(key: str) -> str | None:
     if key in _SECTIONS:
         return f"{key}: is a section; set one of its fields, for instance {key}.{next(iter(_inner(key)))}."
     section, _, name = key.rpartition(".")
-    initials = {"".join(word[0] for word in inner.split("_")): inner for inner in _inner(section)}  # lr: learning_rate
+    initials = {"".join(word[0] for word in inner.split("_")): inner for inner in reversed(_inner(section))}
     near = get_close_matches(key, known, n=1, cutoff=0.75)
     near = [f"{section}.{initials[name]}"] if name in initials else near
     hint = f"; did you mean {near[0]}?" if near else f"; its fields are {', '.join(_inner(section))}."

@@ -124,6 +124,8 @@ class TrainerSection:
     """Problems in one forward pass when answering and measuring losses."""
     seed: int = 0
     """Decides the order of the data and random initial values."""
+    threads: int | None = None
+    """CPU threads; torch's choice if unset. The same adapter to the last bit needs the same number."""
 
 
 @dataclass

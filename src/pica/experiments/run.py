@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 
 import pica
 from pica.errors import ConfigError, OutputError, TrainingError
@@ -128,6 +129,8 @@ class _Run:
     def execute(self) -> RunResult:
         """Do every phase that is not done yet, and write the results."""
         recipe = self.recipe
+        if recipe.trainer.threads is not None:
+            torch.set_num_threads(recipe.trainer.threads)
         self.splits = load_splits(recipe, self.task)
         self.tokenizer = load_tokenizer(recipe.model)
         self.rows = encode(self.splits.train, self.tokenizer, max_length=recipe.trainer.max_length)

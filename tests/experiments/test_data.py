@@ -1,0 +1,89 @@
+"""Splits and token sequences."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from pica.errors import DataError
+from pica.experiments.data import IGNORED, encode, load_splits, take_out
+from pica.experiments.recipe import Recipe
+from pica.tasks import Example, get_task
+
+ARITHMETIC = get_task("arithmetic")
+
+
+def rows(folder: Path, name: str, count: int, offset: int = 0) -> str:
+    path = folder / name
+    made = [
+        {"instruction": f"Number {offset + n}?", "input": "", "output": f"The answer is {n}.", "answer": str(n)}
+        for n in range(count)
+    ]
+    path.write_text(json.dumps(made))
+    return str(path)
+
+
+def test_loss_is_on_completion_and_end_only(model_folder: Path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    row = encode([Example("Question: 1?\nAnswer:", " It is 2.", "2")], tokenizer)[0]
+    learnt = [token for token, label in zip(row["input_ids"], row["labels"]) if label != IGNORED]
+    assert tokenizer.decode(row["input_ids"]) == "Question: 1?\nAnswer: It is 2.<eos>"
+    assert tokenizer.decode(learnt) == " It is 2.<eos>"
+    assert [label for label in row["labels"] if label != IGNORED] == learnt
+
+
+def test_long_sequences_are_cut_and_lone_prompts_dropped(model_folder: Path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    examples = [Example("ab", "cd", ""), Example("abc", "defgh", ""), Example("abcdefgh", "i", "")]
+    with caplog.at_level(logging.WARNING):
+        encoded = encode(examples, tokenizer, max_length=6)
+    assert [len(ids) for ids in encoded["input_ids"]] == [5, 6]
+    assert "2 of 3 sequences are longer than trainer.max_length = 6: cut off, 1 of them dropped" in caplog.text
+    with pytest.raises(DataError, match="All prompts are longer than trainer.max_length = 2"):
+        encode(examples, tokenizer, max_length=2)
+
+
+def test_taken_out_problems_are_disjoint_seeded_and_rid_of_their_doubles():
+    examples = [Example(f"p{n % 30}", "c", "") for n in range(40)]
+    kept, taken = take_out(examples, 10, seed=0)
+    assert len(taken) == 10
+    assert not {example.prompt for example in kept} & {example.prompt for example in taken}
+    assert take_out(examples, 10, seed=0) == (kept, taken)
+    assert take_out(examples, 10, seed=1)[1] != taken
+    with pytest.raises(DataError, match="holds 40 problems, too few to take 21 out"):
+        take_out(examples, 21, seed=0)
+
+
+def test_validation_comes_out_of_the_training_file_and_never_from_the_test_file(recipe: Callable, tmp_path: Path):
+    made: Recipe = recipe(
+        data__train=rows(tmp_path, "train.json", 30),
+        data__test=rows(tmp_path, "test.json", 5, offset=100),
+        trainer__learning_rates=[0.01, 0.02],
+    )
+    splits = load_splits(made, ARITHMETIC)
+    prompts = {name: {example.prompt for example in getattr(splits, name)} for name in ("train", "validation", "test")}
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [26, 4, 4]
+    assert len(set.union(*prompts.values())) == 34
+
+
+def test_nothing_is_taken_out_when_nothing_is_chosen(recipe: Callable, tmp_path: Path):
+    train, test = rows(tmp_path, "train.json", 30), rows(tmp_path, "test.json", 5, offset=100)
+    splits = load_splits(recipe(data__train=train, data__test=test), ARITHMETIC)
+    assert [len(splits.train), len(splits.validation)] == [30, 0]
+
+
+def test_a_validation_file_is_used_as_it_is(recipe: Callable, tmp_path: Path):
+    train, test = rows(tmp_path, "train.json", 30), rows(tmp_path, "test.json", 5, offset=100)
+    validation = rows(tmp_path, "validation.json", 6, offset=200)
+    splits = load_splits(recipe(data__train=train, data__test=test, data__validation=validation), ARITHMETIC)
+    assert [len(splits.train), len(splits.validation)] == [30, 4]
+
+
+def test_test_problems_seen_in_training_are_warned_of(recipe: Callable, tmp_path: Path, caplog):
+    train = rows(tmp_path, "train.json", 30)
+    with caplog.at_level(logging.WARNING):
+        load_splits(recipe(data__train=train, data__test=train), ARITHMETIC)
+    assert "4 of the 4 test problems are also training problems" in caplog.text

@@ -1,0 +1,85 @@
+"""Generated answers and held-out loss do not depend on how problems are batched."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pica.experiments.evaluation import evaluate, held_out_loss
+from pica.experiments.models import load_model, load_tokenizer
+from pica.experiments.recipe import ModelSection
+from pica.experiments.reporting import Silent
+from pica.tasks import Example, Source, get_task
+
+TASK = get_task("arithmetic")
+
+
+@pytest.fixture
+def loaded(model_folder: Path):
+    section = ModelSection(path=str(model_folder))
+    return load_model(section), load_tokenizer(section)
+
+
+def test_answers_are_in_order_and_the_same_for_every_batch_size(loaded):
+    model, tokenizer = loaded
+    examples = TASK.load("test", Source("embedded", limit=7))
+    runs = [
+        evaluate(
+            model, tokenizer, TASK, examples, batch_size=size, max_new_tokens=8, reporter=Silent(), label=""
+        ).predictions
+        for size in (1, 3, 7)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert [prediction.prompt for prediction in runs[0]] == [example.prompt for example in examples]
+    assert len({prediction.completion for prediction in runs[0]}) > 1
+
+
+def test_one_answer_is_what_the_model_says_greedily(loaded):
+    model, tokenizer = loaded
+    (example,) = TASK.load("test", Source("embedded", limit=1))
+    ids = tokenizer(example.prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    found = evaluate(model, tokenizer, TASK, [example], batch_size=1, max_new_tokens=5, reporter=Silent(), label="")
+    assert found.predictions[0].completion == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_loss_is_the_mean_over_completion_tokens(loaded):
+    model, tokenizer = loaded
+    examples = TASK.load("test", Source("embedded", limit=5))
+    total = tokens = 0.0
+    for example in examples:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        ids = torch.tensor([prompt + tokenizer(example.completion)["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            scores = model(ids).logits[0].double().log_softmax(-1)
+        for position in range(len(prompt), ids.shape[1]):
+            total -= scores[position - 1, ids[0, position]].item()
+            tokens += 1
+    for size in (1, 2, 5):
+        loss, counted = held_out_loss(model, tokenizer, examples, batch_size=size)
+        assert counted == tokens
+        assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_accuracy_and_its_error_count_right_answers(loaded, monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = loaded
+    said = ["The answer is 4.", "The answer is 5.", "The answer is 4", "nothing"]
+    monkeypatch.setattr("pica.experiments.evaluation.answers", lambda *given: said)
+    examples = [Example("p", " c", "4")] * 4
+    found = evaluate(model, tokenizer, TASK, examples, batch_size=2, max_new_tokens=5, reporter=Silent(), label="")
+    assert found.accuracy == 0.5
+    assert found.stderr == pytest.approx(0.25)
+    assert [prediction.extracted for prediction in found.predictions] == ["4", "5", "4", None]
+    assert "predictions" not in found.summary()
+
+
+def test_problems_without_a_gold_solution_have_no_part_in_the_loss(loaded: tuple, recipe: Callable):
+    model, tokenizer = loaded
+    examples = TASK.load("test", Source("embedded", limit=3))
+    bare = Example(examples[0].prompt, " ", "3")
+    expected = held_out_loss(model, tokenizer, examples, batch_size=2)
+    assert held_out_loss(model, tokenizer, [bare, *examples], batch_size=2) == pytest.approx(expected)

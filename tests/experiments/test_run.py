@@ -1,0 +1,160 @@
+"""Whole runs: their files, their choices, and going on after an interruption in any phase."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pica.errors import ConfigError, OutputError, TargetError, TrainingError
+from pica.experiments.interrupts import Interrupted
+from pica.experiments.parsing import dump_recipe, load_recipe
+from pica.experiments.recipe import Recipe
+from pica.experiments.reporting import Silent
+from pica.experiments.run import resume, start
+
+FILES = ["adapter", "loss_curve.csv", "metrics.json", "predictions-adapter.jsonl", "recipe.resolved.yaml"]
+
+
+class Recorder(Silent):
+    """Keeps what is said and which bars are shown; sends a real SIGINT at the first advance of one of them."""
+
+    def __init__(self, interrupt_in: str = "") -> None:
+        self.said, self.bars, self._interrupt_in = list[str](), list[str](), interrupt_in
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    @contextmanager
+    def bar(self, label: str, total: int):
+        self.bars.append(label)
+
+        def advance(count: int = 1, note: str = "") -> None:
+            if self._interrupt_in and self._interrupt_in in label:
+                self._interrupt_in = ""
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield advance
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_writes_its_files_and_says_what_it_measured(recipe: Callable[..., Recipe], tmp_path: Path):
+    reporter = Recorder()
+    made = recipe(evaluate_base=True)
+    result = start(made, reporter=reporter)
+    assert listing(tmp_path / "out") == sorted([*FILES, "predictions-base.jsonl"])
+    assert load_recipe(str(tmp_path / "out" / "recipe.resolved.yaml")) == made
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    assert metrics["problems"] == {"train": 40, "validation": 0, "test": 4}
+    assert metrics["seed"] == 0
+    assert {"torch", "peft", "trl", "pica-peft"} <= set(metrics["versions"])
+    # q: 32, v: 16, up: 48 outputs, one shared matrix each, rank 4
+    assert metrics["adapter"]["parameters"]["trainable"] == 4 * (32 + 16 + 48)
+    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
+    assert metrics["adapter"]["training"]["steps"] == 6
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions-adapter.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"prompt", "completion", "extracted", "gold", "correct"}] * 4
+    assert (tmp_path / "out" / "loss_curve.csv").read_text().count("\n") == 1 + 4
+    said = "\n".join(reporter.said)
+    assert "up_proj" in said, "the table of adapted layers"
+    assert "Trainable parameters (pica r=4): 384 of" in said
+
+
+def test_the_rate_with_the_lowest_validation_loss_is_kept(recipe: Callable[..., Recipe], tmp_path: Path):
+    # The second trains best; the third has no finite loss and must not end the run.
+    made = recipe(trainer__learning_rates=[1e-6, 0.01, 1e30], trainer__max_grad_norm=0.0, baseline__method="lora")
+    metrics = start(made, reporter=Recorder()).metrics
+    candidates = metrics["adapter"]["candidates"]
+    assert metrics["adapter"]["learning_rate"] == 0.01
+    assert candidates[1]["validation_loss"] < candidates[0]["validation_loss"]
+    assert "The loss became nan" in candidates[2]["failed"]
+    assert metrics["problems"]["validation"] == 4
+    # LoRA r=1: in + out a layer, two layers
+    assert metrics["baseline"]["parameters"]["trainable"] == 2 * ((32 + 32) + (32 + 16) + (32 + 48))
+    assert (tmp_path / "out" / "baseline" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    alone = start(recipe(output=str(tmp_path / "alone"), trainer__max_grad_norm=0.0), reporter=Silent())
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "out", alone.output)]
+    assert files[0].read_bytes() == files[1].read_bytes(), "the chosen adapter is what its rate alone gives"
+
+
+@pytest.mark.parametrize("phase", ["Base model", "pica r=4, rate 0.01", "pica r=4: answering", "lora r=1, rate 0.001"])
+def test_resuming_from_any_phase_ends_in_the_same_adapters(recipe: Callable[..., Recipe], tmp_path: Path, phase: str):
+    changes = {"evaluate_base": True, "baseline__method": "lora", "trainer__max_steps": 4}
+    whole = start(recipe(output=str(tmp_path / "whole"), **changes), reporter=Silent())
+    with pytest.raises(Interrupted) as caught:
+        start(recipe(**changes), reporter=Recorder(interrupt_in=phase))
+    assert caught.value.folder == tmp_path / "out"
+    assert (caught.value.checkpoint is not None) == ("rate" in phase)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    second = Recorder()
+    resumed = resume(tmp_path / "out", reporter=second)
+    assert ("Base model: answering" in second.bars) == (phase == "Base model"), "what was measured is not done again"
+    for name in ("adapter", "baseline"):
+        paths = [folder / name / "adapter_model.safetensors" for folder in (whole.output, resumed.output)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        assert whole.metrics[name]["loss"] == resumed.metrics[name]["loss"]
+    assert listing(whole.output) == listing(resumed.output)
+
+
+def test_interruption_before_anything_is_written_leaves_nothing(recipe: Callable[..., Recipe], tmp_path: Path):
+    class Impatient(Silent):
+        def say(self, text: str) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as caught:
+        start(recipe(), reporter=Impatient())
+    assert caught.value.folder is None
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["pica", "lora"])
+def test_unmatched_target_ends_before_a_folder_is_made(recipe: Callable[..., Recipe], tmp_path: Path, method: str):
+    with pytest.raises(TargetError, match="q_projj"):
+        start(recipe(adapter__target_modules=["q_projj"], adapter__method=method), reporter=Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_training_leaves_no_adapter(recipe: Callable[..., Recipe], tmp_path: Path):
+    with pytest.raises(TrainingError):
+        start(recipe(trainer__learning_rate=1e30, trainer__max_grad_norm=0.0), reporter=Silent())
+    assert list((tmp_path / "out").rglob("*.safetensors")) == []
+
+
+def test_all_rates_failing_is_one_sentence(recipe: Callable[..., Recipe]):
+    with pytest.raises(TrainingError, match="None of the learning rates .* trained; add lower ones"):
+        start(recipe(trainer__learning_rates=[1e30, 1e31], trainer__max_grad_norm=0.0), reporter=Silent())
+
+
+def test_folder_in_use_is_refused_before_any_work_and_replaced_when_asked(
+    recipe: Callable[..., Recipe], tmp_path: Path
+):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "recipe.resolved.yaml").write_text(dump_recipe(recipe()))
+    (folder / "old.txt").write_text("x")
+    reporter = Recorder()
+    with pytest.raises(OutputError, match="not empty"):
+        start(recipe(), reporter=reporter)
+    assert reporter.said == []
+    # A run that can't begin must not have deleted the one before it.
+    with pytest.raises(TargetError):
+        start(recipe(adapter__target_modules=["nothing"]), reporter=reporter, overwrite=True)
+    assert (folder / "old.txt").exists()
+    start(recipe(), reporter=reporter, overwrite=True)
+    assert listing(folder) == sorted(FILES)
+
+
+def test_only_an_unfinished_run_can_be_resumed(recipe: Callable[..., Recipe], tmp_path: Path):
+    with pytest.raises(ConfigError, match="no run to resume"):
+        resume(tmp_path / "nothing", reporter=Silent())
+    start(recipe(), reporter=Silent())
+    with pytest.raises(ConfigError, match="is finished"):
+        resume(tmp_path / "out", reporter=Silent())
