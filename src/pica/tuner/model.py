@@ -107,6 +107,7 @@ class PicaModel(BaseTuner):
         current_key = plain_name(current_key)
         if self._plan is None:
             self._plan = Plan(self, peft_config)
+            self._forget_stranded_adapters()
             _check_name(adapter_name, [g.key for g in self._plan.groups.values()], get_bank(self.model))
         plan = self._plan
         bank = ensure_bank(self.model)
@@ -118,6 +119,17 @@ class PicaModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _forget_stranded_adapters(self) -> None:
+        """Drop adapters that no layer carries any more: diffusers takes PEFT's layers out and knows nothing of the bank.
+
+        Without this a new adapter of the same name would start from the matrices of the old one.
+        """
+        bank = get_bank(self.model)
+        if bank is not None:
+            carried = {name for module in self.model.modules() if isinstance(module, PicaLinear) for name in module.r}
+            for name in [n for n in bank if n not in carried]:
+                del bank[name]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also assigns `weight` and moves parameters; both break wrappers around embeddings, and the bank.
