@@ -119,7 +119,7 @@ def _from_pretrained(loader: Any, section: ModelSection, options: dict[str, Any]
             local_files_only=local,  # a folder must not cause requests to the hub
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if local:
             raise ConfigError(f"Model folder {section.path!r} cannot be loaded: {_first_line(error)}") from error
         raise ConfigError(

@@ -1,0 +1,189 @@
+"""What the user can put right is one sentence and status 2, never a traceback, and leaves no adapter behind."""
+
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pica import cli
+from pica.experiments import run as runs
+
+ROW = {"instruction": "How many?", "input": "", "output": "The answer is 4.", "answer": "4"}
+
+
+def sentence(outcome, status: int = 2) -> str:
+    """The message, after checking that it is the only thing said about the problem."""
+    assert outcome.status == status
+    assert "Traceback" not in outcome.err
+    messages = [line for line in outcome.err.splitlines() if line.startswith("pica: ")]
+    assert len(messages) == 1, outcome.err
+    return messages[0]
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.safetensors"))
+
+
+def data(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model.path", "/nowhere/model"], "model.path: model folder '/nowhere/model' does not exist."),
+        (["--task.name", "aritmetic"], "unknown task; did you mean 'arithmetic'?"),
+        (["--adapter.r", "0"], "adapter.r = 0: must be at least 1."),
+        (["--adapter.r", "many"], "adapter.r = 'many': must be a whole number."),
+        (["--adapter.rank", "4"], "adapter.rank: no such field; did you mean"),
+        (["--adapter.target_modules", "[q_porj]"], "q_porj"),
+        (["--adapter.r"], "Option --adapter.r needs a value."),
+        (["-x"], "Unknown option -x"),
+        (["other.yaml"], "One recipe at a time"),
+        (["--data.train", "none.json", "--data.test", "embedded"], "data.train: file 'none.json' does not exist"),
+    ],
+)
+def test_bad_arguments(pica: Callable, quick: list[str], tmp_path: Path, given: list[str], message: str):
+    outcome = pica("train", "arithmetic-tiny", *quick, "--baseline.method", "null", "-o", tmp_path / "out", *given)
+    assert message in sentence(outcome)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_recipe(pica: Callable):
+    assert "neither a file nor built in" in sentence(pica("train", "no-such-recipe"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file holds no rows."),
+        (json.dumps(ROW) + "\n{broken\n", "data.jsonl, line 2: not valid JSON"),
+        (
+            json.dumps(ROW) + "\n" + json.dumps({"instruction": "x"}) + "\n",
+            "data.jsonl, line 2: field 'answer' is missing",
+        ),
+    ],
+)
+def test_bad_data_files(pica: Callable, quick: list[str], tmp_path: Path, text: str, message: str):
+    path = data(tmp_path, "data.jsonl", text)
+    outcome = pica("train", *quick, "--data.train", path, "--data.test", path, "-o", tmp_path / "out")
+    assert message in sentence(outcome)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_is_not_empty(pica: Callable, quick: list[str], tmp_path: Path):
+    data(tmp_path, "precious.txt", "x")
+    assert "is not empty; choose another with --output." in sentence(pica("train", *quick, "-o", tmp_path))
+    assert "--overwrite leaves it alone" in sentence(pica("train", *quick, "-o", tmp_path, "--overwrite"))
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_weights_that_are_no_numbers(pica: Callable, quick: list[str], model_folder: Path, tmp_path: Path):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for path in model_folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    # The damaged layer is not among the targets, so it shows in the loss.
+    outcome = pica("train", *quick, "--model.path", broken, "-o", tmp_path / "out")
+    assert "The loss became nan in step 1" in sentence(outcome)
+    assert adapters_in(tmp_path / "out") == []
+
+
+def test_exploding_learning_rate(pica: Callable, quick: list[str], tmp_path: Path):
+    given = ["--trainer.learning_rate", "1e30", "--trainer.max_grad_norm", "0", "--trainer.warmup", "0"]
+    assert "The loss became nan" in sentence(pica("train", *quick, *given, "-o", tmp_path / "out"))
+    assert adapters_in(tmp_path / "out") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 24 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("more", [[], ["--trainer.save_steps", "2"]], ids=["adapter", "checkpoint"])
+def test_full_disk(pica: Callable, quick: list[str], small_disk: Path, more: list[str]):
+    given = ["--adapter.r", "16", "--adapter.target_modules", "all-linear", *more]
+    assert "No room left to write" in sentence(pica("train", *quick, *given, "-o", small_disk / "out"))
+    assert adapters_in(small_disk) == []
+
+
+def test_file_size_limit(pica: Callable, quick: list[str], tmp_path: Path):
+    # Stands in for the full disk where mounting is not allowed: the system refuses the adapter's bytes.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        outcome = pica("train", *quick, "-o", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "No room left to write" in sentence(outcome)
+    assert adapters_in(tmp_path / "out") == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(pica: Callable, quick: list[str], tmp_path: Path):
+    tmp_path.chmod(0o500)
+    assert "Cannot write" in sentence(pica("train", *quick, "-o", tmp_path / "out"))
+
+
+def test_evaluate_and_merge_say_what_is_missing(pica: Callable, model_folder: Path, tmp_path: Path):
+    assert "Name the task with --task" in sentence(pica("evaluate", model_folder))
+    assert "Unknown task 'maths': did you mean 'math'?" in sentence(pica("evaluate", model_folder, "--task", "maths"))
+    assert "Name the problems with --data" in sentence(pica("evaluate", model_folder, "--task", "math"))
+    missing = pica("evaluate", model_folder, "--task", "math", "--data", tmp_path / "none.jsonl")
+    assert "does not exist" in sentence(missing)
+    assert "does not exist" in sentence(pica("evaluate", "/nowhere/model", "--task", "arithmetic", "--limit", 1))
+    assert "does not exist" in sentence(pica("merge", tmp_path / "none", "-o", tmp_path / "merged"))
+    assert "holds no adapter_config.json" in sentence(pica("merge", tmp_path, "-o", tmp_path / "merged"))
+
+
+def test_resume_takes_no_changes_and_needs_a_run(pica: Callable, tmp_path: Path):
+    assert "leave out --adapter.r" in sentence(pica("train", "--resume", tmp_path, "--adapter.r", "8"))
+    assert "no run to resume" in sentence(pica("train", "--resume", tmp_path))
+
+
+@pytest.mark.parametrize("switch", ["flag", "variable"])
+def test_debug_shows_the_traceback_as_well(pica: Callable, monkeypatch: pytest.MonkeyPatch, switch: str):
+    if switch == "variable":
+        monkeypatch.setenv("PICA_DEBUG", "1")
+    outcome = pica("train", "no-such-recipe", *(["--debug"] if switch == "flag" else []))
+    assert outcome.status == 2
+    assert "Traceback" in outcome.err
+    assert "pica: error: Recipe 'no-such-recipe'" in outcome.err
+
+
+def test_bugs_show_their_traceback_and_ask_for_a_report(
+    pica: Callable, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*given: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runs, "load_splits", fail)
+    outcome = pica("train", *quick, "-o", tmp_path / "out")
+    assert outcome.status == 1
+    assert "ZeroDivisionError" in outcome.err
+    assert "`pica env`" in outcome.err
+
+
+def test_interruption_before_a_run_began(pica: Callable, monkeypatch: pytest.MonkeyPatch):
+    def stop(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", stop)
+    assert "Interrupted" in sentence(pica("env"), status=130)

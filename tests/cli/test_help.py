@@ -1,0 +1,62 @@
+"""Help is there for every command, and costs no torch."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pica.cli import COMMANDS, main
+
+ENTER = "import sys, _pica_entry\nsys.argv = ['pica', *{arguments!r}]\nstatus = _pica_entry.main()\n"
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "numpy")
+
+
+def enter(*arguments: str, then: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the console script's function in a fresh interpreter."""
+    code = ENTER.format(arguments=arguments) + then + "\nsys.exit(status)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]):
+    found = enter(
+        *arguments, then=f"heavy = [name for name in {HEAVY} if name in sys.modules]\nassert not heavy, heavy"
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout
+    assert found.stderr == ""
+
+
+def test_help_takes_less_than_half_a_second():
+    def seconds() -> float:
+        begun = time.perf_counter()
+        assert enter("--help").returncode == 0
+        return time.perf_counter() - begun
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+def test_train_help_shows_fields_options_and_examples(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for part in ("--adapter.r ", "--resume", "--overwrite", "arithmetic-tiny", "smollm2-gsm8k", "examples:"):
+        assert part in text
+    assert "--adapter CONFIG" not in text
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["merge", "x"], ["merge", "x", "-o", "y", "--dtype", "int8"]])
+def test_incomplete_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(arguments) == 2
+    assert "usage: pica" in capsys.readouterr().err
+
+
+def test_unknown_command_is_told_with_the_near_one(capsys: pytest.CaptureFixture[str]):
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
