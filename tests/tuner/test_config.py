@@ -74,3 +74,8 @@ def test_a_config_survives_its_file(tmp_path):
     loaded = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(loaded, PicaConfig)
     assert loaded == dataclasses.replace(config, basis_format=1)  # stored, so a file may be expected to follow
+
+
+def test_a_broken_regular_expression_is_told_before_anything_is_matched():
+    with pytest.raises(ConfigError, match=r"target_modules='\(' is not a regular expression"):
+        PicaConfig(target_modules="(")

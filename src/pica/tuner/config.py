@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -134,6 +135,12 @@ class PicaConfig(PeftConfig):
             found.append(problem)
         if self.bias not in ("none", "all", "pica_only"):
             found.append(f"bias={self.bias!r} is unknown; use 'none', 'all' or 'pica_only'")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, name), str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    found.append(f"{name}={pattern!r} is not a regular expression ({error})")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             found.append("layers_to_transform does not go with a regular expression in target_modules; put it in there")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -38,7 +38,12 @@ def add_product(y: Tensor, h: Tensor, matrix: Tensor, *, in_place: bool = False)
     h, matrix = h.to(y.dtype), matrix.to(y.dtype)
     if in_place:
         return _AddProductInPlace.apply(y, h, matrix)  # pyright: ignore[reportReturnType] - untyped in torch
-    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), matrix.T).view_as(y)
+    return torch.addmm(_rows(y), _rows(h), matrix.T).view_as(y)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., n) as (tokens, n), a view where it can be one; tokens and n may be zero."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 class _AddProductInPlace(torch.autograd.Function):
@@ -48,7 +53,7 @@ class _AddProductInPlace(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, h: Tensor, matrix: Tensor) -> Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(h, matrix)
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), matrix.T)
+        _rows(y).addmm_(_rows(h), matrix.T)
         return y
 
     @staticmethod
@@ -58,7 +63,7 @@ class _AddProductInPlace(torch.autograd.Function):
         dh = dy @ matrix if ctx.needs_input_grad[1] else None  # (..., out) (out, r) -> (..., r)
         dm = None
         if ctx.needs_input_grad[2]:
-            dm = dy.reshape(-1, dy.shape[-1]).T @ h.reshape(-1, h.shape[-1])  # (out, tokens) (tokens, r)
+            dm = _rows(dy).T @ _rows(h)  # (out, tokens) (tokens, r)
         return dy, dh, dm
 
 

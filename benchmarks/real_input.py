@@ -1,0 +1,120 @@
+"""SmolLM2-135M on real word problems: PiCa beside LoRA, each at the best of at least three learning rates.
+
+    python -m benchmarks.real_input --model ~/.cache/pica-models/smollm2-135m --data ../shared/data
+
+Each cell is one `pica train` with a shipped recipe. Learning rates are chosen by the loss on problems taken out of the
+training file, accuracy and loss are then measured once on the test file. A finished cell is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, describe_machine, save, table
+from pica.cli import main as pica_command
+
+METHODS = {
+    "PiCa r=64": ("pica", 64, [1e-3, 3e-3, 1e-2]),
+    "LoRA r=1": ("lora", 1, [1e-3, 3e-3, 1e-2]),
+    "LoRA r=8": ("lora", 8, [3e-4, 1e-3, 3e-3]),
+}
+TASKS = {
+    "arithmetic": ("smollm2-arithmetic", "arithmetic/train.json", "arithmetic/AddSub.json"),
+    "gsm8k": ("smollm2-gsm8k", "gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+}
+
+
+def run_cell(task: str, method: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Metrics of one method on one task, from its output folder if it is finished."""
+    recipe, train, test = TASKS[task]
+    name, rank, rates = METHODS[method]
+    folder = Path(given.work) / f"{task}-{name}-r{rank}"
+    if not (folder / "metrics.json").is_file():
+        arguments = [
+            "train",
+            recipe,
+            f"--model.path={given.model}",
+            f"--model.dtype={given.dtype}",
+            f"--output={folder}",
+        ]
+        arguments += [f"--data.train={given.data}/{train}", f"--data.test={given.data}/{test}"]
+        arguments += [f"--adapter.method={name}", f"--adapter.r={rank}", f"--trainer.learning_rates={rates}"]
+        arguments += [f"--evaluate_base={str(name == 'pica').lower()}", *given.override]
+        unfinished = (folder / "recipe.resolved.yaml").is_file()
+        status = pica_command(["train", "--resume", str(folder)] if unfinished else arguments)
+        if status:
+            raise SystemExit(status)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
+        metrics["curve"] = [row for row in csv.DictReader(file) if row["run"] == "adapter"]
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of SmolLM2-135M")
+    parser.add_argument("--data", required=True, help="folder with arithmetic/ and gsm8k/")
+    parser.add_argument("--work", default="outputs/real-input", help="folder for the runs")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("override", nargs="*", help="overrides for every run, e.g. -- --trainer.max_steps=60")
+    given = parser.parse_args(argv)
+    result = describe_machine() | {"tasks": {}}
+    markdown = ""
+    for task in given.tasks:
+        cells = {method: run_cell(task, method, given) for method in METHODS}
+        base = cells["PiCa r=64"]["base"]
+        rows = [["no adapter", "0", "", f"{base['loss']:.4f}", percent(base), "", ""]]
+        for method, metrics in cells.items():
+            a = metrics["adapter"]
+            rates = ", ".join(f"{c['learning_rate']:g}" for c in a["candidates"])
+            chosen = f"{a['learning_rate']:g} of {rates}"
+            count = f"{a['parameters']['trainable']:,}"
+            rows.append(
+                [method, count, chosen, f"{a['loss']:.4f}", percent(a), f"{a['file_bytes']:,}", a["training"]["steps"]]
+            )
+        header = ["method", "trainable", "learning rate", "held-out loss", "accuracy", "adapter bytes", "steps"]
+        tests = cells["PiCa r=64"]["problems"]["test"]
+        markdown += f"## {task}: SmolLM2-135M, {tests} test problems, seed 0\n\n" + table(header, rows) + "\n"
+        result["tasks"][task] = cells
+        plot(task, cells)
+    save("real_input", result, markdown)
+    print(markdown)
+    return 0
+
+
+def percent(metrics: dict[str, Any]) -> str:
+    return f"{metrics['accuracy']:.1%} ± {metrics['stderr']:.1%}"
+
+
+def plot(task: str, cells: dict[str, dict[str, Any]]) -> None:
+    """Loss curves of the chosen learning rates, as PNG beside the tables."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for (method, metrics), style in zip(cells.items(), ("-", "--", ":")):
+        chosen = metrics["adapter"]["learning_rate"]
+        points = [p for p in metrics["curve"] if float(p["peak_rate"]) == chosen]
+        steps, losses = [int(p["step"]) for p in points], [float(p["loss"]) for p in points]
+        count = metrics["adapter"]["parameters"]["trainable"]
+        axes.plot(steps, losses, style, label=f"{method} ({count:,} parameters)", linewidth=1.8)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss")
+    axes.set_title(f"SmolLM2-135M on {task}, each at its chosen learning rate", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    figure.savefig(RESULTS / f"real_input-{task}.png", dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
