@@ -27,7 +27,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pica(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     def run(*arguments: object) -> Outcome:
         status = main([str(argument) for argument in arguments])
-        return Outcome(status, *capsys.readouterr())
+        shown = capsys.readouterr()
+        return Outcome(status, shown.out, shown.err)
 
     return run
 
