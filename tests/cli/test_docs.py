@@ -1,0 +1,47 @@
+"""The pages on the command line name what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pica.cli import COMMANDS
+from pica.experiments.parsing import builtin_recipes, option_parser
+from pica.tasks import TASKS, TEMPLATES
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_every_command_task_and_template_has_its_place():
+    text = page("cli.md")
+    headings = " ".join(re.findall("^## (.*)$", text, flags=re.MULTILINE))
+    assert [name for name in COMMANDS if f"pica {name}" not in headings] == []
+    assert all(f"| `{name}` |" in text for name in TASKS)
+    assert all(f"`{name}`" in text for name in TEMPLATES)
+
+
+def test_the_table_of_recipes_is_complete():
+    listed = re.findall(r"^\| `([\w-]+)` \|", page("recipes.md").split("## ")[0], flags=re.MULTILINE)
+    assert sorted(listed) == sorted(builtin_recipes())
+
+
+@pytest.mark.parametrize("name", ["cli.md", "recipes.md"])
+def test_every_field_that_a_page_names_exists(name: str):
+    known = option_parser("pica").format_help()
+    fields = set(re.findall(r"`?\b(?:--)?((?:model|data|task|adapter|trainer|baseline)\.[a-z_]+)\b", page(name)))
+    files = {"recipe.resolved", "train.jsonl", "test.jsonl"}
+    assert fields
+    assert [field for field in sorted(fields - files) if f"--{field} " not in known] == []
+
+
+def test_the_example_recipe_has_known_fields_only():
+    example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page("recipes.md"), flags=re.DOTALL)[0])
+    known = option_parser("pica").format_help()
+    for section, fields in example.items():
+        if isinstance(fields, dict):
+            assert all(f"--{section}.{field} " in known for field in fields)
