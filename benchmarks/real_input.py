@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, describe_machine, save, table
-from pica.cli import main as pica_command
 
 METHODS = {
     "PiCa r=64": ("pica", 64, [1e-3, 3e-3, 1e-2]),
@@ -46,9 +46,9 @@ def run_cell(task: str, method: str, given: argparse.Namespace) -> dict[str, Any
         arguments += [f"--adapter.method={name}", f"--adapter.r={rank}", f"--trainer.learning_rates={rates}"]
         arguments += [f"--evaluate_base={str(name == 'pica').lower()}", *given.override]
         unfinished = (folder / "recipe.resolved.yaml").is_file()
-        status = pica_command(["train", "--resume", str(folder)] if unfinished else arguments)
-        if status:
-            raise SystemExit(status)
+        command = ["train", "--resume", str(folder)] if unfinished else arguments
+        # a process of its own for each cell: its peak memory is then its own
+        subprocess.run([sys.executable, "-m", "pica", *command], check=True)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
         metrics["curve"] = [row for row in csv.DictReader(file) if row["run"] == "adapter"]
