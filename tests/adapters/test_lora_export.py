@@ -42,7 +42,7 @@ def pica_layers(model: nn.Module) -> dict[str, PicaLinear]:
 
 @pytest.mark.parametrize(
     ("dtype", "layer_bound", "logit_bound"),
-    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-2, 0.05), (torch.float16, 2e-3, 0.01)],
+    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-2, 5e-3), (torch.float16, 2e-3, 5e-4)],
     ids=["float32", "bfloat16", "float16"],
 )
 def test_exact_export_gives_the_same_updates_and_logits(
@@ -60,6 +60,7 @@ def test_exact_export_gives_the_same_updates_and_logits(
     assert done.check is not None
     assert done.plan.exact
     assert done.plan.dtype == dtype
+    assert done.check.dtype == torch.float32  # on a wider copy, where only the file's rounding shows
     assert done.check.effect > 10 * logit_bound * done.check.scale  # the adapter matters, so equality means something
     assert done.max_logit_difference is not None
     assert done.max_logit_difference < logit_bound * done.check.scale
@@ -203,8 +204,9 @@ def test_adapter_in_a_transformers_model(pica_llama, tiny_llama, tokens, tmp_pat
         torch.testing.assert_close(plain(input_ids=tokens).logits, wanted, atol=1e-4, rtol=0)
 
 
-def test_model_is_left_as_it_was(pica_llama, tokens, tmp_path: Path) -> None:
-    model = pica_llama().train()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_model_is_left_as_it_was(pica_llama, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = pica_llama(dtype).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     modules = {n: type(m) for n, m in model.named_modules()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from pica.errors import ExportError
 from pica.tuner.bank import BANK_NAME
 from pica.tuner.layer import PicaLinear
 
+# Half-precision models up to this size are compared in float32, on a copy: rounding in a deep model would otherwise hide
+# what is measured, and processors without half-precision arithmetic are slow at it.
+_WIDEN_BYTES = 6 * 2**30
 _PROBES = 8  # random vectors that stand for all inputs of a layer
 _SAMPLES, _TOKENS = 2, 16
 
@@ -34,12 +38,14 @@ class CheckResult:
         effect: Largest |difference| between the outputs of the PiCa model and of the base model, to compare with.
         scale: Largest |output| of the PiCa model.
         layers: Largest relative error of a layer's update.
+        dtype: Precision of the models that were compared.
     """
 
     logits: float
     effect: float
     scale: float
     layers: float
+    dtype: torch.dtype
 
 
 def check_folder(
@@ -54,7 +60,7 @@ def check_folder(
 ) -> CheckResult:
     """Load `folder` with plain PEFT on the base of `root`, compare each layer's update and the model's output.
 
-    `root` (a base model with PiCa layers) is not touched: everything happens on copies that share its tensors.
+    `root` (a base model with PiCa layers) is not touched: everything happens on copies, which share its tensors where they are not widened.
 
     Args:
         spectra: {path: shared matrix} of the exported layers.
@@ -65,13 +71,12 @@ def check_folder(
     Raises:
         ExportError: the reloaded adapter has other layers, another update or another output than it should.
     """
-    device = next(root.parameters()).device
-    batch = dict(inputs) if inputs is not None else example_inputs(root, device)
     flags = [(p, p.requires_grad) for p in root.parameters()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT, about what is checked here
-            adapted = share_tensors(root).eval()
+            adapted = _copy_to_compare(root).eval()
+            batch = _batch(adapted, inputs)
             layers = {p: m for p, m in adapted.named_modules() if isinstance(m, PicaLinear)}
             _activate(adapted, adapter)
             expected = output_of(adapted, batch)
@@ -83,9 +88,11 @@ def check_folder(
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    result = CheckResult(_gap(found, expected), _gap(expected, base), float(expected.abs().max()), worst)
+    scale = float(expected.abs().max())
+    result = CheckResult(_gap(found, expected), _gap(expected, base), scale, worst, expected.dtype)
     exact = all(s.rank <= rank for s in spectra.values())
-    rounding = 256 * max(torch.finfo(dtype).eps, torch.finfo(expected.dtype).eps) * result.scale
+    eps = max(torch.finfo(dtype).eps, torch.finfo(expected.dtype).eps)
+    rounding = (256 if eps < 1e-5 else 16) * eps * result.scale  # depth amplifies it: 12 eps in SmolLM2
     # The layers were compared above; this catches what lies outside them, such as modules_to_save that did not load.
     if not torch.isfinite(found).all() or (exact and result.logits > max(rounding, 0.5 * result.effect)):
         raise ExportError(
@@ -138,6 +145,23 @@ def _compare_layers(
             )
         worst = max(worst, relative)
     return worst
+
+
+def _copy_to_compare(root: nn.Module) -> nn.Module:
+    """A copy of the model: in float32 where it is a half-precision one of moderate size, else sharing its tensors."""
+    dtypes = {p.dtype for p in root.parameters()}
+    size = sum(p.numel() for p in root.parameters())
+    quantised = any(m.quantization_backend is not None for m in root.modules() if isinstance(m, PicaLinear))
+    if not dtypes & {torch.float16, torch.bfloat16} or quantised or 4 * size > _WIDEN_BYTES:
+        return share_tensors(root)
+    return copy.deepcopy(root).float()
+
+
+def _batch(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The inputs to compare on, in the model's precision."""
+    first = next(model.parameters())
+    batch = dict(inputs) if inputs is not None else example_inputs(model, first.device)
+    return {k: v.to(first.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
 def _activate(model: nn.Module, adapter: str) -> None:

@@ -99,8 +99,8 @@ def run(arguments: Sequence[str]) -> int:
         print("not checked")
     else:
         print(
-            f"checked with plain PEFT: max |difference of outputs| {done.check.logits:.3g}, where the adapter changes "
-            f"outputs by {done.check.effect:.3g}"
+            f"checked with plain PEFT in {str(done.check.dtype).removeprefix('torch.')}: max |difference of outputs| "
+            f"{done.check.logits:.3g}, where the adapter changes outputs by {done.check.effect:.3g}"
         )
     print(f"LoRA folder: {done.folder} ({done.bytes / 2**20:.1f} MiB, {done.layers} layers)")
     if done.command:
