@@ -60,7 +60,8 @@ def check_folder(
 ) -> CheckResult:
     """Load `folder` with plain PEFT on the base of `root`, compare each layer's update and the model's output.
 
-    `root` (a base model with PiCa layers) is not touched: everything happens on copies, which share its tensors where they are not widened.
+    `root` (a base model with PiCa layers) is not touched: everything happens on copies, which share its tensors
+    where they are not widened.
 
     Args:
         spectra: {path: shared matrix} of the exported layers.
