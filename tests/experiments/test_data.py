@@ -41,7 +41,8 @@ def test_long_sequences_are_cut_and_lone_prompts_dropped(model_folder: Path, cap
     with caplog.at_level(logging.WARNING):
         encoded = encode(examples, tokenizer, max_length=6)
     assert [len(ids) for ids in encoded["input_ids"]] == [5, 6]
-    assert "2 of 3 sequences are longer than trainer.max_length = 6: cut off, 1 of them dropped" in caplog.text
+    assert "2 of 3 sequences are cut off at trainer.max_length = 6" in caplog.text
+    assert "1 sequences are dropped" in caplog.text
     with pytest.raises(DataError, match="All prompts are longer than trainer.max_length = 2"):
         encode(examples, tokenizer, max_length=2)
 
@@ -82,8 +83,20 @@ def test_a_validation_file_is_used_as_it_is(recipe: Callable, tmp_path: Path):
     assert [len(splits.train), len(splits.validation)] == [30, 4]
 
 
-def test_test_problems_seen_in_training_are_warned_of(recipe: Callable, tmp_path: Path, caplog):
-    train = rows(tmp_path, "train.json", 30)
+def test_test_problems_are_not_learnt_from_unless_asked(recipe: Callable, tmp_path: Path, caplog):
+    train, test = rows(tmp_path, "train.json", 30), rows(tmp_path, "test.json", 4, offset=28)
+    written = Path(test).read_text()
+    Path(test).write_text(written.replace("Number 28?", "number  28 ?"))  # the same but for case and spacing
     with caplog.at_level(logging.WARNING):
+        splits = load_splits(recipe(data__train=train, data__test=test), ARITHMETIC)
+    assert "2 of 30 training problems are test or validation problems too: left out" in caplog.text
+    assert [len(splits.train), len(splits.test)] == [28, 4]
+    kept = load_splits(recipe(data__train=train, data__test=test, data__keep_test_problems=True), ARITHMETIC)
+    assert len(kept.train) == 30
+    assert "kept, as data.keep_test_problems says" in caplog.text
+
+
+def test_nothing_left_to_learn_from_is_an_error(recipe: Callable, tmp_path: Path):
+    train = rows(tmp_path, "train.json", 4)
+    with pytest.raises(DataError, match="data.train: no problems are left"):
         load_splits(recipe(data__train=train, data__test=train), ARITHMETIC)
-    assert "4 of the 4 test problems are also training problems" in caplog.text

@@ -68,18 +68,26 @@ class _NoteHandler(logging.Handler):
 
     def __init__(self, reporter: ConsoleReporter) -> None:
         super().__init__(logging.WARNING)
-        self._reporter = reporter
+        self._reporter, self._shown = reporter, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reporter.say(f"{record.levelname.lower()}: {record.getMessage()}")
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        if text not in self._shown:  # a run loads the model several times, and it warns each time
+            self._shown.add(text)
+            self._reporter.say(text)
 
 
 def reporter() -> ConsoleReporter:
-    """A reporter for a command, with this package's warnings routed to it and the libraries' chatter off."""
+    """A reporter for a command, with this package's warnings routed to it."""
     made = ConsoleReporter()
     package = logging.getLogger("pica")
     package.handlers = [_NoteHandler(made)]
     package.propagate = False
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *place: object) -> None:
+        package.warning("%s", message)
+
+    warnings.showwarning = show  # where in our source a warning was given is nothing to a user
     return made
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def load_splits(recipe: Recipe, task: Task) -> Splits:
     """Read or generate all splits.
 
     Validation problems are the validation source's, else generated ones, else taken out of the training file by the
-    data seed; training problems with the same prompt as one of them are then left out.
+    data seed. Training problems that are test or validation problems too are left out with a warning.
 
     Raises:
         DataError: A source is missing, empty or malformed, or holds too few problems.
@@ -59,12 +60,26 @@ def load_splits(recipe: Recipe, task: Task) -> Splits:
     else:
         train = task.load("train", source(recipe, "train", limit=data.train_limit))
     test = task.load("test", source(recipe, "test", limit=data.test_limit))
+    kept = without(train, [*test, *validation])
+    if len(kept) < len(train):
+        action = "kept, as data.keep_test_problems says" if data.keep_test_problems else "left out"
+        shared = len(train) - len(kept)
+        logger.warning("%d of %d training problems are test or validation problems too: %s", shared, len(train), action)
+    if not data.keep_test_problems:
+        train = kept
     if not train or not test:
         raise DataError(f"data.{'test' if train else 'train'}: no problems are left to use.")
-    seen = {example.prompt for example in train}
-    if shared := sum(example.prompt in seen for example in test):
-        logger.warning("%d of the %d test problems are also training problems", shared, len(test))
     return Splits(train, validation, test)
+
+
+def without(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """The examples whose prompt is none of the others', whatever the case, spacing and punctuation."""
+    taken = {_words(example.prompt) for example in others}
+    return [example for example in examples if _words(example.prompt) not in taken]
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def take_out(examples: Sequence[Example], count: int, *, seed: int) -> tuple[list[Example], list[Example]]:
@@ -80,8 +95,7 @@ def take_out(examples: Sequence[Example], count: int, *, seed: int) -> tuple[lis
         )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))
     taken = [example for index, example in enumerate(examples) if index in chosen]
-    prompts = {example.prompt for example in taken}
-    return [example for example in examples if example.prompt not in prompts], taken
+    return without(examples, taken), taken
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -132,9 +146,7 @@ def encode(
     if not rows["input_ids"]:
         raise DataError(f"All prompts are longer than trainer.max_length = {max_length}, so nothing can be learnt.")
     if cut:
-        dropped = len(examples) - len(rows["input_ids"])
-        logger.warning(
-            "%d of %d sequences are longer than trainer.max_length = %d: cut off, %d of them dropped as nothing but "
-            "prompt was left", cut, len(examples), max_length, dropped,
-        )  # fmt: skip
+        logger.warning("%d of %d sequences are cut off at trainer.max_length = %d", cut, len(examples), max_length)
+    if dropped := len(examples) - len(rows["input_ids"]):
+        logger.warning("%d sequences are dropped: nothing but their prompt was left", dropped)
     return datasets.Dataset.from_dict(rows)

@@ -38,6 +38,8 @@ class DataSection:
     """Use at most this many test problems."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the task's fields in your files, for instance {question: prompt, solution: target}."""
+    keep_test_problems: bool = False
+    """Learn from training problems even if they are test problems too; published sets often overlap."""
     seed: int = 0
     """Decides which problems are generated or taken out for validation; the training seed does not."""
 
