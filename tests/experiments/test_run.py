@@ -14,7 +14,7 @@ from pica.experiments.interrupts import Interrupted
 from pica.experiments.parsing import dump_recipe, load_recipe
 from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import resume, start
+from pica.experiments.run import resume, start, with_absolute_paths
 
 FILES = ["adapter", "loss_curve.csv", "metrics.json", "predictions-adapter.jsonl", "recipe.resolved.yaml"]
 
@@ -102,6 +102,19 @@ def test_resuming_from_any_phase_ends_in_the_same_adapters(recipe: Callable[...,
         assert paths[0].read_bytes() == paths[1].read_bytes()
         assert whole.metrics[name]["loss"] == resumed.metrics[name]["loss"]
     assert listing(whole.output) == listing(resumed.output)
+
+
+def test_local_places_are_recorded_so_that_they_are_found_from_anywhere(
+    recipe: Callable[..., Recipe], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"instruction": "1?", "output": "The answer is 1.", "answer": "1"}]))
+    monkeypatch.chdir(tmp_path)
+    made = recipe(model__path=os.path.relpath(model_folder), data__test="data.json")
+    found = with_absolute_paths(made)
+    assert (found.model.path, found.data.test, found.data.train) == (str(model_folder), str(data), "embedded")
+    assert made.data.test == "data.json", "the caller's recipe is left alone"
+    assert with_absolute_paths(recipe(model__path="org/name")).model.path == "org/name"
 
 
 def test_interruption_before_anything_is_written_leaves_nothing(recipe: Callable[..., Recipe], tmp_path: Path):

@@ -26,15 +26,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _caches() -> dict[str, Path]:
+def _caches() -> dict[str, Path | None]:
     from datasets import config as datasets_config
     from huggingface_hub import constants
 
-    return {"hub": Path(constants.HF_HUB_CACHE), "datasets": Path(datasets_config.HF_DATASETS_CACHE)}
+    from pica.basis.cache import cache_folder
+
+    return {
+        "hub": Path(constants.HF_HUB_CACHE),
+        "datasets": Path(datasets_config.HF_DATASETS_CACHE),
+        "bases": cache_folder(),
+    }
 
 
-def _describe(folder: Path) -> dict[str, Any]:
-    """Path and size in bytes; no size for a folder that is not there."""
+def _describe(folder: Path | None) -> dict[str, Any]:
+    """Path and size in bytes; no size for a folder that is not there, no path for a cache that is off."""
+    if folder is None:
+        return {"path": None, "bytes": None}
     if not folder.is_dir():
         return {"path": str(folder), "bytes": None}
     total = 0
