@@ -8,6 +8,7 @@ import os
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PICA_CACHE_DIR"] = ""  # no test depends on what an earlier one left; the cache's own switch it on
 
 from collections.abc import Callable  # noqa: E402 - the variables have to be set before torch is imported
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pica.adapters.lora_export import export_lora
     from pica.adapters.reference import import_reference
     from pica.adapters.verify import verify
+    from pica.basis.cache import use_basis_cache
     from pica.tuner.config import PicaConfig
     from pica.tuner.coverage import coverage
     from pica.tuner.model import PicaModel
@@ -31,6 +32,7 @@ __all__ = [
     "hotswap_adapter",
     "import_reference",
     "register",
+    "use_basis_cache",
     "verify",
 ]
 
@@ -41,6 +43,7 @@ _HOMES = {
     "export_lora": "pica.adapters.lora_export",
     "hotswap_adapter": "pica.adapters.hotswap",
     "import_reference": "pica.adapters.reference",
+    "use_basis_cache": "pica.basis.cache",
     "verify": "pica.adapters.verify",
 }
 

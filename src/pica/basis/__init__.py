@@ -2,6 +2,7 @@
 
 from pica.basis._precision import full_precision as full_precision
 from pica.basis._progress import solve_many as solve_many
+from pica.basis.cache import cached_solve_basis as cached_solve_basis
 from pica.basis.orient import direction_signs as direction_signs
 from pica.basis.spectral import PROJECTIONS as PROJECTIONS
 from pica.basis.spectral import Basis as Basis
@@ -15,6 +16,7 @@ __all__ = [
     "Basis",
     "BasisRequest",
     "Side",
+    "cached_solve_basis",
     "direction_signs",
     "full_precision",
     "max_rank",

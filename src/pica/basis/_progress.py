@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pica.basis.cache import cached_solve_basis
 from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
 
 # A bar that flashes up for half a second is noise; one after this long is news.
@@ -15,7 +16,7 @@ QUIET_SECONDS = 3.0
 
 
 def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, Side]]) -> list[Basis]:
-    """Basis for each of `requests`, in order.
+    """Basis for each of `requests`, in order, from the cache where they are in it.
 
     Args:
         requests: What to solve; a request's own `side` is used unless it is "auto".
@@ -31,13 +32,14 @@ def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], 
         for request in requests:
             weight, side = load(request)
             solved.append(
-                solve_basis(
+                cached_solve_basis(
                     weight,
                     request.rank,
                     projection=request.projection,
                     side=side if request.side == "auto" else request.side,
                     seed=request.seed,
                     name=request.name,
+                    solve=solve_basis,
                 )
             )
             if bar is not None:

@@ -3,13 +3,14 @@
 Exit status: 0 done; 2 something the user can put right; 130 interrupted; 1 a bug. Nothing here imports torch.
 """
 
+import contextlib
 import importlib
 import keyword
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from types import FrameType
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "export": "write a PiCa adapter as a LoRA that serving engines load",
     "import": "read an adapter of the authors' reference implementation",
     "verify": "check an adapter's files, and that it belongs to its base model",
+    "cache": "what the cache of solved bases takes; clear empties it",
     "env": "versions, devices and caches for a bug report",
 }
 
@@ -40,6 +42,7 @@ options:
   --help       show this text
   --version    show the version
   --debug      show the full traceback of an error (so does PICA_DEBUG=1)
+  --no-cache   solve every basis, and store none (so does PICA_CACHE_DIR=)
 """
 
 
@@ -47,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; `argv` defaults to the process's arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("PICA_DEBUG", "") not in ("", "0")
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    cached = "--no-cache" not in arguments
+    arguments = [argument for argument in arguments if argument not in ("--debug", "--no-cache")]
     try:
-        return _dispatch(arguments)
+        with contextlib.nullcontext() if cached else _without_cache():
+            return _dispatch(arguments)
     except Interrupted as stopped:
         _say(_how_to_go_on(stopped))
         return 130
@@ -98,6 +103,19 @@ def _dispatch(arguments: list[str]) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Set `PICA_CACHE_DIR` to nothing meanwhile: it reaches processes that the command starts, and needs no import."""
+    before = os.environ.get("PICA_CACHE_DIR")
+    os.environ["PICA_CACHE_DIR"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["PICA_CACHE_DIR"]
+        if before is not None:
+            os.environ["PICA_CACHE_DIR"] = before
 
 
 def _terminate_like_interrupt():

@@ -29,6 +29,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):  # a cache folder
+        if value["path"] is None:
+            return "off"
         size = "absent" if value["bytes"] is None else f"{value['bytes'] / 2**20:.1f} MiB"
         return f"{value['path']} ({size})"
     if isinstance(value, list):

@@ -11,7 +11,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pica.basis import Basis, BasisRequest, Side, full_precision, solve_basis
+from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_precision, solve_basis
 from pica.errors import BasisError
 from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.update import add_product, coordinates, delta_weight
@@ -124,13 +124,14 @@ class PicaLinear(nn.Module, BaseTunerLayer):
             weight = self.frozen_weight()
             self.install_basis(
                 projection,
-                solve_basis(
+                cached_solve_basis(
                     weight,
                     request.rank,
                     projection=request.projection,
                     side=self.preferred_side(weight),
                     seed=request.seed,
                     name=request.name,
+                    solve=solve_basis,
                 ),
             )
             projector = cast(Tensor, self.projector(projection))

@@ -1,0 +1,303 @@
+"""Solved bases on disk, so that loading the same base model again needs no decomposition.
+
+An entry is named by what decides its content: the bytes, shape and dtype of the weight, the projection, the requested
+side, the kind of device that solves, and the version of this format. So an entry never goes stale, needs no lock, and
+whoever finds it may use it. It is one safetensors file with `projector`, `gains` and a checksum of both. Whatever goes
+wrong with the cache costs a decomposition and a note in the log, never the load.
+
+`PICA_CACHE_DIR` moves the cache (set to nothing, it is off); `PICA_CACHE_LIMIT` bounds it, in bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pica.basis import spectral
+from pica.basis.spectral import Basis, Side
+from pica.errors import ConfigError
+
+try:
+    from xxhash import xxh3_128 as _hasher
+
+    HASH = "xxh3_128"
+except ImportError:  # a broken or missing wheel: slower, and entries of their own
+    from hashlib import blake2b as _hasher
+
+    HASH = "blake2b"
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised whenever an entry's layout or the solver's result changes, so that older entries are not found any more."""
+
+SMALLEST_ELEMENTS = 96 * 96
+"""Weights with fewer elements are solved each time: that takes 2 ms at most, and to read an entry takes 0.5 ms."""
+
+DEFAULT_LIMIT = 20 * 2**30
+"""Bytes that the entries may take together."""
+
+_STALE_SECONDS = 3600.0  # a temporary file this old belongs to a process that was killed
+_SUFFIX, _PARTIAL = ".safetensors", ".partial"
+
+_enabled = True
+_noted: set[str] = set()
+_unscanned: dict[Path, int] = {}  # bytes that this process wrote to a folder since it last measured it
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What the cache takes: its folder (None: it is off), bytes, number of entries, and its bound in bytes."""
+
+    folder: Path | None
+    bytes: int
+    entries: int
+    limit: int
+
+
+def use_basis_cache(enabled: bool) -> None:
+    """Switch the cache of solved bases off or on again, for this process."""
+    global _enabled
+    _enabled = enabled
+
+
+def cache_folder() -> Path | None:
+    """Where entries are kept, `basis` in `PICA_CACHE_DIR` or in the user's cache folder; None where the cache is off."""
+    chosen = os.environ.get("PICA_CACHE_DIR")
+    if not _enabled or chosen == "":
+        return None
+    if chosen is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+        chosen = os.path.join(home, "pica")
+    return Path(os.path.abspath(os.path.expanduser(chosen))) / "basis"
+
+
+def cache_limit() -> int:
+    """The bound on the cache's size, in bytes.
+
+    Raises:
+        ConfigError: `PICA_CACHE_LIMIT` is not a whole number of bytes.
+    """
+    text = os.environ.get("PICA_CACHE_LIMIT", "")
+    if not text:
+        return DEFAULT_LIMIT
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"PICA_CACHE_LIMIT={text!r} must be a whole number of bytes, e.g. {DEFAULT_LIMIT}.")
+    return int(text)
+
+
+def cache_use() -> CacheUse:
+    """What the cache takes now."""
+    folder = cache_folder()
+    found = [] if folder is None else _files(folder)
+    entries = sum(path.suffix == _SUFFIX for path, _, _ in found)
+    return CacheUse(folder, sum(size for _, size, _ in found), entries, cache_limit())
+
+
+def clear_cache() -> CacheUse:
+    """Remove every entry (and nothing else that may be in the folder); returns what the cache took before."""
+    before = cache_use()
+    if before.folder is not None:
+        for path, _, _ in _files(before.folder):
+            path.unlink(missing_ok=True)
+    return before
+
+
+def cached_solve_basis(
+    weight: Tensor,
+    rank: int,
+    *,
+    projection: str = "principal",
+    side: Literal["auto", "in", "out"] = "auto",
+    seed: int = 0,
+    name: str = "weight",
+    solve: Callable[..., Basis] = spectral.solve_basis,
+) -> Basis:
+    """`solve_basis`, or what it gave for the same weight before.
+
+    One entry serves every smaller rank, as its first rows; a larger rank replaces it. Random directions are not kept
+    (they cost little), nor are weights below `SMALLEST_ELEMENTS`.
+
+    Args:
+        weight, rank, projection, side, seed, name: As `solve_basis`.
+        solve: Called where there is no entry. Entries are those of `solve_basis`; another function is always called.
+
+    Raises:
+        BasisError, RankError, ConfigError: as `solve_basis`; ConfigError also as `cache_limit`.
+    """
+
+    def fresh() -> Basis:
+        return solve(weight, rank, projection=projection, side=side, seed=seed, name=name)
+
+    folder = cache_folder()
+    if (
+        folder is None
+        or solve is not spectral.solve_basis
+        or projection not in ("principal", "minor")
+        or weight.ndim != 2
+        or weight.is_meta
+        or not weight.is_floating_point()
+        or weight.numel() < SMALLEST_ELEMENTS
+        or not 1 <= rank <= min(weight.shape)  # the solver says what is wrong
+    ):
+        return fresh()
+    limit = cache_limit()
+    key = _key(weight, projection, side)
+    path = folder / f"{key}{_SUFFIX}"
+    found = _read(path, key, weight, rank, projection, side)
+    if found is not None:
+        return found
+    basis = fresh()
+    _write(path, key, basis, rank, limit)
+    return basis
+
+
+def _digest(tensor: Tensor) -> str:
+    """Hash of a tensor's bytes, in row-major order."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return _hasher(content).hexdigest()
+
+
+def _key(weight: Tensor, projection: str, side: str) -> str:
+    dtype, shape, device = str(weight.dtype), tuple(weight.shape), weight.device.type
+    parts = [FORMAT, HASH, _digest(weight), dtype, shape, projection, side, device]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
+
+
+def _checksum(projector: Tensor, gains: Tensor) -> str:
+    return f"{HASH}:{_digest(projector)}{_digest(gains)}"
+
+
+def _read(path: Path, key: str, weight: Tensor, rank: int, projection: str, side: str) -> Basis | None:
+    """The first `rank` directions of an entry, or None where it is missing, too small or damaged (then it is removed)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            projector, gains = file.get_tensor("projector"), file.get_tensor("gains")
+        asked, solved_side = int(metadata.get("rank", "")), metadata.get("side")
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        if not path.exists():  # removed while it was being opened, which torch reports as a RuntimeError
+            return None
+        return _discard(path, str(error) or type(error).__name__)
+    used: Side = "out" if solved_side == "out" else "in"
+    rows = projector.shape[0] if projector.ndim else -1
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    width = weight.shape[1] if used == "in" else weight.shape[0]
+    if metadata.get("key") != key or solved_side != used or side not in ("auto", used):
+        return _discard(path, "it belongs to another weight")
+    if projector.shape != (rows, width) or gains.shape != (rows,) or not 0 <= rows <= asked:
+        return _discard(path, f"shapes {tuple(projector.shape)} and {tuple(gains.shape)}")
+    if projector.dtype != dtype or gains.dtype != dtype or not metadata.get("solver"):
+        return _discard(path, f"dtypes {projector.dtype} and {gains.dtype}, solver {metadata.get('solver')!r}")
+    if metadata.get("checksum") != _checksum(projector, gains):
+        return _discard(path, "its checksum is wrong")
+    if not (torch.isfinite(projector).all() and torch.isfinite(gains).all()):
+        return _discard(path, "NaN or infinity")
+    if asked < rank and rows == asked:  # fewer rows than asked for: the weight has no more, whatever the rank
+        return None
+    with suppress(OSError):
+        os.utime(path)  # least recently used entries go first
+    # copies, so that nothing refers to the file and the rows that were not asked for take no memory
+    kept, lengths = projector[:rank].clone(), gains[:rank].clone()
+    return Basis(kept.to(weight.device), used, lengths.to(weight.device), projection, metadata["solver"])
+
+
+def _discard(path: Path, why: str) -> None:
+    logger.warning("%s in the basis cache is damaged (%s); its basis is computed again", path, why)
+    with suppress(OSError):
+        path.unlink()
+
+
+def _write(path: Path, key: str, basis: Basis, rank: int, limit: int) -> None:
+    """Store an entry under a temporary name, then rename it: readers and other writers see whole files only.
+
+    Nothing is flushed: an entry that a power cut leaves half-written fails its checksum.
+    """
+    projector, gains = basis.projector.cpu().contiguous(), basis.gains.cpu().contiguous()
+    size = projector.nbytes + gains.nbytes
+    if size > limit or _rank_of(path) >= rank:  # another process may have stored more in the meantime
+        return
+    metadata = {
+        "key": key,
+        "rank": str(rank),
+        "side": basis.side,
+        "solver": basis.solver,
+        "checksum": _checksum(projector, gains),
+    }
+    partial = path.with_name(f".{key}.{uuid.uuid4().hex}{_PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"projector": projector, "gains": gains}, partial, metadata)
+        os.replace(partial, path)
+        _shrink(path.parent, size, limit)
+    except (OSError, SafetensorError) as error:
+        _note_once(f"Nothing can be stored in the basis cache {str(path.parent)!r} ({error}); going on without it.")
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _rank_of(path: Path) -> int:
+    """Rank that a (whole) entry was solved for; 0 where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {}).get("rank", "0"))
+    except (OSError, SafetensorError, ValueError, RuntimeError):  # RuntimeError: removed while it was being opened
+        return 0
+
+
+def _note_once(text: str) -> None:
+    if text.partition("(")[0] not in _noted:  # every layer of a model would say the same
+        _noted.add(text.partition("(")[0])
+        logger.warning("%s", text)
+
+
+def _files(folder: Path) -> list[tuple[Path, int, float]]:
+    """(path, bytes, time of last use) of entries and of temporary files, ours only."""
+    found: list[tuple[Path, int, float]] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(OSError):  # another process has removed it
+                    if entry.name.endswith((_SUFFIX, _PARTIAL)) and entry.is_file(follow_symlinks=False):
+                        status = entry.stat(follow_symlinks=False)
+                        found.append((Path(entry.path), status.st_size, status.st_mtime))
+    except OSError:
+        return []
+    return found
+
+
+def _shrink(folder: Path, written: int, limit: int) -> None:
+    """Remove the entries that were not used for longest, until the rest is within `limit` bytes.
+
+    To measure the folder after each write would take longer than to solve, once it holds many entries. So a process
+    measures it at its first write and after each 1/64 of the limit, and then leaves that much room.
+    """
+    slack = limit // 64
+    _unscanned[folder] = _unscanned.get(folder, slack) + written
+    if _unscanned[folder] < slack:
+        return
+    _unscanned[folder] = 0
+    found = sorted(_files(folder), key=lambda item: item[2])
+    total = sum(size for _, size, _ in found)
+    now = time.time()
+    for path, size, used in found:
+        abandoned = path.suffix == _PARTIAL and now - used > _STALE_SECONDS
+        if abandoned or (total > limit - slack and path.suffix == _SUFFIX):
+            path.unlink(missing_ok=True)
+            total -= size

@@ -1,0 +1,35 @@
+"""`pica cache`: what the cache of solved bases takes, and emptying it."""
+
+import argparse
+from collections.abc import Sequence
+
+EPILOG = """The cache spares decompositions when a base model is loaded again; to empty it costs time, never results.
+
+PICA_CACHE_DIR    its folder, set to nothing: off (default: pica in $XDG_CACHE_HOME, or ~/.cache/pica)
+PICA_CACHE_LIMIT  its bound in bytes; the entries not used for longest make room (default: 20 GiB)
+pica COMMAND --no-cache  neither reads nor writes it
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Show the cache, or empty it."""
+    parser = argparse.ArgumentParser(
+        prog="pica cache",
+        description="Show what the cache of solved bases takes, or empty it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show", help="default: show")
+    given = parser.parse_args(arguments)
+
+    from pica.basis.cache import cache_use, clear_cache
+
+    use = clear_cache() if given.action == "clear" else cache_use()
+    if use.folder is None:
+        print("The cache is off (--no-cache, or PICA_CACHE_DIR is set to nothing).")
+    elif given.action == "clear":
+        print(f"Removed {use.entries} bases, {use.bytes / 2**20:.1f} MiB, from {use.folder}")
+    else:
+        limit = f"{use.limit / 2**30:.3g} GiB"
+        print(f"{use.folder}: {use.entries} bases, {use.bytes / 2**20:.1f} MiB of at most {limit}")
+    return 0
