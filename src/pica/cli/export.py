@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.errors import AdapterFileError
-
 EPILOG = """examples:
   pica export pica-arithmetic-tiny -o lora                       exact: same outputs, no pica needed
   pica export out/adapter -o lora --for vllm                     a rank and precision that vLLM serves
@@ -61,16 +59,12 @@ def run(arguments: Sequence[str]) -> int:
         import pica
         from pica.adapters.lora_export import ExportPlan, export_lora
         from pica.adapters.lora_folder import error_table
-        from pica.experiments.assessing import find_adapter
+        from pica.experiments.assessing import require_adapter
         from pica.experiments.models import locate
 
         pica.register()
         quiet_libraries()
-    path = given.adapter.expanduser()
-    adapter = find_adapter(path)
-    if adapter is None:
-        there = "holds no adapter_config.json" if path.is_dir() else "does not exist"
-        raise AdapterFileError(f"Adapter folder {str(path)!r} {there}.")
+    adapter = require_adapter(given.adapter.expanduser())
 
     def show(plan: ExportPlan) -> None:
         kind = "exact" if plan.exact else "truncated; error is the Frobenius norm of what each layer loses"

@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.errors import AdapterFileError
-
 EPILOG = """examples:
   pica merge pica-arithmetic-tiny -o merged
   pica merge out/adapter -o merged --base ./SmolLM2-135M --dtype bfloat16
@@ -42,15 +40,11 @@ def run(arguments: Sequence[str]) -> int:
 
     shown = reporter()
     with shown.console.status("Loading libraries"):
-        from pica.experiments.assessing import find_adapter
+        from pica.experiments.assessing import require_adapter
         from pica.experiments.merging import merge
 
         quiet_libraries()
-    path = given.adapter.expanduser()
-    adapter = find_adapter(path)
-    if adapter is None:
-        there = "holds no adapter_config.json" if path.is_dir() else "does not exist"
-        raise AdapterFileError(f"Adapter folder {str(path)!r} {there}.")
+    adapter = require_adapter(given.adapter.expanduser())
     with shown.console.status("Merging"):
         merge(adapter, given.output.expanduser(), base=given.base, dtype=given.dtype)
     print(f"Merged model: {given.output}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pica.errors import ConfigError
+from pica.errors import AdapterFileError, ConfigError
 from pica.experiments import output as files
 from pica.experiments.evaluation import Evaluation, evaluate
 from pica.experiments.models import base_of, device, load_adapter, load_model, load_tokenizer
@@ -97,6 +97,19 @@ def find_adapter(path: Path) -> Path | None:
         if (folder / "adapter_config.json").is_file():
             return folder
     return None
+
+
+def require_adapter(path: Path) -> Path:
+    """The adapter folder that a path means.
+
+    Raises:
+        AdapterFileError: There is none.
+    """
+    adapter = find_adapter(path)
+    if adapter is None:
+        there = "holds no adapter_config.json" if path.is_dir() else "does not exist"
+        raise AdapterFileError(f"Adapter folder {str(path)!r} {there}.")
+    return adapter
 
 
 def run_of(adapter: Path) -> Recipe | None:
