@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ from tqdm.auto import tqdm
 from pica.basis.cache import cached_solve_basis
 from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
 
+# In a log file each update is a line, so there one now and then has to do.
+LOG_SECONDS = 15.0
 # A bar that flashes up for half a second is noise; one after this long is news.
 QUIET_SECONDS = 3.0
 
@@ -45,8 +48,15 @@ def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], 
             if bar is not None:
                 bar.update()
             elif time.monotonic() - started > QUIET_SECONDS and len(solved) < len(requests):
-                bar = tqdm(total=len(requests), initial=len(solved), desc="PiCa basis", unit="layer", leave=False)
+                bar = _bar(len(requests), len(solved))
     finally:
         if bar is not None:
             bar.close()
     return solved
+
+
+def _bar(total: int, done: int) -> tqdm:
+    pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    return tqdm(
+        total=total, initial=done, desc="PiCa basis", unit="layer", leave=False, mininterval=pause, maxinterval=pause
+    )
