@@ -12,6 +12,7 @@ from torch import nn
 
 from pica.adapters.wording import first_line
 from pica.errors import AdapterFileError, ConfigError
+from pica.tuner.config import PicaConfig
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -70,7 +71,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """The configuration of a saved PiCa adapter.
 
     Raises:
-        AdapterFileError: the folder holds none, or one of another method.
+        AdapterFileError: the folder holds none, or one of another method, or is damaged.
+        ConfigError: its configuration has a wrong value.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():  # PEFT would look for it on the hub
@@ -78,7 +80,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
             raise AdapterFileError(f"Adapter folder {str(folder)!r} {there}.")
     try:
         method = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
-        config = PeftConfig.from_pretrained(str(folder)) if method == "PICA" else None
+        config = PicaConfig.from_pretrained(folder) if method == "PICA" else None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
         raise AdapterFileError(f"{folder / 'adapter_config.json'} cannot be read: {error}.") from error
     if config is None:

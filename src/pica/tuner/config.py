@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 import pica._version
 from pica.basis import PROJECTIONS
 from pica.basis.fingerprint import FORMAT_VERSION
 from pica.errors import ConfigError
+from pica.tuner.config_file import CONFIG, check_weights_file, pattern_problems, read_config_file, type_problems
 from pica.tuner.registration import ensure_peft_type
 from pica.tuner.roles import check_share
 
@@ -106,6 +109,8 @@ class PicaConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        if problems := type_problems(self) or self._problems():
+            raise ConfigError("PicaConfig: " + "; ".join(problems) + ".")
         super().__post_init__()
         self.peft_type = ensure_peft_type("PICA")
         self.pica_version = self.pica_version or pica._version.__version__
@@ -113,8 +118,41 @@ class PicaConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if problems := self._problems():
-            raise ConfigError("PicaConfig: " + "; ".join(problems) + ".")
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The fields of a configuration file.
+
+        Raises:
+            AdapterFileError: it is not readable, or holds fields that are not known.
+        """
+        return read_config_file(path_json_file, {f.name for f in dataclasses.fields(cls)})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PicaConfig:
+        """The configuration in an adapter folder or hub repository.
+
+        Of a local folder the weights' file is checked too (present, whole), so that a damaged adapter is refused before
+        a model is touched.
+
+        Raises:
+            AdapterFileError: the folder's files are missing, damaged or cut short, or hold fields that are not known.
+            ConfigError: a value has a wrong type or is out of range; the message names the file.
+        """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        local = (folder / CONFIG).is_file()
+        try:
+            config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        except ConfigError as error:
+            where = repr(str(folder / CONFIG)) if local else f"{CONFIG} of {str(pretrained_model_name_or_path)!r}"
+            raise ConfigError(f"{where}: {error}") from error
+        assert isinstance(config, PicaConfig)
+        if local:
+            # PEFT sets `inference_mode` when it saves an adapter; without it this may be a configuration on its own
+            check_weights_file(folder, saved_adapter=config.inference_mode)
+        return config
 
     def to_dict(self) -> dict:
         """The fields as plain values; sets become sorted lists, so that the same adapter gives the same file."""
@@ -129,18 +167,13 @@ class PicaConfig(PeftConfig):
                 found.append(f"{what}={rank!r} must be a whole number of at least 1")
         if self.projection not in PROJECTIONS:
             found.append(f"projection={self.projection!r} is unknown; use one of {', '.join(PROJECTIONS)}")
-        if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
-            found.append(f"projection_seed={self.projection_seed!r} must be a whole number")
         if problem := check_share(self.share):
             found.append(problem)
         if self.bias not in ("none", "all", "pica_only"):
             found.append(f"bias={self.bias!r} is unknown; use 'none', 'all' or 'pica_only'")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(pattern := getattr(self, name), str):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    found.append(f"{name}={pattern!r} is not a regular expression ({error})")
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            found.append(f"Invalid task type: {self.task_type!r}. Must be one of {', '.join(TaskType)}")
+        found += pattern_problems(self)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             found.append("layers_to_transform does not go with a regular expression in target_modules; put it in there")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -67,6 +67,8 @@ def check_share(share: object) -> str | None:
         return f"share={share} must be at least 1 layer"
     if isinstance(share, Mapping):
         for pattern, name in share.items():
+            if not isinstance(pattern, str):
+                return f"share: {pattern!r} must be a regular expression in quotes"
             if not isinstance(name, str) or not name:
                 return f"share: the group of {pattern!r} must be a non-empty name, got {name!r}"
             try:

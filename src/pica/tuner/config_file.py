@@ -1,0 +1,137 @@
+"""What is checked of an adapter folder before its configuration is used, and long before a model is touched."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pica.errors import AdapterFileError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What torch itself wrote: PEFT reads such a file with weights_only=True.
+_TORCH_WEIGHTS = "adapter_model.bin"
+
+
+def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict[str, Any]:
+    """The fields of an adapter_config.json.
+
+    Args:
+        path: The file.
+        fields: Names that it may hold.
+    Raises:
+        AdapterFileError: it cannot be read, is no JSON object, or holds other fields.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 errors, numbers without end
+        raise AdapterFileError(f"{str(path)!r} cannot be read: {str(error) or type(error).__name__}.") from error
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{str(path)!r} must hold a JSON object, not a {type(found).__name__}.")
+    if unknown := sorted(set(found) - set(fields)):
+        writer = found.get("pica_version") or "an unknown version"
+        raise AdapterFileError(
+            f"{str(path)!r} holds fields that this version does not know: {', '.join(map(repr, unknown))}. It was written "
+            f"by pica {writer}; upgrade pica, or remove the fields if they are not pica's."
+        )
+    return found
+
+
+def check_weights_file(folder: Path, *, saved_adapter: bool) -> None:
+    """Check that the weights beside a configuration are there and that their file is whole: every tensor lies within it.
+
+    Args:
+        folder: A local adapter folder.
+        saved_adapter: Whether an adapter was saved there, not only a configuration.
+    Raises:
+        AdapterFileError: they are missing, or the file is damaged or cut short.
+    """
+    path = folder / WEIGHTS
+    if not path.exists():
+        if saved_adapter and not (folder / _TORCH_WEIGHTS).exists():
+            raise AdapterFileError(f"{str(folder)!r} holds no {WEIGHTS}: the adapter is incomplete; copy it again.")
+        return
+    try:
+        with safe_open(path, framework="pt") as file:  # maps the file: a size that it only claims takes no memory
+            names = list(file.keys())
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise AdapterFileError(f"{str(path)!r} is damaged or cut short ({error}); copy the adapter again.") from error
+    if not names:
+        raise AdapterFileError(f"{str(path)!r} holds no tensors; copy the adapter again, or save it again.")
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wholes(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_whole, value))
+
+
+_TEXT_OR_NAMES = ("a name, a list of names or null", lambda v: v is None or isinstance(v, str) or _names(v))
+_TEXT = ("text or null", lambda v: v is None or isinstance(v, (str, PathLike)))
+_FLAG = ("true or false", lambda v: isinstance(v, bool))
+
+_TYPES = {
+    "target_modules": _TEXT_OR_NAMES,
+    "exclude_modules": _TEXT_OR_NAMES,
+    "layers_pattern": _TEXT_OR_NAMES,
+    "modules_to_save": ("a list of names or null", lambda v: v is None or _names(v)),
+    "layers_to_transform": (
+        "a whole number, a list of them or null",
+        lambda v: v is None or _whole(v) or _wholes(v),
+    ),
+    "trainable_token_indices": (
+        "a list of whole numbers, a mapping from name to such a list, or null",
+        lambda v: (
+            v is None
+            or _wholes(v)
+            or (isinstance(v, Mapping) and all(isinstance(k, str) and _wholes(i) for k, i in v.items()))
+        ),
+    ),
+    "rank_pattern": (
+        "a mapping from name or regular expression to rank",
+        lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
+    ),
+    "projection_seed": ("a whole number", _whole),
+    "basis_format": ("a whole number or null", lambda v: v is None or _whole(v)),
+    "save_basis": _FLAG,
+    "init_weights": _FLAG,
+    "inference_mode": _FLAG,
+    "auto_mapping": ("a mapping or null", lambda v: v is None or isinstance(v, Mapping)),
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "pica_version": _TEXT,
+    "peft_version": _TEXT,
+}
+
+
+def type_problems(config: object) -> list[str]:
+    """What is wrong with the types of a configuration's values; they may come from a file that anybody wrote."""
+    found = []
+    for name, (wanted, fits) in _TYPES.items():
+        if not fits(value := getattr(config, name)):
+            found.append(f"{name}={value!r} must be {wanted}")
+    return found
+
+
+def pattern_problems(config: Any) -> list[str]:
+    """Regular expressions of a configuration (of the right types) that are none."""
+    patterns = [("rank_pattern", key) for key in config.rank_pattern or {}]
+    patterns += [(n, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(config, n), str)]
+    found = []
+    for name, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            found.append(f"{name}={pattern!r} is not a regular expression ({error})")
+    return found
