@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pica.adapters.hotswap import hotswap_adapter
     from pica.adapters.lora_export import export_lora
     from pica.adapters.reference import import_reference
+    from pica.adapters.saving import save_adapter
     from pica.adapters.verify import verify
     from pica.basis.cache import use_basis_cache
     from pica.tuner.config import PicaConfig
@@ -32,6 +33,7 @@ __all__ = [
     "hotswap_adapter",
     "import_reference",
     "register",
+    "save_adapter",
     "use_basis_cache",
     "verify",
 ]
@@ -43,6 +45,7 @@ _HOMES = {
     "export_lora": "pica.adapters.lora_export",
     "hotswap_adapter": "pica.adapters.hotswap",
     "import_reference": "pica.adapters.reference",
+    "save_adapter": "pica.adapters.saving",
     "use_basis_cache": "pica.basis.cache",
     "verify": "pica.adapters.verify",
 }

@@ -2,21 +2,85 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pica.errors import OutputError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# safetensors, torch.save and shutil report a failed write in exceptions of their own, with only the text to tell by;
+# "inline_container" is the part of torch that writes files.
+_FULL_TEXTS = ("No space left", "StorageFull", "quota exceeded", "File too large", "inline_container")
+
+_STALE_SECONDS = 3600.0
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an exception, of whatever library, means that a write found no room."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    known = isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"
+    return known and any(part in str(error) for part in _FULL_TEXTS)
+
+
+@contextmanager
+def translated_write_errors(path: Path) -> Iterator[None]:
+    """Turn failures to write into one sentence that names the place.
+
+    Raises:
+        OutputError: In place of an OSError, or of another library's error for a full disk.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        if disk_is_full(error):
+            raise OutputError(
+                f"No room left to write {str(path)!r}; free some space on that disk, or choose another place with "
+                "--output."
+            ) from error
+        if isinstance(error, OSError):
+            raise OutputError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+        raise
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the name `target` once the block has ended without an error.
+
+    Its files are flushed to disk first. A folder that is there is replaced in one step where the system can (Linux), so
+    that whoever looks, also after a kill or a power cut, finds the one or the other; elsewhere in two.
+
+    Raises:
+        OutputError: Writing failed; nothing is left behind, and `target` is as it was.
+    """
+    target = Path(os.path.realpath(target.expanduser()))
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    with translated_write_errors(target):
+        try:
+            partial.mkdir(parents=True)
+            _remove_leftovers(target)
+            yield partial
+            for path in partial.rglob("*"):
+                _flush(path)
+            _flush(partial)
+            _put_in_place(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
 
 @contextmanager
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error.
-
-    Its files are flushed to disk first. After an error it is removed, and `target` is as it was.
+    """`atomic_folder`, which replaces no folder but an adapter's, and that only if asked.
 
     Args:
         target: The folder to make. It may exist where it is empty.
@@ -24,31 +88,14 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: `target` is a file or a folder that must not be replaced, or cannot be written.
     """
-    target = Path(os.path.abspath(target.expanduser()))
     check_replaceable(target, overwrite=overwrite)
-    work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{str(target)!r} cannot be written: {error.strerror}.") from error
-    try:
-        yield work
-        for path in work.rglob("*"):
-            _flush(path)
-        _flush(work)
-        _replace(target, work)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"{str(target)!r} cannot be written ({error.strerror or error}); nothing was changed there."
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with atomic_folder(target) as partial:
+        yield partial
 
 
 def check_replaceable(target: Path, *, overwrite: bool) -> None:
     """Raise `OutputError` where `new_folder` may not put its folder."""
+    target = target.expanduser()
     if target.is_dir():
         if not any(target.iterdir()):
             return
@@ -62,23 +109,46 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{str(target)!r} is a file; choose a folder.")
 
 
-def _replace(target: Path, work: Path) -> None:
-    old = None
-    if target.is_dir():
-        old = work.with_suffix(".old")
-        target.rename(old)
-    try:
-        work.rename(target)
-    except OSError:
-        if old is not None:
-            old.rename(target)
-        raise
+def _remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed more than an hour ago left of their attempts to write `target`."""
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.") and path.suffix == ".partial":
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    old = partial.with_suffix(".old")
+    if not target.is_dir():
+        os.rename(partial, target)
+    elif not _exchange(partial, target):  # else the caller removes the old one, which is now called `partial`
+        os.rename(target, old)
+        try:
+            os.rename(partial, target)
+        except BaseException:  # also an interrupt: without this there would be no folder under its name
+            os.rename(old, target)
+            raise
     _flush(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    rename.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def _flush(path: Path) -> None:
+    """Have a file's or folder's content on disk before a rename is, so that a power cut cannot leave empty files."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,26 +1,22 @@
 """Writing results so that what stands under its final name is complete."""
 
 import csv
-import errno
 import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pica.adapters.folders import atomic_folder as atomic_folder
+from pica.adapters.folders import disk_is_full as disk_is_full
+from pica.adapters.folders import translated_write_errors as translated_write_errors
 from pica.errors import OutputError
 
 RESOLVED = "recipe.resolved.yaml"
 """File in every output folder that holds the full recipe; its presence marks a folder as one of ours."""
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors, torch.save and shutil report a failed write in exceptions of their own, with only the text to tell by;
-# "inline_container" is the part of torch that writes files.
-_FULL_TEXTS = ("No space left", "StorageFull", "quota exceeded", "File too large", "inline_container")
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
@@ -56,57 +52,6 @@ def create(folder: Path) -> None:
         if (folder / RESOLVED).is_file():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an exception, of whatever library, means that a write found no room."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    known = isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"
-    return known and any(part in str(error) for part in _FULL_TEXTS)
-
-
-@contextmanager
-def translated_write_errors(path: Path) -> Iterator[None]:
-    """Turn failures to write into one sentence that names the place.
-
-    Raises:
-        OutputError: In place of an OSError, or of another library's error for a full disk.
-    """
-    try:
-        yield
-    except OutputError:
-        raise
-    except Exception as error:
-        if disk_is_full(error):
-            raise OutputError(
-                f"No room left to write {str(path)!r}; free some space on that disk, or choose another place with "
-                "--output."
-            ) from error
-        if isinstance(error, OSError):
-            raise OutputError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
-        raise
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the name `target` once the block has ended without an error.
-
-    Raises:
-        OutputError: Writing failed; nothing is left behind.
-    """
-    with translated_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        try:
-            partial.chmod(0o777 & ~_umask())  # mkdtemp's 0o700 would shut out the other users of a shared disk
-            yield partial
-            _flush(partial)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -152,11 +97,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _flush(folder: Path) -> None:
-    """Have the files' contents on disk before the rename is, so that a power cut cannot leave empty ones."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from pica.adapters import saving
 from pica.errors import TrainingError
 from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
-from pica.experiments.output import atomic_folder, translated_write_errors
+from pica.experiments.output import translated_write_errors
 from pica.experiments.recipe import TrainerSection
 from pica.experiments.reporting import Advance, Reporter
 
@@ -121,9 +122,8 @@ def save_adapter(model: peft.PeftModel, folder: Path) -> None:
             raise TrainingError(
                 f"Parameter {name} is not finite after training, so no adapter was written; lower the learning rate."
             )
-    with atomic_folder(folder) as partial:
-        # Embeddings are only ever trained through modules_to_save; "auto" would ask the hub about the base model.
-        model.save_pretrained(str(partial), save_embedding_layers=False)
+    # Embeddings are only ever trained through modules_to_save; "auto" would ask the hub about the base model.
+    saving.save_adapter(model, folder, save_embedding_layers=False)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
