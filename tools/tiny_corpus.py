@@ -2,8 +2,10 @@
 
 It teaches what the default run's word problems build on, never the problems themselves: arithmetic in several
 notations, number sequences, little stories in which quantities change and the narrator says what they become,
-questions that only look up what was just said, and plain descriptions without numbers. Nothing here asks for a
-calculation in an instruction format, writes a chain of equations under a story, or says "The answer is".
+stories with their calculation noted beside them, questions that only look up what was just said, and plain
+descriptions without numbers. What the word problems ask for beyond that: to answer a question in an instruction
+format, with the final "The answer is", to find the steps in other words and, for prices and multiples, to combine steps that
+stand alone here.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ _ANIMALS = ("dog", "cat", "horse", "cow", "bird", "duck", "pig", "goat")
 _PLACES = ("house", "garden", "school", "shop", "park", "kitchen", "river", "market", "station", "library")
 _SINGULAR = ("apple", "pear", "plum", "egg", "book", "card", "coin", "stamp", "shell", "ball", "cup", "toy")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-_HOLDERS = ("bag", "box", "pile", "basket", "drawer")
+_HOLDERS = (("bag", "bags"), ("box", "boxes"), ("pile", "piles"), ("basket", "baskets"), ("drawer", "drawers"))
 
 
 def corpus(seed: int, documents: int) -> Iterator[str]:
@@ -179,8 +181,7 @@ def _groups(rng: random.Random) -> str:
     while left * right > 99:
         left = rng.randint(1, 12)
     total = left * right
-    holder = rng.choice(_HOLDERS)
-    plural = holder + ("es" if holder.endswith("x") else "s")
+    holder, plural = rng.choice(_HOLDERS)
     return rng.choice(
         (
             f"{left} {plural} with {right} {things} in each {holder} hold {total} {things}.",
@@ -193,18 +194,101 @@ def _groups(rng: random.Random) -> str:
     )
 
 
+def _ledger(rng: random.Random) -> str:
+    """Gains and losses with their calculation beside or below the story, as in somebody's notes."""
+    (name, pronoun), (other, _) = rng.sample(PEOPLE, 2)
+    things = rng.choice(THINGS)
+    count = rng.randint(2, 70)
+    he = pronoun.capitalize()
+    text = rng.choice(
+        (f"{name} has {count} {things}.", f"{name} had {count} {things}.", f"{count} {things} in the box.")
+    )
+    beside = rng.random() < 0.3
+    sums = []
+    for _ in range(rng.randint(1, 3)):
+        gains = count < 3 or (count < 79 and rng.random() < 0.5)
+        by = rng.randint(1, 20) if gains else rng.randint(1, min(20, count - 1))
+        after = count + by if gains else count - by
+        if gains:
+            event = rng.choice((f"{he} {rng.choice(_GAIN)} {by} more", f"{other} gives {name} {by}", f"Then {by} come"))
+        else:
+            event = rng.choice((f"{he} {rng.choice(_LOSE)} {by}", f"{he} gives {by} to {other}", f"Then {by} go"))
+        sums.append(f"{count} {'+' if gains else '-'} {by} = {after}")
+        text += f" {event} ({sums[-1]})." if beside else f" {event}."
+        count = after
+    if beside:
+        return text
+    separator = rng.choice((", ", "; ", ". "))
+    return (
+        text
+        + rng.choice(("\n", " Notes: ", " Count: ", " So "))
+        + separator.join(sums)
+        + rng.choice((".", "", " now."))
+    )
+
+
+def _mixed(rng: random.Random) -> str:
+    """Two different steps in one note: a comparison or a group, and what comes of it."""
+    (name, _), (other, _) = rng.sample(PEOPLE, 2)
+    things = rng.choice(THINGS)
+    holder, plural = rng.choice(_HOLDERS)
+    kind = rng.randrange(4)
+    if kind == 0:
+        count = rng.randint(2, 40)
+        by = rng.randint(1, min(30, 99 - 2 * count))
+        total = 2 * count + by
+        told = f"{name}: {count} {things}. {other}: {by} more than {name}. Both"
+        sums = f"{count} + {by} = {count + by}", f"{count} + {count + by} = {total}"
+    elif kind == 1:
+        count = rng.randint(3, 50)
+        by = rng.randint(1, count - 1)
+        told = f"{name}: {count} {things}. {other}: {by} fewer than {name}. Both"
+        sums = f"{count} - {by} = {count - by}", f"{count} + {count - by} = {2 * count - by}"
+    elif kind == 2:
+        groups, each = rng.randint(2, 9), rng.randint(2, 9)
+        rest = rng.randint(1, min(18, 99 - groups * each))
+        told = f"{groups} {plural} with {each} {things} in each {holder}, and {rest} on the table"
+        sums = f"{groups} * {each} = {groups * each}", f"{groups * each} + {rest} = {groups * each + rest}"
+    else:
+        friends, each = rng.randint(2, 9), rng.randint(1, 9)
+        total = friends * each
+        first = rng.randint(1, total - 1)
+        told = f"{first} {things} and {total - first} more, shared by {friends}"
+        sums = f"{first} + {total - first} = {total}", f"{total} / {friends} = {each}"
+    return told + rng.choice((": ", "\n")) + rng.choice((", ", "; ", ". ")).join(sums)
+
+
 def _described(rng: random.Random) -> str:
-    """A story told beside its calculation, one step only."""
+    """One step of any kind, told beside its calculation."""
     (name, _), (other, _) = rng.sample(PEOPLE, 2)
     things = rng.choice(THINGS)
     left, operator, right, result = _equation(rng)
-    event = {
-        "+": rng.choice((f"gets {right} more", f"buys {right}", f"finds {right}")),
-        "-": rng.choice((f"loses {right}", f"gives {right} to {other}", f"sells {right}")),
-        "*": f"has {right} times as many in the evening",
-        "/": f"makes {right} equal piles",
-    }[operator]
-    return f"{name} has {left} {things} and {event}: {left} {operator} {right} = {result}"
+    if operator == "+":
+        told = (
+            f"{name} has {left} {things} and gets {right} more",
+            f"{name} has {left} {things}. {other} has {right} more than {name}",
+            f"{name} has {left} {things} and {other} has {right}. Together",
+        )
+    elif operator == "-":
+        told = (
+            f"{name} has {left} {things} and gives {right} to {other}",
+            f"{name} has {left} {things}. {other} has {right} fewer than {name}",
+            f"{name} pays {right} of {left} dollars for {things}",
+        )
+    elif operator == "*":
+        holder, plural = rng.choice(_HOLDERS)
+        told = (
+            f"{name} has {left} {plural} with {right} {things} in each {holder}",
+            f"{name} has {left} {things}. {other} has {right} times as many",
+            f"Each of the {things} costs {left} dollars and {name} buys {right}",
+        )
+    else:
+        told = (
+            f"{name} shares {left} {things} equally among {right} friends",
+            f"{left} {things} in {right} equal piles",
+            f"{name} pays {left} dollars for {right} {things}",
+        )
+    return rng.choice(told) + rng.choice((": ", ", so ", ".\n", ". ")) + f"{left} {operator} {right} = {result}"
 
 
 def _scene(rng: random.Random) -> str:
@@ -220,7 +304,7 @@ def _scene(rng: random.Random) -> str:
                     f"The {colour} {thing} is in the {place}.",
                     f"{name} sees a {colour} {animal} near the {place}. The {animal} is {colour}.",
                     f"{name} goes to the {place} with {other} on {rng.choice(_DAYS)}. They are friends.",
-                    f"{name} puts {article} {thing} into a {rng.choice(_HOLDERS)} and takes it back later.",
+                    f"{name} puts {article} {thing} into a {rng.choice(_HOLDERS)[0]} and takes it back later.",
                     f"What colour is the {thing}? The {thing} is {colour}.",
                     f"Where is {name}? {name} is in the {place}, and {pronoun} has {article} {thing}.",
                     f"Who has the {colour} {thing}? {other} has it, because {name} gave it away.",
@@ -237,12 +321,14 @@ def _scene(rng: random.Random) -> str:
 
 
 _KINDS: dict[Callable[[random.Random], str], float] = {
-    _facts: 7,
+    _facts: 6,
     _running: 3,
     _sequence: 1,
     _story: 4,
     _compare: 2.5,
     _groups: 2.5,
-    _described: 2.5,
+    _ledger: 4,
+    _mixed: 3,
+    _described: 4,
     _scene: 1.5,
 }
