@@ -69,16 +69,19 @@ def main(argv: list[str] | None = None) -> int:
     for task in given.tasks:
         cells = {method: run_cell(task, method, given) for method in METHODS}
         base = cells["PiCa r=64"]["base"]
-        rows = [["no adapter", "0", "", f"{base['loss']:.4f}", percent(base), "", ""]]
+        reference = cells["LoRA r=8"]["adapter"]["training"]
+        rows = [["no adapter", "0", "", f"{base['loss']:.4f}", percent(base), "", "", "", ""]]
         for method, metrics in cells.items():
             a = metrics["adapter"]
             rates = ", ".join(f"{c['learning_rate']:g}" for c in a["candidates"])
             chosen = f"{a['learning_rate']:g} of {rates}"
             count = f"{a['parameters']['trainable']:,}"
-            rows.append(
-                [method, count, chosen, f"{a['loss']:.4f}", percent(a), f"{a['file_bytes']:,}", a["training"]["steps"]]
-            )
-        header = ["method", "trainable", "learning rate", "held-out loss", "accuracy", "adapter bytes", "steps"]
+            time = a["training"]["step_seconds"] / reference["step_seconds"]
+            memory = a["training"]["peak_memory"]["host"] / reference["peak_memory"]["host"]
+            measured = [f"{a['loss']:.4f}", percent(a), f"{a['file_bytes']:,}", f"{time:.2f}", f"{memory:.2f}"]
+            rows.append([method, count, chosen, *measured, a["training"]["steps"]])
+        header = ["method", "trainable", "learning rate", "held-out loss", "accuracy", "adapter bytes"]
+        header += ["step time / LoRA r=8", "peak memory / LoRA r=8", "steps"]
         tests = cells["PiCa r=64"]["problems"]["test"]
         markdown += f"## {task}: SmolLM2-135M, {tests} test problems, seed 0\n\n" + table(header, rows) + "\n"
         result["tasks"][task] = cells
