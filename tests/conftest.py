@@ -10,6 +10,11 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PICA_CACHE_DIR"] = ""  # no test depends on what an earlier one left; the cache's own switch it on
 
+import signal  # noqa: E402
+
+# A suite that was started in the background inherits an ignored SIGINT, and tests that interrupt would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from collections.abc import Callable  # noqa: E402 - the variables have to be set before torch is imported
 
 import pytest  # noqa: E402
