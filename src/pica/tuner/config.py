@@ -172,7 +172,9 @@ class PicaConfig(PeftConfig):
         if self.bias not in ("none", "all", "pica_only"):
             found.append(f"bias={self.bias!r} is unknown; use 'none', 'all' or 'pica_only'")
         if self.task_type is not None and self.task_type not in list(TaskType):
-            found.append(f"Invalid task type: {self.task_type!r}. Must be one of {', '.join(TaskType)}")
+            found.append(
+                f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {', '.join(TaskType)}"
+            )
         found += pattern_problems(self)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             found.append("layers_to_transform does not go with a regular expression in target_modules; put it in there")
