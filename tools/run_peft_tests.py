@@ -110,6 +110,7 @@ def _run(suite: Path, files: list[str], folder: Path, keyword: str | None) -> di
     outcomes = folder / "outcomes.json"
     environment = {
         **os.environ,
+        "PICA_ALLOW_TORCH_FILES": "1",  # some tests save pickled weights on purpose
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(folder / "hub"),
         "PICA_PEFT_TESTS_JSON": str(outcomes),

@@ -154,3 +154,12 @@ def test_a_subfolder_is_checked_too(folder: Path):
     (folder / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(AdapterFileError, match="cut short"):
         PicaConfig.from_pretrained(str(folder.parent), subfolder="adapter")
+
+
+def test_pickled_weights_are_refused_unless_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    model = PeftModel.from_pretrained(make_base(), folder)
+    x = torch.linspace(-1, 1, 12).view(2, 6)
+    model.save_pretrained(str(folder.parent / "pickled"), safe_serialization=False)
+    refused(folder.parent / "pickled", AdapterFileError, "adapter_model.bin, a pickled file.*PICA_ALLOW_TORCH_FILES=1")
+    monkeypatch.setenv("PICA_ALLOW_TORCH_FILES", "1")
+    assert torch.equal(PeftModel.from_pretrained(make_base(), folder.parent / "pickled")(x), model(x))

@@ -8,6 +8,7 @@ vectors (probes), a few gains, the shape and how the basis came about. docs/adap
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import struct
@@ -69,6 +70,7 @@ class LayerPrint:
     values: np.ndarray
 
 
+@functools.lru_cache(maxsize=64)  # the layers of a model have a handful of widths; 64 of Gemma-2B's take 40 MB
 def probe_vectors(length: int, count: int) -> np.ndarray:
     """`count` vectors of +1 and -1, (count, length), float64: entry (j, k) is the top bit of SplitMix64(2^32 j + k)."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64
@@ -77,7 +79,9 @@ def probe_vectors(length: int, count: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    return 1.0 - 2.0 * (z >> np.uint64(63)).astype(np.float64)
+    signs = 1.0 - 2.0 * (z >> np.uint64(63)).astype(np.float64)
+    signs.setflags(write=False)  # it is shared between callers
+    return signs
 
 
 def sample_rows(usable: int) -> list[int]:
@@ -104,10 +108,11 @@ def measure(projector: Tensor, weight: Tensor, side: str, count: int) -> Tensor:
 
     On side "out" the directions are projector @ W; only W's images of the probes are formed, never the directions.
     """
-    probes = torch.from_numpy(probe_vectors(weight.shape[1], count)).T  # (in, count)
+    dtype = torch.promote_types(projector.dtype, torch.float32)
+    numpy_dtype = np.float64 if dtype == torch.float64 else np.float32  # of +1 and -1, either is exact
+    probes = torch.from_numpy(probe_vectors(weight.shape[1], count).astype(numpy_dtype)).T  # (in, count)
     with full_precision(weight.device):
-        dtype = torch.promote_types(projector.dtype, torch.float32)
-        g = probes.to(device=weight.device, dtype=dtype)
+        g = probes.to(weight.device)
         if side == "out":
             g = weight.to(dtype) @ g  # (out, count)
         return (projector.to(dtype) @ g).double().cpu()
@@ -191,6 +196,12 @@ def _pack_narrow(p: LayerPrint) -> bytes:
     )
     pairs = words[0::2] | (words[1::2] << 12)  # two 12-bit words in three bytes
     return np.stack([pairs & 255, (pairs >> 8) & 255, pairs >> 16], axis=1).astype(np.uint8).tobytes()
+
+
+def encoded_size(ranks: Sequence[int], mode: Mode, probes: int) -> int:
+    """Bytes of a fingerprint of layers with these ranks; known before any basis is."""
+    blocks = sum(r * probes * 2 if mode == "wide" else (r + r % 2) // 2 * 3 for r in ranks)
+    return HEADER.size + LAYER.size * len(ranks) + blocks
 
 
 def decode(data: bytes) -> tuple[dict[bytes, LayerPrint], Mode, int]:

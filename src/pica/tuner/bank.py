@@ -28,7 +28,8 @@ class AdapterSlot(nn.ParameterDict):
     """One adapter's matrices {group key: M (out, rank)}, with the fingerprint of the bases that give them meaning.
 
     Attributes:
-        fingerprint: uint8 buffer, stored with the matrices; None until the adapter's bases exist.
+        fingerprint: uint8 buffer, stored with the matrices; None or all zeros until the adapter's bases exist, or until
+            the one that a file holds is read into it.
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
         unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
     """
@@ -43,6 +44,11 @@ class AdapterSlot(nn.ParameterDict):
 
     def set_fingerprint(self, fingerprint: torch.Tensor) -> None:
         self.fingerprint = fingerprint.clone()
+
+    def has_fingerprint(self) -> bool:
+        """Whether there is one, and not only room for it."""
+        found = self.fingerprint
+        return found is not None and not found.is_meta and bool(found[:8].any())
 
 
 class PicaBank(nn.ModuleDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from os import PathLike
@@ -14,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from pica.errors import AdapterFileError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What torch itself wrote: PEFT reads such a file with weights_only=True.
+# Pickled by torch. PEFT would read it (with weights_only=True), and saves one where it is asked to.
 _TORCH_WEIGHTS = "adapter_model.bin"
+ALLOW_TORCH_WEIGHTS = "PICA_ALLOW_TORCH_FILES"
 
 
 def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict[str, Any]:
@@ -53,7 +55,14 @@ def check_weights_file(folder: Path, *, saved_adapter: bool) -> None:
     """
     path = folder / WEIGHTS
     if not path.exists():
-        if saved_adapter and not (folder / _TORCH_WEIGHTS).exists():
+        torch_weights = (folder / _TORCH_WEIGHTS).exists()
+        if torch_weights and os.environ.get(ALLOW_TORCH_WEIGHTS) != "1":
+            raise AdapterFileError(
+                f"{str(folder)!r} holds {_TORCH_WEIGHTS}, a pickled file, and no {WEIGHTS}; pica reads safetensors only. "
+                f"Save the adapter again where it was made, or, if you trust its origin, set {ALLOW_TORCH_WEIGHTS}=1: PEFT "
+                "then reads it with weights_only=True."
+            )
+        if saved_adapter and not torch_weights:
             raise AdapterFileError(f"{str(folder)!r} holds no {WEIGHTS}: the adapter is incomplete; copy it again.")
         return
     try:

@@ -378,7 +378,7 @@ def verify_loaded(bank: PicaBank) -> None:
 
     for name, module in bank.items():
         slot = cast(AdapterSlot, module)
-        if slot.unverified and slot.fingerprint is not None:
+        if slot.unverified and slot.fingerprint is not None and slot.has_fingerprint():
             establish_meaning(slot, name, slot.fingerprint, None)
         elif slot.unverified and (own := take_fingerprint(slot, name)) is not None:
             slot.set_fingerprint(own)  # a new adapter made from a saved adapter's configuration

@@ -23,6 +23,7 @@ from pica.basis.fingerprint import (
     choose_mode,
     decode,
     encode,
+    encoded_size,
     path_hash,
     take_print,
 )
@@ -77,6 +78,12 @@ def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
             probes=probes,
         )
     return torch.frombuffer(bytearray(encode(prints, mode, probes)), dtype=torch.uint8)
+
+
+def room_for_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor:
+    """Zeros, as many bytes as the adapter's fingerprint has: for a loader that writes a stored one into the model."""
+    ranks = [layer.r[adapter_name] for layer in slot.layers.values()]
+    return torch.zeros(encoded_size(ranks, *_mode(slot, adapter_name)), dtype=torch.uint8)
 
 
 def _mode(slot: AdapterSlot, adapter_name: str) -> tuple[Mode, int]:

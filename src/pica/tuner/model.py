@@ -17,11 +17,12 @@ from pica.errors import ConfigError, PicaError, TargetError
 from pica.tuner.bank import BANK_NAME, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear
-from pica.tuner.meaning import take_fingerprint
+from pica.tuner.meaning import room_for_fingerprint, take_fingerprint
 from pica.tuner.plan import Plan
 from pica.tuner.roles import Group
 from pica.tuner.state import remap_state, select_state, withdraw
-from pica.tuner.targets import DEFAULT_TARGETS, check_targets
+from pica.tuner.targets import DEFAULT_TARGETS, check_targets, check_task_type
+from pica.tuner.undo import all_or_nothing
 
 
 class PicaModel(BaseTuner):
@@ -37,6 +38,12 @@ class PicaModel(BaseTuner):
     _plan: Plan | None = None  # of the adapter that is being added
 
     # ---- adding an adapter -------------------------------------------------------------------------------------
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
+        if isinstance(peft_config, dict):  # from a PeftModel; PEFT's injection without one has no use for a task type
+            for config in peft_config.values():
+                check_task_type(config, model)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -68,7 +75,8 @@ class PicaModel(BaseTuner):
         _check_name(adapter_name)
         self._plan = None
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            with all_or_nothing(model, adapter_name):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         finally:
             self._plan = None
         bank = get_bank(self.model)
@@ -77,7 +85,9 @@ class PicaModel(BaseTuner):
             config = self.peft_config[adapter_name]
             loaded = isinstance(config, PicaConfig) and config.basis_format is not None
             brings_basis = loaded and getattr(config, "save_basis", False)
-            if not brings_basis and (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
+            if loaded and not brings_basis:
+                slot.set_fingerprint(room_for_fingerprint(slot, adapter_name))  # the trained one comes with the weights
+            elif not brings_basis and (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
                 slot.set_fingerprint(fingerprint)
             slot.unverified = loaded
             bank.refresh_unverified()  # until its weights arrive, with the fingerprint that they were trained with

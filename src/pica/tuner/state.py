@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -29,11 +29,11 @@ def select_state(
         prefix = f"{bank_name}.{adapter_name}."
         selected.update({plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)})
         plain = plain_name(prefix.rstrip(".")) + "."
-        if slot.fingerprint is None and (taken := take_fingerprint(slot, adapter_name)) is not None:
+        if not slot.has_fingerprint() and (taken := take_fingerprint(slot, adapter_name)) is not None:
             slot.set_fingerprint(taken)  # the weights were on the meta device when the adapter was added
-        if slot.fingerprint is not None:
-            selected[f"{plain}{FINGERPRINT}"] = slot.fingerprint
-        if getattr(config, "save_basis", False) and slot.fingerprint is not None:
+        if slot.has_fingerprint():
+            selected[f"{plain}{FINGERPRINT}"] = cast(Tensor, slot.fingerprint)
+        if getattr(config, "save_basis", False) and slot.has_fingerprint():
             selected.update({f"{plain}{k}": v for k, v in stored_bases(slot, adapter_name).items()})
     return selected
 

@@ -16,7 +16,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pica.errors import TargetError
+from pica.errors import ConfigError, TargetError
 from pica.tuner.bank import PicaBank
 
 _DECODER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -85,6 +85,19 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
         names = sorted({p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit()})
         raise UnmatchedTargetError(
             f"Target modules {{{', '.join(map(repr, missing))}}} not found in the base model. {_near(missing, names)}"
+        )
+
+
+def check_task_type(config: PeftConfig, model: nn.Module) -> None:
+    """Raise `ConfigError` if the task type needs a model that generates and this one cannot.
+
+    PEFT finds that out once the adapter is in the model, and then only as a missing attribute.
+    """
+    task = getattr(config.task_type, "value", config.task_type)
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ConfigError(
+            f"task_type={task!r} needs a model that generates text, and {type(model).__name__} does not "
+            "(it has no prepare_inputs_for_generation). Leave task_type out, or use a model with a language-model head."
         )
 
 
