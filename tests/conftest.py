@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 # The models here are tiny: a second thread only waits for the first, and pytest-xdist uses the other cores.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -17,11 +18,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable  # noqa: E402 - the variables have to be set before torch is imported
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import pica  # noqa: E402, F401 - registers the method
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers_in_any_order() -> None:
+    """A test that draws random numbers draws the same ones alone, in another order and on another worker."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

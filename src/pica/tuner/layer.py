@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_precision, solve_basis
 from pica.errors import BasisError
 from pica.tuner.bank import AdapterSlot, PicaBank
+from pica.tuner.mixed import MixedBatch
 from pica.tuner.update import add_product, coordinates, delta_weight
 
 # A bias this many times larger than the layer's response to a unit input drowns that response when the output is
@@ -146,6 +147,12 @@ class PicaLinear(nn.Module, BaseTunerLayer):
     def matrix(self, adapter_name: str) -> Tensor:
         """The shared M of the adapter's group, (out, group rank). Looked up each time: loaders may replace it."""
         return self.pica_M.matrices(adapter_name)[self.pica_group[adapter_name]]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; their matrices are trained unless `inference_mode`, all others are not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.pica_M.activate(names, inference_mode, self.pica_name)
+        self._active_adapter = names
 
     # ---- the frozen weight -------------------------------------------------------------------------------------
 
@@ -335,21 +342,20 @@ class PicaLinear(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         y = self.base_layer(x, *args, **kwargs)
-        rows_of: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            if name in self.r:  # neither "__base__" nor an adapter that leaves this layer alone
-                rows_of.setdefault(name, []).append(row)
-        if not rows_of:
+        batch = adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
+        parts = batch.parts(self)
+        if not parts:
             return y
-        h_of = self._coordinates(x, y, list(rows_of))
-        out = y.clone()
-        for name, rows in rows_of.items():
-            rank = self.usable_rank(name)
-            index = torch.tensor(rows, device=y.device)
-            h = h_of[self.pica_projection[name]][..., :rank].index_select(0, index)
-            matrix = self.matrix(name)[:, :rank].to(y.device)
-            out.index_copy_(0, index, add_product(y.index_select(0, index), h, matrix))
-        return out
+        h_of = self._coordinates(x, y, [name for part in parts for name in part.rows])
+        # in place on our own copy at least: an output that nobody else holds needs none
+        y = (
+            y
+            if self._may_overwrite(y) and not torch.is_grad_enabled()
+            else y.clone(memory_format=torch.contiguous_format)
+        )
+        for part in parts:
+            batch.add(self, part, y, h_of[part.projection])
+        return y
 
     # ---- PEFT's housekeeping -----------------------------------------------------------------------------------
 
@@ -379,7 +385,7 @@ def verify_loaded(bank: PicaBank) -> None:
     for name, module in bank.items():
         slot = cast(AdapterSlot, module)
         if slot.unverified and slot.fingerprint is not None and slot.has_fingerprint():
-            establish_meaning(slot, name, slot.fingerprint, None)
+            establish_meaning(bank, slot, name, slot.fingerprint, None)
         elif slot.unverified and (own := take_fingerprint(slot, name)) is not None:
             slot.set_fingerprint(own)  # a new adapter made from a saved adapter's configuration
             slot.unverified = False

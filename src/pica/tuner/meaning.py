@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from pica.basis.fingerprint import (
     take_print,
 )
 from pica.errors import AdapterFileError, BasisMismatchError
-from pica.tuner.bank import AdapterSlot
+from pica.tuner.bank import AdapterSlot, PicaBank
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,9 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
     return checks
 
 
-def establish_meaning(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor, base_name: str | None) -> None:
+def establish_meaning(
+    bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Tensor, base_name: str | None
+) -> None:
     """Make the layers' bases the ones that the adapter was trained with, or refuse.
 
     Other signs and rotations among equal singular values are put right; a deviation such as rounding of the weights
@@ -139,6 +142,10 @@ def establish_meaning(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor,
         BasisMismatchError: a basis is another one; nothing has been changed then.
         AdapterFileError: the fingerprint is damaged or is of other layers.
     """
+    if _known(bank, slot, adapter_name, fingerprint):
+        slot.set_fingerprint(fingerprint)
+        slot.unverified = False
+        return
     checks = check_fingerprint(slot, adapter_name, fingerprint)
     if bad := [c for c in checks if not c.acceptable]:
         raise BasisMismatchError(_mismatch_message(bad, len(checks), base_name))
@@ -160,6 +167,28 @@ def establish_meaning(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor,
         )
     slot.set_fingerprint(fingerprint)
     slot.unverified = False
+
+
+def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Tensor) -> bool:
+    """Whether another adapter on the same bases has this very fingerprint and was held against them already.
+
+    Hundreds of adapters of one base model would otherwise cost a check each.
+    """
+    for other_name in bank:
+        other = bank.matrices(other_name)
+        if (
+            other is slot
+            or other.unverified
+            or not other.has_fingerprint()
+            or other.layers.keys() != slot.layers.keys()
+        ):
+            continue
+        if not torch.equal(cast(Tensor, other.fingerprint).cpu(), fingerprint.cpu()):
+            continue
+        layers = slot.layers.values()
+        if all(layer.pica_projection[adapter_name] == layer.pica_projection[other_name] for layer in layers):
+            return True
+    return False
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

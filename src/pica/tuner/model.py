@@ -18,6 +18,7 @@ from pica.tuner.bank import BANK_NAME, PicaBank, drop_bank, ensure_bank, get_ban
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear
 from pica.tuner.meaning import room_for_fingerprint, take_fingerprint
+from pica.tuner.mixed import MixedBatch
 from pica.tuner.plan import Plan
 from pica.tuner.roles import Group
 from pica.tuner.state import remap_state, select_state, withdraw
@@ -220,7 +221,8 @@ class PicaModel(BaseTuner):
         if unknown := {n for n in adapter_names if n != "__base__"} - known:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         repeats = _rows_per_input(kwargs)
-        per_row = [n for n in adapter_names for _ in range(repeats)]
+        per_input = MixedBatch(adapter_names)
+        per_row = MixedBatch([n for n in adapter_names for _ in range(repeats)]) if repeats > 1 else per_input
         encoder = None
         if repeats > 1 and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             encoder = self.model.get_encoder()  # decoder-only models answer this too, with all their layers
@@ -230,7 +232,7 @@ class PicaModel(BaseTuner):
             for module in self.modules():
                 if isinstance(module, (PicaLinear, AuxiliaryTrainingWrapper)):
                     # beams repeat the decoder's rows, while an encoder sees each input once
-                    names = list(adapter_names) if id(module) in in_encoder else per_row
+                    names = per_input if id(module) in in_encoder else per_row
                     hook = partial(_pass_adapter_names, adapter_names=names)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield

@@ -64,7 +64,7 @@ def remap_state(
             )
         if bases:
             install_stored_bases(slot, adapter_name, bases)
-        establish_meaning(slot, adapter_name, fingerprint, getattr(config, "base_model_name_or_path", None))
+        establish_meaning(bank, slot, adapter_name, fingerprint, getattr(config, "base_model_name_or_path", None))
         bank.refresh_unverified()
         prefix = f"{bank_name}.{adapter_name}."
         renamed.update({f"{prefix}{k}": v for k, v in entries.items()})
