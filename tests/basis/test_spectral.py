@@ -307,3 +307,58 @@ def test_many_in_order_with_a_bar_for_long_work(monkeypatch, capsys):
     monkeypatch.setattr("pica.basis._progress.QUIET_SECONDS", 0.0)
     solve_many(requests, lambda r: (weights[r.name], "in"))
     assert "PiCa basis" in capsys.readouterr().err
+
+
+def test_small_weights_are_solved_side_by_side_to_the_same_bases(monkeypatch):
+    """Whatever the number of workers, and with one weight among them that is too large to share the machine with."""
+    weights = {f"layers.{i}": decaying(24 + i, 20) for i in range(7)}
+    weights["layers.3"] = decaying(70, 60)
+    requests = [BasisRequest(name, 4) for name in weights]
+    expected = [solve_basis(weights[r.name], 4) for r in requests]
+    monkeypatch.setattr("pica.basis._progress.SIDE_BY_SIDE", 50)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        solved = solve_many(requests, lambda r: (weights[r.name], "in"))
+        assert torch.get_num_threads() == 3
+        weights["layers.5"][0, 0] = float("nan")
+        with pytest.raises(BasisError, match=r"layers\.5"):
+            solve_many(requests, lambda r: (weights[r.name], "in"))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for found, wanted in zip(solved, expected):
+        torch.testing.assert_close(found.projector, wanted.projector, atol=1e-5, rtol=0)
+        assert found.side == wanted.side
+
+
+def test_precision_switches_are_put_back_after_threads():
+    switch = torch.backends.mkldnn.matmul
+    weights = {f"layers.{i}": decaying(24, 20) for i in range(6)}
+    before = torch.get_num_threads(), switch.fp32_precision
+    try:
+        torch.set_num_threads(4)
+        switch.fp32_precision = "bf16"
+        solved = solve_many([BasisRequest(name, 4) for name in weights], lambda r: (weights[r.name], "in"))
+        assert switch.fp32_precision == "bf16"
+    finally:
+        torch.set_num_threads(before[0])
+        switch.fp32_precision = before[1]
+    for basis in solved:
+        assert float((basis.projector @ basis.projector.T - torch.eye(4)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
+@pytest.mark.parametrize(("out", "inn"), [(30, 12), (12, 30), (16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_gram_matrix_of_any_layout(monkeypatch, layout, out, inn, dtype):
+    monkeypatch.setattr(spectral, "SLICE_ELEMENTS", 100)
+    w = torch.randn(out, inn).to(dtype)
+    if layout == "columns":
+        w = w.T.contiguous().T
+    elif layout == "neither":
+        w = torch.stack([w, w], dim=-1)[..., 0]
+    wide = torch.promote_types(dtype, torch.float32)
+    for side, expected in (("in", w.to(wide).T @ w.to(wide)), ("out", w.to(wide) @ w.to(wide).T)):
+        found = spectral._gram(w, side, wide)
+        torch.testing.assert_close(found.tril(), expected.tril(), atol=1e-4, rtol=1e-5)

@@ -1,14 +1,20 @@
-"""Solve the bases of many weights, one at a time, with a progress bar when that takes more than a few seconds."""
+"""Solve the bases of many weights, small ones side by side, with a progress bar when that takes more than a few seconds."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
+import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pica.basis._precision import full_precision
 from pica.basis.cache import cached_solve_basis
 from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
 
@@ -16,6 +22,8 @@ from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
 LOG_SECONDS = 15.0
 # A bar that flashes up for half a second is noise; one after this long is news.
 QUIET_SECONDS = 3.0
+# Weights whose smaller side is at most this long are solved side by side: a Gram matrix of 4 MB.
+SIDE_BY_SIDE = 1024
 
 
 def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, Side]]) -> list[Basis]:
@@ -28,23 +36,12 @@ def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], 
     Raises:
         BasisError, RankError: as `solve_basis`, for the first layer that fails; nothing is kept then.
     """
-    solved: list[Basis] = []
     started = time.monotonic()
     bar: tqdm | None = None
+    solved: list[Basis] = []
     try:
-        for request in requests:
-            weight, side = load(request)
-            solved.append(
-                cached_solve_basis(
-                    weight,
-                    request.rank,
-                    projection=request.projection,
-                    side=side if request.side == "auto" else request.side,
-                    seed=request.seed,
-                    name=request.name,
-                    solve=solve_basis,
-                )
-            )
+        for basis in _solve_each(requests, load):
+            solved.append(basis)
             if bar is not None:
                 bar.update()
             elif time.monotonic() - started > QUIET_SECONDS and len(solved) < len(requests):
@@ -53,6 +50,64 @@ def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], 
         if bar is not None:
             bar.close()
     return solved
+
+
+def _solve_each(
+    requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, Side]]
+) -> Iterator[Basis]:
+    """Bases in order. Small weights on the CPU are solved side by side, a core each; large ones one after another.
+
+    The eigenvalue problem of a small weight is too small to share between cores. Two large ones at a time would need
+    twice the memory, and their products keep all cores busy anyway.
+    """
+    workers = torch.get_num_threads()
+    waiting: deque[Future[Basis]] = deque()
+    with ExitStack() as stack:
+        pool: ThreadPoolExecutor | None = None
+        for request in requests:
+            weight, side = load(request)
+            small = weight.device.type == "cpu" and min(weight.shape) <= SIDE_BY_SIDE
+            if not (small and workers > 1 and len(requests) > 1):
+                while waiting:
+                    yield waiting.popleft().result()
+                yield _solve(request, weight, side)
+                continue
+            if pool is None:
+                pool = stack.enter_context(_one_thread_each(workers))
+            waiting.append(pool.submit(_solve, request, weight, side))
+            if len(waiting) > workers:  # no more weights are held (or upcast) than are worked on
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _solve(request: BasisRequest, weight: Tensor, side: Side) -> Basis:
+    return cached_solve_basis(
+        weight,
+        request.rank,
+        projection=request.projection,
+        side=side if request.side == "auto" else request.side,
+        seed=request.seed,
+        name=request.name,
+        solve=solve_basis,
+    )
+
+
+@contextmanager
+def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that solve; linear algebra inside them (torch's, and scipy's BLAS) does not start threads of its own."""
+    before = torch.get_num_threads()
+    # the solver sets precision switches that are global, so they are set out here and stay as they are meanwhile
+    with full_precision(torch.device("cpu")), threadpool_limits(limits=1):
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(
+            workers, thread_name_prefix="pica-basis", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
 
 
 def _bar(total: int, done: int) -> tqdm:

@@ -8,6 +8,8 @@ from torch import Tensor
 # Entries whose magnitude lies this close (relatively) to the largest count as ties, and the first of them decides.
 # Structured weights (identity, Haar-like, block-repeated) have exact ties that rounding would otherwise break at random.
 TIE = 1e-4
+# Rows are looked at in slices of this many elements: magnitudes and comparisons are copies.
+SLICE_ELEMENTS = 2**19
 
 
 def direction_signs(directions: Tensor) -> Tensor:
@@ -20,6 +22,11 @@ def direction_signs(directions: Tensor) -> Tensor:
     """
     if directions.numel() == 0:
         return directions.new_ones(directions.shape[0])
+    parts = directions.split(max(1, SLICE_ELEMENTS // directions.shape[1]))
+    return torch.cat([_signs(part) for part in parts])
+
+
+def _signs(directions: Tensor) -> Tensor:
     magnitude = directions.abs()
     largest = magnitude.amax(dim=1, keepdim=True)
     first = (magnitude >= largest * (1 - TIE)).to(torch.uint8).argmax(dim=1, keepdim=True)  # argmax takes the first

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import scipy.linalg
+import scipy.linalg.blas
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ Side = Literal["in", "out"]
 PROJECTIONS = ("principal", "minor", "random")
 
 # Upcasting a half-precision weight happens in slices of this many elements, so it never costs a full copy.
-SLICE_ELEMENTS = 4 * 2**20
+SLICE_ELEMENTS = 2**20
 # Solved beyond the rank and dropped: directions just inside the cut mix with those just outside it, so cut further out.
 SPARE_DIRECTIONS = 8
 # Rows of a solved basis whose inner products miss the identity by more than this are solved again, another way.
@@ -191,29 +192,67 @@ def _smaller_side(w: Tensor) -> Side:
 
 
 def _gram(w: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    """W^T W (side "in") or W W^T (side "out") in `dtype`, upcasting slice by slice."""
-    if w.dtype == dtype:
-        return w.T @ w if side == "in" else w @ w.T
+    """W^T W (side "in") or W W^T (side "out") in `dtype`, upcasting slice by slice. On a CPU only its lower triangle."""
     summed_dim, kept = (0, w.shape[1]) if side == "in" else (1, w.shape[0])
+    on_cpu = w.device.type == "cpu"
     total = torch.zeros(kept, kept, dtype=dtype, device=w.device)
-    for part in w.split(max(1, SLICE_ELEMENTS // kept), dim=summed_dim):
-        part = part.to(dtype)
-        total.addmm_(part.T, part) if side == "in" else total.addmm_(part, part.T)
+    for part in _slices(w, summed_dim, dtype):
+        rows = part if side == "in" else part.T  # (summed, kept): total += rows^T rows
+        if on_cpu:
+            _add_lower_gram(total, rows)
+        else:
+            total.addmm_(rows.T, rows)
     return total
 
 
+def _slices(w: Tensor, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`w` in `dtype`, in parts along `dim` of which each is a small copy; as it is where it needs no copy."""
+    plain = w.is_contiguous() or w.T.is_contiguous()
+    if w.dtype == dtype and (plain or w.device.type != "cpu"):
+        yield w
+        return
+    for part in w.split(max(1, SLICE_ELEMENTS // w.shape[1 - dim]), dim=dim):
+        yield part.to(dtype).contiguous()
+
+
+def _add_lower_gram(total: Tensor, rows: Tensor) -> None:
+    """total += rows^T rows in its lower triangle, (n, n): half the work of a general product.
+
+    Args:
+        total: Row-major. BLAS sees its transpose, and so the upper triangle.
+        rows: (k, n) or a transposed (n, k) in memory; BLAS takes both without a copy.
+    """
+    update = scipy.linalg.blas.dsyrk if total.dtype == torch.float64 else scipy.linalg.blas.ssyrk
+    if rows.is_contiguous():
+        a, transposed = rows.numpy().T, 0  # (n, k) column-major: a a^T
+    else:
+        a, transposed = rows.T.numpy().T, 1  # (k, n) column-major: a^T a
+    c = total.numpy().T
+    result = update(1.0, a, beta=1.0, c=c, trans=transposed, lower=0, overwrite_c=1)
+    if not np.shares_memory(result, c):
+        total.copy_(torch.from_numpy(result.T))
+
+
 def _leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Tensor, str]:
-    """(count, n) eigenvectors as rows, of the largest eigenvalues in falling order (or smallest in rising order)."""
+    """(count, n) eigenvectors as rows, of the largest eigenvalues in falling order (or smallest in rising order).
+
+    Reads the lower triangle of `gram` (n, n), and may overwrite all of it.
+    """
     n = gram.shape[0]
     if gram.device.type == "cpu" and 2 * count <= n:
         # LAPACK's MRRR for a part of the spectrum: up to three times faster than all of it, and orthogonal in clusters.
         window = [0, count - 1] if smallest else [n - count, n - 1]
         _, vectors = scipy.linalg.eigh(
-            gram.numpy(), subset_by_index=window, driver="evr", check_finite=False, overwrite_a=True
+            gram.numpy().T,  # column-major, as LAPACK wants it: no copy
+            lower=False,
+            subset_by_index=window,
+            driver="evr",
+            check_finite=False,
+            overwrite_a=True,
         )
         rows, solver = torch.from_numpy(np.ascontiguousarray(vectors.T)), "subset eigh"
     else:
-        _, all_vectors = torch.linalg.eigh(gram)
+        _, all_vectors = torch.linalg.eigh(gram, UPLO="L")
         rows, solver = (all_vectors[:, :count] if smallest else all_vectors[:, n - count :]).T, "eigh"
     return (rows if smallest else rows.flip(0)).contiguous(), solver
 
@@ -266,11 +305,16 @@ def _finish(
     gains = image.norm(dim=1)
     floor = max(w.shape) * torch.finfo(dtype).eps * float(gains.max())  # `dtype`: what the weight itself resolves
     keep = (gains > floor).nonzero().squeeze(1)[:rank]
-    rows, image, gains = rows[keep], image[keep], gains[keep].unsqueeze(1)
-    directions = rows if solved_side == "in" else image / gains  # P = V^T = S^-1 U^T W
-    left = rows if solved_side == "out" else image / gains  # U^T = S^-1 V^T W^T
-    projector = directions if side == "in" else left / gains
-    signs = direction_signs(directions).unsqueeze(1)
+    if len(keep) and int(keep[-1]) + 1 == len(keep):  # the first ones, as always but for "minor": views
+        rows, image, gains = rows[: len(keep)], image[: len(keep)], gains[: len(keep)].unsqueeze(1)
+    else:
+        rows, image, gains = rows[keep], image[keep], gains[keep].unsqueeze(1)
+    # P = V^T = S^-1 U^T W; a positive factor leaves its signs alone
+    signs = direction_signs(rows if solved_side == "in" else image).unsqueeze(1)
+    if side == "in":
+        projector = rows if solved_side == "in" else image.div_(gains)
+    else:
+        projector = (rows if solved_side == "out" else image.div_(gains)) / gains  # S^-1 U^T, U^T = S^-1 V^T W^T
     return Basis((projector * signs).to(dtype).contiguous(), side, gains.squeeze(1).to(dtype), projection, solver)
 
 
@@ -285,19 +329,26 @@ def _separate(rows: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
     A float32 Gram matrix tells two directions apart only to eps * (s_1 / s_i)^2 over their relative gap, so neighbours
     come out mixed, differently on each device. The span is far more accurate than its directions, and within it the
-    problem is (k, k): small enough for float64.
+    problem is (k, k): small enough for float64. `image` is overwritten: it can be the largest thing in memory.
     """
     rotation = torch.linalg.eigh(image @ image.T)[1].flip(1).T  # (k, k), rows: new directions in terms of the old
-    return rotation @ rows, rotation @ image
+    for part in image.split(max(1, SLICE_ELEMENTS // len(image)), dim=1):
+        part.copy_(rotation @ part)
+    return rotation @ rows, image
 
 
 def _apply(w: Tensor, rows: Tensor, side: Side) -> Tensor:
     """rows W^T (side "in": images W v) or rows W (side "out"), in the dtype of `rows`, upcasting slice by slice."""
     if w.dtype == rows.dtype:
         return rows @ w.T if side == "in" else rows @ w
-    dim, other = (0, w.shape[1]) if side == "in" else (1, w.shape[0])
-    parts = w.split(max(1, SLICE_ELEMENTS // other), dim=dim)
-    return torch.cat([rows @ (p.to(rows.dtype).T if side == "in" else p.to(rows.dtype)) for p in parts], dim=1)
+    dim, kept = (0, w.shape[0]) if side == "in" else (1, w.shape[1])
+    images = rows.new_empty(len(rows), kept)
+    at = 0
+    for part in _slices(w, dim, rows.dtype):
+        count = part.shape[dim]
+        images[:, at : at + count] = rows @ (part.T if side == "in" else part)
+        at += count
+    return images
 
 
 def _random_basis(weight: Tensor, rank: int, dtype: torch.dtype, seed: int, name: str) -> Basis:
