@@ -333,7 +333,7 @@ def test_small_weights_are_solved_side_by_side_to_the_same_bases(monkeypatch):
 
 
 def test_precision_switches_are_put_back_after_threads():
-    switch = torch.backends.mkldnn.matmul
+    switch = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - made by the backend
     weights = {f"layers.{i}": decaying(24, 20) for i in range(6)}
     before = torch.get_num_threads(), switch.fp32_precision
     try:
@@ -360,5 +360,5 @@ def test_the_gram_matrix_of_any_layout(monkeypatch, layout, out, inn, dtype):
         w = torch.stack([w, w], dim=-1)[..., 0]
     wide = torch.promote_types(dtype, torch.float32)
     for side, expected in (("in", w.to(wide).T @ w.to(wide)), ("out", w.to(wide) @ w.to(wide).T)):
-        found = spectral._gram(w, side, wide)
+        found = spectral._gram(w, "in" if side == "in" else "out", wide)
         torch.testing.assert_close(found.tril(), expected.tril(), atol=1e-4, rtol=1e-5)

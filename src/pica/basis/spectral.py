@@ -222,12 +222,12 @@ def _add_lower_gram(total: Tensor, rows: Tensor) -> None:
         total: Row-major. BLAS sees its transpose, and so the upper triangle.
         rows: (k, n) or a transposed (n, k) in memory; BLAS takes both without a copy.
     """
-    update = scipy.linalg.blas.dsyrk if total.dtype == torch.float64 else scipy.linalg.blas.ssyrk
+    c = total.numpy().T
+    update = scipy.linalg.blas.get_blas_funcs("syrk", (c,))
     if rows.is_contiguous():
         a, transposed = rows.numpy().T, 0  # (n, k) column-major: a a^T
     else:
         a, transposed = rows.T.numpy().T, 1  # (k, n) column-major: a^T a
-    c = total.numpy().T
     result = update(1.0, a, beta=1.0, c=c, trans=transposed, lower=0, overwrite_c=1)
     if not np.shares_memory(result, c):
         total.copy_(torch.from_numpy(result.T))
