@@ -19,6 +19,8 @@ import pica.tuner.layer
 from pica import PicaConfig
 from pica.basis import Basis, solve_basis
 from pica.errors import AdapterFileError, BasisMismatchError
+from pica.tuner import meaning
+from pica.tuner.bank import find_banks
 from pica.tuner.layer import PicaLinear
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -324,3 +326,35 @@ def test_a_larger_rank_later_keeps_what_smaller_adapters_were_trained_with(saved
     layer = next(m for m in model.modules() if isinstance(m, PicaLinear))
     rows = layer.directions("principal", layer.frozen_weight())
     torch.testing.assert_close(rows @ rows.T, torch.eye(24), atol=1e-4, rtol=0)
+
+
+def test_one_check_serves_every_adapter_with_the_same_fingerprint(monkeypatch, tiny_llama, tmp_path):
+    """Hundreds of adapters of one base are loaded; another base's is refused however many fit before it."""
+    for seed, name in ((0, "a"), (0, "b"), (7, "foreign")):
+        get_peft_model(tiny_llama(seed), PicaConfig(r=4, init_weights=False)).save_pretrained(str(tmp_path / name))
+    checks = []
+    original = meaning.check_fingerprint
+    monkeypatch.setattr(meaning, "check_fingerprint", lambda *args: checks.append(args[1]) or original(*args))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a", adapter_name="first")
+    model.load_adapter(tmp_path / "b", adapter_name="second")
+    assert checks == ["first"]
+    ids = torch.arange(5)[None]
+    for name, folder in (("first", "a"), ("second", "b")):
+        model.set_adapter(name)
+        alone = PeftModel.from_pretrained(tiny_llama(), tmp_path / folder)
+        assert torch.equal(model(ids).logits, alone(ids).logits)
+    with pytest.raises(BasisMismatchError):
+        model.load_adapter(tmp_path / "foreign", adapter_name="third")
+
+
+def test_new_adapters_on_the_same_bases_share_the_work_of_a_fingerprint(monkeypatch, tiny_llama):
+    taken = []
+    original = meaning.take_fingerprint
+    monkeypatch.setattr(meaning, "take_fingerprint", lambda *args: taken.append(args[1]) or original(*args))
+    model = get_peft_model(tiny_llama(), PicaConfig(r=4), adapter_name="first")
+    model.add_adapter("second", PicaConfig(r=4))
+    model.add_adapter("narrow", PicaConfig(r=2))
+    model.add_adapter("random", PicaConfig(r=4, projection="random"))
+    assert taken == ["first", "narrow", "random"]
+    (_, bank), *_ = find_banks(model)
+    assert torch.equal(original(bank.matrices("second"), "second"), bank.matrices("second").fingerprint)

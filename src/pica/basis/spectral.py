@@ -223,7 +223,7 @@ def _add_lower_gram(total: Tensor, rows: Tensor) -> None:
         rows: (k, n) or a transposed (n, k) in memory; BLAS takes both without a copy.
     """
     c = total.numpy().T
-    update = scipy.linalg.blas.get_blas_funcs("syrk", (c,))
+    (update,) = scipy.linalg.blas.get_blas_funcs(("syrk",), (c,))
     if rows.is_contiguous():
         a, transposed = rows.numpy().T, 0  # (n, k) column-major: a a^T
     else:

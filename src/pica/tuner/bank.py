@@ -32,6 +32,7 @@ class AdapterSlot(nn.ParameterDict):
         fingerprint: uint8 buffer, stored with the matrices; None or all zeros until the adapter's bases exist, or until
             the one that a file holds is read into it.
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
+        taken_here: Whether the fingerprint was taken of the layers' bases as they are, and not read from a file.
         unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
     """
 
@@ -41,10 +42,11 @@ class AdapterSlot(nn.ParameterDict):
         super().__init__()
         self.register_buffer("fingerprint", None)
         self.layers: dict[str, PicaLinear] = {}
+        self.taken_here = False
         self.unverified = False
 
-    def set_fingerprint(self, fingerprint: torch.Tensor) -> None:
-        self.fingerprint = fingerprint.clone()
+    def set_fingerprint(self, fingerprint: torch.Tensor, *, taken_here: bool = True) -> None:
+        self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
 
     def has_fingerprint(self) -> bool:
         """Whether there is one, and not only room for it."""

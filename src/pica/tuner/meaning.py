@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -143,7 +143,7 @@ def establish_meaning(
         AdapterFileError: the fingerprint is damaged or is of other layers.
     """
     if _known(bank, slot, adapter_name, fingerprint):
-        slot.set_fingerprint(fingerprint)
+        slot.set_fingerprint(fingerprint, taken_here=False)
         slot.unverified = False
         return
     checks = check_fingerprint(slot, adapter_name, fingerprint)
@@ -165,17 +165,15 @@ def establish_meaning(
             f"{worst.alignment.deviation:.1%} (layer {worst.path}; accepted up to {TOLERANCE:.0%}).",
             stacklevel=3,
         )
-    slot.set_fingerprint(fingerprint)
+    slot.set_fingerprint(fingerprint, taken_here=False)
     slot.unverified = False
 
 
-def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Tensor) -> bool:
-    """Whether another adapter on the same bases has this very fingerprint and was held against them already.
-
-    Hundreds of adapters of one base model would otherwise cost a check each.
-    """
-    for other_name in bank:
-        other = bank.matrices(other_name)
+def _siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[tuple[str, AdapterSlot]]:
+    """Other adapters on the very bases that this one uses, whose fingerprints were held against them."""
+    layers = slot.layers.values()
+    for name in bank:
+        other = bank.matrices(name)
         if (
             other is slot
             or other.unverified
@@ -183,12 +181,28 @@ def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Te
             or other.layers.keys() != slot.layers.keys()
         ):
             continue
-        if not torch.equal(cast(Tensor, other.fingerprint).cpu(), fingerprint.cpu()):
-            continue
-        layers = slot.layers.values()
-        if all(layer.pica_projection[adapter_name] == layer.pica_projection[other_name] for layer in layers):
-            return True
-    return False
+        if all(layer.pica_projection[adapter_name] == layer.pica_projection[name] for layer in layers):
+            yield name, other
+
+
+def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Tensor) -> bool:
+    """Whether this very fingerprint was held against these bases already.
+
+    Hundreds of adapters of one base model would otherwise cost a check each.
+    """
+    found = fingerprint.cpu()
+    siblings = _siblings(bank, slot, adapter_name)
+    return any(torch.equal(cast(Tensor, other.fingerprint).cpu(), found) for _, other in siblings)
+
+
+def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Tensor | None:
+    """`take_fingerprint`, or what it gave for an adapter of the same ranks on the same bases."""
+    size = room_for_fingerprint(slot, adapter_name).shape  # its mode depends on how much is shared
+    for name, other in _siblings(bank, slot, adapter_name):
+        alike = all(layer.r[name] == layer.r[adapter_name] for layer in slot.layers.values())
+        if alike and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
+            return other.fingerprint
+    return take_fingerprint(slot, adapter_name)
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

@@ -17,7 +17,7 @@ from pica.errors import ConfigError, PicaError, TargetError
 from pica.tuner.bank import BANK_NAME, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear
-from pica.tuner.meaning import room_for_fingerprint, take_fingerprint
+from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.plan import Plan
 from pica.tuner.roles import Group
@@ -87,8 +87,10 @@ class PicaModel(BaseTuner):
             loaded = isinstance(config, PicaConfig) and config.basis_format is not None
             brings_basis = loaded and getattr(config, "save_basis", False)
             if loaded and not brings_basis:
-                slot.set_fingerprint(room_for_fingerprint(slot, adapter_name))  # the trained one comes with the weights
-            elif not brings_basis and (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
+                slot.set_fingerprint(
+                    room_for_fingerprint(slot, adapter_name), taken_here=False
+                )  # the trained one comes with the weights
+            elif not brings_basis and (fingerprint := new_fingerprint(bank, slot, adapter_name)) is not None:
                 slot.set_fingerprint(fingerprint)
             slot.unverified = loaded
             bank.refresh_unverified()  # until its weights arrive, with the fingerprint that they were trained with

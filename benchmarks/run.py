@@ -1,0 +1,68 @@
+"""Every benchmark that needs no data, one after another, and the page of their results.
+
+    python -m benchmarks.run --quick      under ten minutes on two cores
+    python -m benchmarks.run              about an hour
+    python -m benchmarks.run --page       only write docs/performance.md from the results that are there
+
+Quick results go to benchmarks/results/quick/ and are not put on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.harness import RESULTS
+from pica.experiments.output import write_text
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+SCRIPTS = ["basis", "step_time", "many_adapters"]
+BEGIN, END = "<!-- results of {} -->", "<!-- end of {} -->"
+
+
+def write_page() -> list[str]:
+    """Put each result table that exists into its place on the page; returns the names of those that do not."""
+    text, missing = PAGE.read_text(), []
+    opening = re.compile(r"^<!-- results of (\S+) -->$", re.MULTILINE)
+    names = opening.findall(text)
+    for name in names:
+        path = RESULTS / f"{name}.md"
+        if not path.exists():
+            missing.append(name)
+            continue
+        before, rest = text.split(BEGIN.format(name), 1)
+        after = rest.split(END.format(name), 1)[1]
+        text = f"{before}{BEGIN.format(name)}\n{path.read_text().strip()}\n{END.format(name)}{after}"
+    write_text(PAGE, text)
+    return missing
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--page", action="store_true")
+    given = parser.parse_args(argv)
+    failed = []
+    if not given.page:
+        for script in SCRIPTS:
+            begun = time.monotonic()
+            command = [sys.executable, "-m", f"benchmarks.{script}"]
+            command += ["--quick", "--name", f"quick/{script}"] if given.quick else []
+            print(f"+ {' '.join(command[1:])}", flush=True)
+            if subprocess.run(command, check=False).returncode:
+                failed.append(script)
+            print(f"  {time.monotonic() - begun:.0f} s\n", flush=True)
+    if not given.quick:
+        missing = write_page()
+        print(f"Wrote {PAGE.name}" + (f"; no results yet of {', '.join(missing)}" if missing else ""))
+    if failed:
+        print(f"Failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
