@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from pica.tuner.layer import PicaLinear
+    from pica.tuner.adapted import AdaptedLinear
 
 BANK_NAME = "pica_M"
+SVFT_BANK = "svft_T"
+BANK_NAMES = frozenset({BANK_NAME, SVFT_BANK})
+"""Names under which a base model's root holds banks, one for each method."""
 
 # What wrappers put into module names: FSDP1 and activation checkpointing, whose state dicts leave it out, and
 # torch.compile, whose state dicts do not.
@@ -40,8 +43,15 @@ class AdapterSlot(nn.ParameterDict):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("fingerprint", None)
-        self.layers: dict[str, PicaLinear] = {}
+        self.layers: dict[str, AdaptedLinear] = {}
         self.unverified = False
+
+    def buffer_problem(self, key: str, value: torch.Tensor, name: str) -> str | None:
+        """What is wrong with a file's value for one of the buffers, or None."""
+        own = self.get_buffer(key)
+        if value.shape != own.shape or value.dtype != own.dtype:
+            return f"{name} is {value.dtype} {tuple(value.shape)} where {own.dtype} {tuple(own.shape)} is expected"
+        return None
 
     def set_fingerprint(self, fingerprint: torch.Tensor) -> None:
         self.fingerprint = fingerprint.clone()
@@ -113,30 +123,32 @@ def _unwrapped(root: nn.Module) -> nn.Module:
     return root if compiled is None else compiled
 
 
-def get_bank(root: nn.Module) -> PicaBank | None:
-    """The bank of a base model, or None where no PiCa adapter was ever added.
+def get_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank | None:
+    """A method's bank of a base model, or None where no adapter of that method was ever added.
 
     A PeftModel put into another tuner has it deeper inside: its layers refer to that one already.
     """
-    bank = _unwrapped(root)._modules.get(BANK_NAME)
-    return bank if isinstance(bank, PicaBank) else next((inner for _, inner in find_banks(root)), None)
+    bank = _unwrapped(root)._modules.get(name)
+    if isinstance(bank, PicaBank):
+        return bank
+    return next((inner for path, inner in find_banks(root) if path.rpartition(".")[2] == name), None)
 
 
-def ensure_bank(root: nn.Module) -> PicaBank:
+def ensure_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank:
     """The bank of a base model, made if need be."""
-    bank = get_bank(root)
+    bank = get_bank(root, name)
     if bank is None:
         bank = PicaBank()
         # `add_module` refuses a name that a forwarded attribute of an inner model has (a PeftModel within a PeftModel).
-        _unwrapped(root)._modules[BANK_NAME] = bank
+        _unwrapped(root)._modules[name] = bank
     return bank
 
 
-def drop_bank(root: nn.Module) -> None:
+def drop_bank(root: nn.Module, name: str = BANK_NAME) -> None:
     """Remove the bank of a base model, if there is one."""
     for module in list(root.modules()):
-        if isinstance(module._modules.get(BANK_NAME), PicaBank):
-            del module._modules[BANK_NAME]
+        if isinstance(module._modules.get(name), PicaBank):
+            del module._modules[name]
 
 
 def find_banks(model: nn.Module) -> list[tuple[str, PicaBank]]:
