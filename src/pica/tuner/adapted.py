@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
-from pica.errors import BasisError
+from pica.errors import AdapterFileError, BasisError
 from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.mixed import MixedBatch
 
@@ -267,6 +267,9 @@ def verify_loaded(bank: PicaBank) -> None:
 
     for name, module in bank.items():
         slot = cast(AdapterSlot, module)
+        for key in slot.checks if slot.unverified else ():
+            if problem := slot.buffer_problem(key, slot.get_buffer(key), f"{key} of adapter {name!r}"):
+                raise AdapterFileError(f"The adapter file is damaged: {problem}.")
         if slot.unverified and slot.fingerprint is not None and slot.has_fingerprint():
             establish_meaning(bank, slot, name, slot.fingerprint, None)
         elif slot.unverified and (own := take_fingerprint(slot, name)) is not None:

@@ -8,7 +8,7 @@ that is not registered, and look their matrix up by name each time (casts and lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,6 +36,7 @@ class AdapterSlot(nn.ParameterDict):
             the one that a file holds is read into it.
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
         unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
+        checks: For each further buffer, what says what is wrong with its value; a function that can be pickled.
     """
 
     fingerprint: torch.Tensor | None
@@ -45,13 +46,23 @@ class AdapterSlot(nn.ParameterDict):
         self.register_buffer("fingerprint", None)
         self.layers: dict[str, AdaptedLinear] = {}
         self.unverified = False
+        self.checks: dict[str, Callable[[torch.Tensor], str | None]] = {}
+
+    def add_buffer(
+        self, key: str, value: torch.Tensor, *, persistent: bool, check: Callable[[torch.Tensor], str | None]
+    ) -> None:
+        """Keep a frozen tensor beside the matrices, unless it is there already; `check` says what is wrong with one."""
+        if key not in self._buffers:
+            self.register_buffer(key, value, persistent=persistent)
+            self.checks[key] = check
 
     def buffer_problem(self, key: str, value: torch.Tensor, name: str) -> str | None:
         """What is wrong with a file's value for one of the buffers, or None."""
         own = self.get_buffer(key)
         if value.shape != own.shape or value.dtype != own.dtype:
             return f"{name} is {value.dtype} {tuple(value.shape)} where {own.dtype} {tuple(own.shape)} is expected"
-        return None
+        problem = self.checks[key](value)
+        return f"{name} {problem}" if problem else None
 
     def set_fingerprint(self, fingerprint: torch.Tensor) -> None:
         self.fingerprint = fingerprint.clone()
