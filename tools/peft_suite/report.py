@@ -8,6 +8,7 @@ from typing import Any
 
 from .cases import FILES
 from .exclusions import EXCLUSIONS, OTHER_FILES
+from .rows import ROWS
 
 OUTCOMES = ("passed", "failed", "skipped", "deselected")
 
@@ -66,7 +67,7 @@ def summary(report: Report) -> str:
     rows += [(f, *(str(report.count(o, f)) for o in OUTCOMES)) for f in report.files]
     rows.append(("total", *(str(report.count(o)) for o in OUTCOMES)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["", f"PEFT {report.peft}'s tests against PiCa, {report.seconds:.0f} s"]
+    lines = ["", f"PEFT {report.peft}'s tests against {ROWS.name}, {report.seconds:.0f} s"]
     for row in rows:
         lines.append("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))
     lines += [f"FAILED {name}: {t['detail']}" for name, t in report.tests.items() if t["outcome"] == "failed"]
