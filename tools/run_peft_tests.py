@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         files = [name for name, plan in FILES.items() if (plan.quick or not args.quick) and (suite / name).exists()]
         outcomes = _run(suite, files, folder, args.keyword, args.method)
     report = Report.from_outcomes(
-        outcomes, peft=sdist.name.removeprefix("peft-").removesuffix(".tar.gz"), seconds=time.monotonic() - started
+        outcomes,
+        peft=sdist.name.removeprefix("peft-").removesuffix(".tar.gz"),
+        seconds=time.monotonic() - started,
+        method={"pica": "PiCa", "svft": "SVFT"}[args.method],
     )
     print(summary(report))
     if args.json:

@@ -23,8 +23,8 @@ from unittest import mock
 import pytest
 
 from .cases import FILES, FilePlan
-from .exclusions import EXCLUSIONS
-from .rows import ROWS, MethodAsExample
+from .exclusions import EXCLUSIONS, SVFT_EXCLUSIONS
+from .rows import ROWS, SVFT, MethodAsExample
 
 # Helpers of PEFT's tests that skip methods which cannot do something; PiCa takes Conv1D and needs no bias.
 SKIP_HELPERS = ("_skip_if_conv1d_not_supported", "_skip_if_not_conv1d_supported", "check_beft_config", "beft_tests")
@@ -163,7 +163,7 @@ def _localise(module: ModuleType) -> None:
 def _reason_not_to_run(item: pytest.Item) -> str | None:
     plan = FILES[item.path.name]
     name = item.nodeid.partition("::")[2]
-    for pattern, reason in EXCLUSIONS.items():
+    for pattern, reason in {**EXCLUSIONS, **(SVFT_EXCLUSIONS if ROWS is SVFT else {})}.items():
         if fnmatch.fnmatchcase(f"{item.path.name}::{name}", pattern):
             return reason
     if _takes_method(item) or any(fnmatch.fnmatchcase(name, p) for p in plan.lora_tests):

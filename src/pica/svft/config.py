@@ -52,6 +52,9 @@ class SvftConfig(BankedConfig):
         """Off-diagonals on each side that the number of entries follows from."""
         return self.off_diagonals or 0
 
+    def size_text(self) -> str:
+        return self.pattern if self.pattern == "plain" else f"{self.pattern}, off_diagonals={self.band}"
+
     def _own_problems(self) -> list[str]:
         found: list[str] = []
         if self.pattern not in PATTERNS:

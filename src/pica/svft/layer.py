@@ -227,15 +227,21 @@ class SvftLinear(AdaptedLinear):
             out.index_copy_(0, index, self.add_update(y.index_select(0, index), h, name, in_place=False))
         return out
 
-    def square(self, adapter_name: str) -> Tensor:
+    def core(self, adapter_name: str) -> Tensor:
         """T itself, (n, n), in at least float32."""
         values = self.matrix(adapter_name).detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         return dense_matrix(values, self.positions(adapter_name).to(values.device), self.width)
 
-    def weight_update(self, adapter_name: str) -> Tensor:
+    def frames(self, adapter_name: str) -> tuple[Tensor | None, Tensor]:
         left, right = self.sides(adapter_name)
-        square = self.square(adapter_name).to(right.device)
+        dtype = torch.promote_types(right.dtype, torch.float32)
+        return left.to(dtype), right.to(dtype)
+
+    def weight_update(self, adapter_name: str) -> Tensor:
+        left, right = self.frames(adapter_name)
+        assert left is not None
+        square = self.core(adapter_name).to(right.device)
         dtype = torch.promote_types(right.dtype, square.dtype)
         with full_precision(right.device):
             return left.to(dtype) @ (square.to(dtype) @ right.to(dtype))

@@ -88,6 +88,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def weight_update(self, adapter_name: str) -> Tensor:
         """What the adapter adds to W, (out, in), float32 or float64."""
 
+    @abstractmethod
+    def core(self, adapter_name: str) -> Tensor:
+        """C of the update L C R: the trained matrix, cut to what this layer uses. L and R are orthonormal."""
+
+    @abstractmethod
+    def frames(self, adapter_name: str) -> tuple[Tensor | None, Tensor]:
+        """(L, R) of the update L C R, (out, k) and (k, in), in at least float32; None where L is the identity."""
+
     # ---- adapters ----------------------------------------------------------------------------------------------
 
     @property

@@ -134,6 +134,10 @@ class BankedConfig(PeftConfig):
         plain = {**super().to_dict(), "basis_format": FORMAT_VERSION}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 
+    def size_text(self) -> str:
+        """What decides the number of parameters, in a few words."""
+        return ""
+
     def _own_problems(self) -> list[str]:
         """What is wrong with the fields that only this method has."""
         return []

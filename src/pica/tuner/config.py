@@ -54,6 +54,9 @@ class PicaConfig(BankedConfig):
         },
     )
 
+    def size_text(self) -> str:
+        return f"r={self.r}"
+
     def _own_problems(self) -> list[str]:
         found: list[str] = []
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}}

@@ -196,6 +196,13 @@ class PicaLinear(AdaptedLinear):
         with full_precision(weight.device):
             return delta_weight(self.matrix(adapter_name).detach()[:, :rank].to(weight.device), rows[:rank])
 
+    def core(self, adapter_name: str) -> Tensor:
+        return self.matrix(adapter_name).detach()[:, : self.usable_rank(adapter_name)]
+
+    def frames(self, adapter_name: str) -> tuple[Tensor | None, Tensor]:
+        rows = self.directions(self.pica_projection[adapter_name], self.frozen_weight())
+        return None, rows[: self.usable_rank(adapter_name)]
+
     def coordinates_of(self, x: Tensor, y: Tensor, names: list[str]) -> dict[str, Tensor]:
         """h (..., rank): computed once for each projection that `names` use, however many adapters there are."""
         coords = self._coordinates(x, y, names)
