@@ -22,7 +22,7 @@ def weight_with_spectrum(out: int, inn: int, sigma: Tensor, seed: int = 0) -> Te
 @pytest.mark.parametrize("shape", [(20, 20), (20, 30), (30, 20), (12, 90), (90, 12), (1, 5), (5, 1)], ids=str)
 def test_the_sides_rebuild_the_weight_and_are_orthonormal(shape):
     n = min(shape)
-    w = weight_with_spectrum(*shape, torch.linspace(2, 0.5, n))
+    w = weight_with_spectrum(shape[0], shape[1], torch.linspace(2, 0.5, n))
     f = factorise(w)
     assert (f.left.shape, f.values.shape, f.right.shape, f.usable) == ((shape[0], n), (n,), (n, shape[1]), n)
     torch.testing.assert_close(f.left * f.values @ f.right, w, atol=1e-12, rtol=0)
