@@ -240,6 +240,7 @@ class _Run:
             shutil.copytree(written, partial, dirs_exist_ok=True)
         result = {
             "method": section.method,
+            "title": title,
             **size_of(section),
             **{key: best[key] for key in ("learning_rate", "parameters", "validation_loss")},
             **found.summary(),
