@@ -2,6 +2,7 @@
 
     python tools/run_peft_tests.py                       all of them (about four minutes on two cores)
     python tools/run_peft_tests.py --quick               the broadest files (about two minutes)
+    python tools/run_peft_tests.py --method svft         against SVFT instead
     python tools/run_peft_tests.py --sdist peft-0.21.2.tar.gz --json report.json
     python tools/run_peft_tests.py --write-docs          also write docs/peft-tests.md
 
@@ -26,6 +27,7 @@ from peft_suite.cases import FILES
 from peft_suite.exclusions import OTHER_FILES
 from peft_suite.models import build_hub
 from peft_suite.report import Report, markdown, summary
+from peft_suite.rows import METHOD_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 # PEFT's own settings turn deprecation warnings of transformers into errors, and so fail with versions newer than it.
@@ -43,9 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Building tiny models in {folder} ...")
         build_hub(folder / "hub")
         files = [name for name, plan in FILES.items() if (plan.quick or not args.quick) and (suite / name).exists()]
-        outcomes = _run(suite, files, folder, args.keyword)
+        outcomes = _run(suite, files, folder, args.keyword, args.method)
     report = Report.from_outcomes(
-        outcomes, peft=sdist.name.removeprefix("peft-").removesuffix(".tar.gz"), seconds=time.monotonic() - started
+        outcomes,
+        peft=sdist.name.removeprefix("peft-").removesuffix(".tar.gz"),
+        seconds=time.monotonic() - started,
+        method={"pica": "PiCa", "svft": "SVFT"}[args.method],
     )
     print(summary(report))
     if args.json:
@@ -63,6 +68,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peft-version", default=version("peft"), help="default: the installed one (%(default)s)")
     parser.add_argument("--sdist", type=Path, help="a source distribution that is already here")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "pica" / "peft-sdist")
+    parser.add_argument("--method", choices=("pica", "svft"), default="pica", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="run only the broadest files")
     parser.add_argument("-k", dest="keyword", help="pytest's -k: only tests whose name matches")
     parser.add_argument("--json", type=Path, help="write a report with every test's outcome")
@@ -70,6 +76,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.write_docs and (args.quick or args.keyword):
         parser.error("--write-docs needs a full run: leave out --quick and -k")
+    if args.write_docs and args.method != "pica":
+        parser.error("--write-docs writes the page about PiCa: leave out --method")
     if args.sdist and not args.sdist.is_file():
         parser.error(f"--sdist: there is no file {args.sdist}")
     return args
@@ -106,7 +114,7 @@ def _check_files(suite: Path) -> None:
         )
 
 
-def _run(suite: Path, files: list[str], folder: Path, keyword: str | None) -> dict[str, dict[str, str]]:
+def _run(suite: Path, files: list[str], folder: Path, keyword: str | None, method: str) -> dict[str, dict[str, str]]:
     outcomes = folder / "outcomes.json"
     environment = {
         **os.environ,
@@ -114,6 +122,7 @@ def _run(suite: Path, files: list[str], folder: Path, keyword: str | None) -> di
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(folder / "hub"),
         "PICA_PEFT_TESTS_JSON": str(outcomes),
+        METHOD_VARIABLE: method,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",  # the models are tiny: more threads cost more than they give

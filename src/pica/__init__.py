@@ -1,6 +1,7 @@
 """PiCa: parameter-efficient fine-tuning with column space projection, as a method of Hugging Face PEFT.
 
-Importing this package registers the method, so that everything in PEFT that takes a `PeftConfig` takes a `PicaConfig`.
+Importing this package registers the method, so that everything in PEFT that takes a `PeftConfig` takes a `PicaConfig`;
+likewise its closest rival, SVFT, by `SvftConfig`.
 The `pica` command does not need that before it knows what it was asked for; it enters through `_pica_entry`, and then
 the same names load on first use.
 """
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from pica.adapters.saving import save_adapter
     from pica.adapters.verify import verify
     from pica.basis.cache import use_basis_cache
+    from pica.svft.config import SvftConfig
+    from pica.svft.model import SvftModel
     from pica.tuner.config import PicaConfig
     from pica.tuner.coverage import coverage
     from pica.tuner.model import PicaModel
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PicaConfig",
     "PicaModel",
+    "SvftConfig",
+    "SvftModel",
     "__version__",
     "coverage",
     "export_lora",
@@ -41,6 +46,8 @@ __all__ = [
 _HOMES = {
     "PicaConfig": "pica.tuner.config",
     "PicaModel": "pica.tuner.model",
+    "SvftConfig": "pica.svft.config",
+    "SvftModel": "pica.svft.model",
     "coverage": "pica.tuner.coverage",
     "export_lora": "pica.adapters.lora_export",
     "hotswap_adapter": "pica.adapters.hotswap",
@@ -52,12 +59,15 @@ _HOMES = {
 
 
 def register() -> None:
-    """Make PiCa a method of PEFT. Importing `pica` does this; calling it again changes nothing."""
+    """Make PiCa and SVFT methods of PEFT. Importing `pica` does this; calling it again changes nothing."""
+    from pica.svft.config import SvftConfig
+    from pica.svft.model import SvftModel
     from pica.tuner.config import PicaConfig
     from pica.tuner.model import PicaModel
     from pica.tuner.registration import hide_banks_from_base_state, register_method
 
     register_method("PICA", PicaConfig, PicaModel)
+    register_method("SVFT", SvftConfig, SvftModel)
     hide_banks_from_base_state()
 
 

@@ -296,7 +296,7 @@ def test_check_refuses_a_wrong_folder(pica_llama, tmp_path: Path, monkeypatch: p
         save({k: v * 1.01 if "lora_B" in k else v for k, v in tensors.items()}, *args, **kwargs)
 
     monkeypatch.setattr(lora_folder, "save_file", with_noise)
-    with pytest.raises(ExportError, match="differs from the PiCa update by 0.01"):
+    with pytest.raises(ExportError, match="differs from the adapter's by 0.01"):
         export_lora(pica_llama(), tmp_path / "lora")
     monkeypatch.setattr(lora_folder, "save_file", save)
     monkeypatch.setattr(lora_folder, "PREFIX", "base_model.")

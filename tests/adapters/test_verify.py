@@ -110,7 +110,7 @@ def test_hotswap_refuses_what_does_not_fit_and_changes_nothing(adapter, tiny_lla
     get_peft_model(tiny_llama(seed=1), PicaConfig(r=8, init_weights=False)).save_pretrained(str(tmp_path / "foreign"))
     with pytest.raises(ConfigError, match="r: 8 here, 4 there"):
         pica.hotswap_adapter(model, tmp_path / "small")
-    with pytest.raises(ConfigError, match="no PiCa adapter 'nobody'"):
+    with pytest.raises(ConfigError, match="no PiCa or SVFT adapter 'nobody'"):
         pica.hotswap_adapter(model, adapter, "nobody")
     with pytest.raises(BasisMismatchError):
         pica.hotswap_adapter(model, tmp_path / "foreign")

@@ -102,6 +102,21 @@ def test_all_problems_are_listed_in_one_go(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ("{pattern: banded}", "adapter.pattern = 'banded': needs adapter.off_diagonals, for instance 16."),
+        ("{off_diagonals: 3}", "adapter.off_diagonals = 3: does not go with pattern plain"),
+        ("{pattern: random, off_diagonals: -3}", "adapter.off_diagonals = -3: must be 0 or more."),
+        ("{rank_pattern: {q_proj: 4}}", "adapter.rank_pattern does not go with method svft"),
+        ("{pattern: diagonal}", "adapter.pattern = 'diagonal': must be one of plain, banded, random, top_k."),
+    ],
+)
+def test_settings_that_do_not_fit_svft_are_named(tmp_path: Path, adapter, message):
+    found = problems_of("adapter: " + adapter.replace("{", "{method: svft, ", 1), tmp_path)
+    assert message in "\n".join(found)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "is empty"),

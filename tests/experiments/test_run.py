@@ -67,6 +67,31 @@ def test_a_run_writes_its_files_and_says_what_it_measured(recipe: Callable[..., 
     assert "Trainable parameters (pica r=4): 384 of" in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "title", "trainable"),
+    [
+        # q: 32 wide, v: 16, up: 32, two layers
+        ({}, "svft plain", 2 * (32 + 16 + 32)),
+        ({"adapter__pattern": "random", "adapter__off_diagonals": 1}, "svft random d=1", 2 * (94 + 46 + 94)),
+        ({"adapter__pattern": "top_k", "adapter__off_diagonals": 1, "adapter__share": "role"}, "svft top_k d=1", 234),
+    ],
+    ids=["plain", "random", "top_k shared"],
+)
+def test_svft_trains_and_is_measured_like_pica(
+    recipe: Callable[..., Recipe], tmp_path: Path, settings, title, trainable
+):
+    reporter = Recorder()
+    made = recipe(adapter__method="svft", evaluate_base=True, baseline__method="svft", **settings)
+    metrics = start(made, reporter=reporter).metrics
+    assert metrics["adapter"]["title"] == title
+    assert metrics["adapter"]["parameters"]["trainable"] == trainable
+    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
+    assert (metrics["baseline"]["title"], metrics["baseline"]["pattern"]) == ("svft plain", "plain")
+    said = "\n".join(reporter.said)
+    assert f"Trainable parameters ({title}): {trainable} of" in said
+    assert "up_proj" in said, "the table of adapted layers"
+
+
 def test_the_rate_with_the_lowest_validation_loss_is_kept(recipe: Callable[..., Recipe], tmp_path: Path):
     # The second trains best; the third has no finite loss and must not end the run.
     made = recipe(trainer__learning_rates=[1e-6, 0.01, 1e30], trainer__max_grad_norm=0.0, baseline__method="lora")

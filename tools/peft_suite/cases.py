@@ -1,17 +1,16 @@
-"""PiCa's rows for the case tables of PEFT's tests, and which tests of each file are run.
+"""Which tests of each of PEFT's files are run, and which of their tables hold the method's rows.
 
-A test runs when its parameters hold `PicaConfig` (PEFT's tables, filled with the rows below), or when it is named in
-`lora_tests`: tests that take LoRA (in one file LoKr) as an example of any method; PiCa is put in its place there.
+A test runs when its parameters hold the method's configuration (PEFT's tables, filled from `rows`), or when it is named
+in `lora_tests`: tests that take LoRA (in one file LoKr) as an example of any method; the method is put in its place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
-from pica import PicaConfig
+from .rows import ROWS, language
 
 
 @dataclass(frozen=True)
@@ -35,100 +34,16 @@ class FilePlan:
     quick: bool = False
 
 
-class PicaAsExample:
-    """Called like LoRA's (or LoKr's) configuration, makes PiCa's. No subclass, so that no isinstance check is fooled."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        for name in ("lora_alpha", "lora_dropout", "alpha"):  # PiCa has no scaling and no dropout
-            kwargs.pop(name, None)
-        if "init_lora_weights" in kwargs:
-            kwargs["init_weights"] = kwargs.pop("init_lora_weights")
-        if kwargs.get("bias") == "lora_only":
-            kwargs["bias"] = "pica_only"
-        return PicaConfig(*args, **kwargs)
-
-
-def _custom(name: str, model: str, **kwargs: Any) -> Any:
-    return pytest.param(f"PiCa {name}", model, PicaConfig, kwargs, id=f"PiCa {name}")
-
-
-def _language(task: str) -> list:
-    """Two configurations: the default sharing with the default targets, and none with a small rank."""
-    base = {"task_type": task, "target_modules": None}
-    return [
-        pytest.param(PicaConfig, {**base, "r": 8}, id="PiCa shared"),
-        pytest.param(PicaConfig, {**base, "r": 4, "share": "none"}, id="PiCa unshared"),
-    ]
-
-
-def _pair(name: str, first: dict[str, Any], second: dict[str, Any]) -> Any:
-    first, second = {"init_weights": False, **first}, {"init_weights": False, **second}
-    return pytest.param(f"PiCa {name}", "pica", PicaConfig, first, second, id=f"PiCa {name}")
-
-
-CUSTOM_MODELS = [
-    _custom("target string", "MLP", target_modules="lin0"),
-    _custom("target list", "MLP", target_modules=["lin0"]),
-    _custom("rank above width", "MLP", target_modules=["lin1"]),
-    _custom("two layers", "MLP", target_modules=["lin0", "lin1"], r=4),
-    _custom("modules_to_save", "MLP", target_modules=["lin0"], modules_to_save=["lin1"]),
-    _custom("minor", "MLP", target_modules=["lin0", "lin1"], r=4, projection="minor"),
-    _custom("random", "MLP", target_modules=["lin0", "lin1"], r=4, projection="random"),
-    _custom("unshared", "MLP", target_modules=["lin0", "lin1"], r=4, share="none"),
-    _custom("group by hand", "MLP2", target_modules=["lin0", "lin1"], r=4, share={"lin[01]": "linear"}),
-    _custom("rank_pattern", "MLP", target_modules=["lin0", "lin1"], r=4, rank_pattern={"lin1": 1}),
-    _custom("all-linear", "MLP", target_modules="all-linear", r=4),
-    _custom("exclude", "MLP", target_modules="all-linear", exclude_modules=["lin1"], r=4),
-    _custom("Conv1D", "EmbConv1D", target_modules=["conv1d"]),
-    _custom("Conv1D and linear", "EmbConv1D", target_modules=["conv1d", "lin0"], r=4),
-    _custom("Conv1D and tokens", "EmbConv1D", target_modules=["conv1d"], trainable_token_indices={"emb": [0, 10]}),
-    _custom("head of Conv2d", "Conv2d", target_modules=["lin0"]),
-]
-
-SEVERAL_ACTIVE = [
-    _pair("same", {"target_modules": ["lin0"], "r": 4}, {"target_modules": ["lin0"], "r": 4}),
-    _pair("different layers", {"target_modules": ["lin0"], "r": 4}, {"target_modules": ["lin1"], "r": 2}),
-    _pair("growing rank", {"target_modules": ["lin0"], "r": 2}, {"target_modules": ["lin0"], "r": 8}),
-    _pair(
-        "two projections",
-        {"target_modules": ["lin0"], "r": 4},
-        {"target_modules": ["lin0"], "r": 4, "projection": "minor"},
-    ),
-]
-
-MIXED_BATCHES = [
-    pytest.param(
-        f"PiCa {name}",
-        PicaConfig(target_modules=["lin0"], r=4, init_weights=False),
-        PicaConfig(target_modules=["lin0"], init_weights=False, **second),
-        id=f"PiCa {name}",
-    )
-    for name, second in {"larger rank": {"r": 8}, "other projection": {"r": 4, "projection": "random"}}.items()
-]
-
-_CLIP_TARGETS = ["k_proj", "q_proj", "v_proj", "out_proj", "fc1", "fc2"]
-_UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-DIFFUSION = [
-    pytest.param(
-        PicaConfig,
-        {
-            "text_encoder": {"r": 8, "target_modules": _CLIP_TARGETS, "init_weights": False},
-            "unet": {"r": 8, "target_modules": _UNET_TARGETS, "init_weights": False},
-        },
-        id="PiCa",
-    )
-]
-
 _OTHER_METHOD = "tests of LoRA or of another method by name: their parameters, options or initialisations"
 
 FILES: dict[str, FilePlan] = {
     "test_custom_models.py": FilePlan(
         rest=_OTHER_METHOD,
         tables={
-            "TEST_CASES": CUSTOM_MODELS,
-            "ALL_PEFT_CONFIG_CLASSES": [PicaConfig],
-            "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": SEVERAL_ACTIVE,
-            "MIXED_ADAPTER_TEST_CASES": MIXED_BATCHES,
+            "TEST_CASES": ROWS.custom_models,
+            "ALL_PEFT_CONFIG_CLASSES": [ROWS.config],
+            "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": ROWS.several_active,
+            "MIXED_ADAPTER_TEST_CASES": ROWS.mixed_batches,
         },
         lora_tests=(
             "*::test_add_adapter_rejects_duplicate_name_without_mutation[[]False[]]",
@@ -149,28 +64,28 @@ FILES: dict[str, FilePlan] = {
         ),
         quick=True,
     ),
-    "test_decoder_models.py": FilePlan(rest=_OTHER_METHOD, tables={"ALL_CONFIGS": _language("CAUSAL_LM")}, quick=True),
+    "test_decoder_models.py": FilePlan(rest=_OTHER_METHOD, tables={"ALL_CONFIGS": language("CAUSAL_LM")}, quick=True),
     "test_encoder_decoder_models.py": FilePlan(
         rest=_OTHER_METHOD,
-        tables={"ALL_CONFIGS": _language("SEQ_2_SEQ_LM")},
+        tables={"ALL_CONFIGS": language("SEQ_2_SEQ_LM")},
         lora_tests=("*::test_load_model_low_cpu_mem_usage", "*::test_save_shared_tensors"),
     ),
     "test_feature_extraction_models.py": FilePlan(
-        rest=_OTHER_METHOD, tables={"ALL_CONFIGS": _language("FEATURE_EXTRACTION")}
+        rest=_OTHER_METHOD, tables={"ALL_CONFIGS": language("FEATURE_EXTRACTION")}
     ),
-    "test_seq_classifier.py": FilePlan(rest=_OTHER_METHOD, tables={"ALL_CONFIGS": _language("SEQ_CLS")}),
+    "test_seq_classifier.py": FilePlan(rest=_OTHER_METHOD, tables={"ALL_CONFIGS": language("SEQ_CLS")}),
     "test_token_classification_qa.py": FilePlan(
         rest=_OTHER_METHOD,
-        tables={"TOKEN_CLS_CONFIGS": _language("TOKEN_CLS"), "QA_CONFIGS": _language("QUESTION_ANS")},
+        tables={"TOKEN_CLS_CONFIGS": language("TOKEN_CLS"), "QA_CONFIGS": language("QUESTION_ANS")},
     ),
-    "test_stablediffusion.py": FilePlan(rest=_OTHER_METHOD, tables={"DIFFUSERS_CONFIGS": DIFFUSION}),
+    "test_stablediffusion.py": FilePlan(rest=_OTHER_METHOD, tables={"DIFFUSERS_CONFIGS": ROWS.diffusion}),
     "test_config.py": FilePlan(
         rest=_OTHER_METHOD,
         tables={
-            "ALL_CONFIG_CLASSES": [pytest.param(PicaConfig, {}, id="PiCa")],
-            "LAYER_INDEXING_CONFIG_CLASSES": [pytest.param(PicaConfig, {}, id="PiCa")],
+            "ALL_CONFIG_CLASSES": [pytest.param(ROWS.config, {}, id=ROWS.name)],
+            "LAYER_INDEXING_CONFIG_CLASSES": [pytest.param(ROWS.config, {}, id=ROWS.name)],
         },
-        inline={"test_save_pretrained_with_target_modules": [PicaConfig]},
+        inline={"test_save_pretrained_with_target_modules": [ROWS.config]},
         quick=True,
     ),
     "test_low_level_api.py": FilePlan(
@@ -215,8 +130,8 @@ FILES: dict[str, FilePlan] = {
         rest="no adapter of the method under test involved",
         inline={
             "test_self_targeting_is_ignored": [
-                pytest.param(PicaConfig, {"target_modules": "l1.*"}, id="PiCa"),
-                pytest.param(PicaConfig, {"target_modules": "(l1|pica_M).*"}, id="PiCa and its bank"),
+                pytest.param(ROWS.config, {"target_modules": "l1.*"}, id=ROWS.name),
+                pytest.param(ROWS.config, {"target_modules": f"(l1|{ROWS.bank}).*"}, id=f"{ROWS.name} and its bank"),
             ]
         },
         lora_tests=(

@@ -22,10 +22,9 @@ from unittest import mock
 
 import pytest
 
-from pica import PicaConfig
-
-from .cases import FILES, FilePlan, PicaAsExample
-from .exclusions import EXCLUSIONS
+from .cases import FILES, FilePlan
+from .exclusions import EXCLUSIONS, SVFT_EXCLUSIONS
+from .rows import ROWS, SVFT, MethodAsExample
 
 # Helpers of PEFT's tests that skip methods which cannot do something; PiCa takes Conv1D and needs no bias.
 SKIP_HELPERS = ("_skip_if_conv1d_not_supported", "_skip_if_not_conv1d_supported", "check_beft_config", "beft_tests")
@@ -80,14 +79,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     """Put PiCa in the place of the method that a test names, its fixtures included."""
     module = sys.modules[item.module.__name__]  # pyright: ignore[reportAttributeAccessIssue] - a function item has it
     with contextlib.ExitStack() as stack:
-        if not _takes_pica(item):
+        if not _takes_method(item):
             name = FILES[item.path.name].example
             if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, PicaAsExample))
+                stack.enter_context(mock.patch.object(module, name, MethodAsExample))
         for name in RESERVED.get(getattr(item, "originalname", ""), ()):
             for holder in (module, sys.modules["tests.testing_common"]):
-                if _takes_pica(item) and hasattr(holder, name):
-                    stack.enter_context(mock.patch.object(holder, name, PicaConfig))
+                if _takes_method(item) and hasattr(holder, name):
+                    stack.enter_context(mock.patch.object(holder, name, ROWS.config))
         return (yield)
 
 
@@ -164,15 +163,15 @@ def _localise(module: ModuleType) -> None:
 def _reason_not_to_run(item: pytest.Item) -> str | None:
     plan = FILES[item.path.name]
     name = item.nodeid.partition("::")[2]
-    for pattern, reason in EXCLUSIONS.items():
+    for pattern, reason in {**EXCLUSIONS, **(SVFT_EXCLUSIONS if ROWS is SVFT else {})}.items():
         if fnmatch.fnmatchcase(f"{item.path.name}::{name}", pattern):
             return reason
-    if _takes_pica(item) or any(fnmatch.fnmatchcase(name, p) for p in plan.lora_tests):
+    if _takes_method(item) or any(fnmatch.fnmatchcase(name, p) for p in plan.lora_tests):
         return None
     return plan.rest
 
 
-def _takes_pica(item: pytest.Item) -> bool:
+def _takes_method(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec is not None else ()
-    return any(v is PicaConfig or isinstance(v, PicaConfig) for v in values)
+    return any(v is ROWS.config or isinstance(v, ROWS.config) for v in values)

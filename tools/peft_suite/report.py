@@ -19,10 +19,11 @@ class Report:
     tests: dict[str, dict[str, str]]
     peft: str
     seconds: float
+    method: str
 
     @classmethod
-    def from_outcomes(cls, outcomes: dict[str, dict[str, str]], peft: str, seconds: float) -> Report:
-        return cls({k.removeprefix("tests/"): v for k, v in outcomes.items()}, peft, seconds)
+    def from_outcomes(cls, outcomes: dict[str, dict[str, str]], peft: str, seconds: float, method: str) -> Report:
+        return cls({k.removeprefix("tests/"): v for k, v in outcomes.items()}, peft, seconds, method)
 
     def count(self, outcome: str, file: str | None = None) -> int:
         return sum(t["outcome"] == outcome and (file is None or _file(k) == file) for k, t in self.tests.items())
@@ -46,6 +47,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            "method": self.method,
             "peft": self.peft,
             "seconds": round(self.seconds, 1),
             "counts": {o: self.count(o) for o in OUTCOMES},
@@ -66,7 +68,7 @@ def summary(report: Report) -> str:
     rows += [(f, *(str(report.count(o, f)) for o in OUTCOMES)) for f in report.files]
     rows.append(("total", *(str(report.count(o)) for o in OUTCOMES)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["", f"PEFT {report.peft}'s tests against PiCa, {report.seconds:.0f} s"]
+    lines = ["", f"PEFT {report.peft}'s tests against {report.method}, {report.seconds:.0f} s"]
     for row in rows:
         lines.append("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))
     lines += [f"FAILED {name}: {t['detail']}" for name, t in report.tests.items() if t["outcome"] == "failed"]

@@ -12,6 +12,8 @@ from torch import nn
 
 from pica.adapters.wording import first_line
 from pica.errors import AdapterFileError, ConfigError
+from pica.svft.config import SvftConfig
+from pica.tuner.base_config import BankedConfig
 from pica.tuner.config import PicaConfig
 
 _AUTO_CLASSES = {
@@ -67,8 +69,11 @@ def _model_class(location: str, config: PeftConfig) -> type:
     return getattr(transformers, architectures[0])
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
-    """The configuration of a saved PiCa adapter.
+CONFIGS: dict[str, type[BankedConfig]] = {"PICA": PicaConfig, "SVFT": SvftConfig}
+
+
+def read_peft_config(folder: Path) -> BankedConfig:
+    """The configuration of a saved PiCa or SVFT adapter.
 
     Raises:
         AdapterFileError: the folder holds none, or one of another method, or is damaged.
@@ -80,11 +85,11 @@ def read_peft_config(folder: Path) -> PeftConfig:
             raise AdapterFileError(f"Adapter folder {str(folder)!r} {there}.")
     try:
         method = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
-        config = PicaConfig.from_pretrained(folder) if method == "PICA" else None
+        config = CONFIGS[method].from_pretrained(folder) if method in CONFIGS else None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
         raise AdapterFileError(f"{folder / 'adapter_config.json'} cannot be read: {error}.") from error
     if config is None:
-        raise AdapterFileError(f"{str(folder)!r} holds an adapter of type {method!r}, not a PiCa adapter.")
+        raise AdapterFileError(f"{str(folder)!r} holds an adapter of type {method!r}, not a PiCa or SVFT adapter.")
     return config
 
 

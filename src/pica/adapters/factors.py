@@ -1,8 +1,9 @@
-"""LoRA factors of a PiCa update: exact, or the best of a smaller rank with an error known beforehand.
+"""LoRA factors of an update: exact, or the best of a smaller rank with an error known beforehand.
 
 dW = M P with P (r, in) of orthonormal rows. Exact: B = M, A = P. With M = U S Q^T, the singular values of dW are those
 of M, so B = U_k S_k, A = Q_k^T P is the best rank-k factorisation of dW in every layer that shares M, and it misses
 dW by sqrt(sum of s_i^2, i > k) in the Frobenius norm: one decomposition a group, none a layer.
+An SVFT update U T V^T is the same with T for M and V^T for P, and U, whose columns are orthonormal, before B.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pica.basis import full_precision
 from pica.errors import AdapterFileError, ConfigError, RankError
-from pica.tuner.layer import PicaLinear
+from pica.tuner.adapted import AdaptedLinear
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class SharedSpectrum:
         return self.right[:limit].to(directions.dtype) @ directions, left.to(directions.dtype)
 
 
-def shared_spectra(layers: dict[str, PicaLinear], adapter: str) -> dict[str, SharedSpectrum]:
+def shared_spectra(layers: dict[str, AdaptedLinear], adapter: str) -> dict[str, SharedSpectrum]:
     """For each layer (by path) the matrix that it shares, cut to the columns it uses; one object a (group, rank).
 
     Raises:
@@ -107,9 +108,10 @@ def shared_spectra(layers: dict[str, PicaLinear], adapter: str) -> dict[str, Sha
     made: dict[tuple[str, int], SharedSpectrum] = {}
     of_layer = {}
     for path, layer in layers.items():
-        key = (layer.pica_group[adapter], layer.usable_rank(adapter))
+        core = layer.core(adapter)
+        key = (layer.pica_group[adapter], core.shape[1])
         if key not in made:
-            matrix = layer.matrix(adapter).detach()[:, : key[1]].to(device="cpu", dtype=torch.float64)
+            matrix = core.to(device="cpu", dtype=torch.float64)
             if not torch.isfinite(matrix).all():
                 raise AdapterFileError(
                     f"The shared matrix {key[0]} of adapter {adapter!r} holds NaN or infinity: its training went wrong, "
@@ -143,17 +145,18 @@ def choose_rank(spectra: list[SharedSpectrum], rank: int | None, energy: float |
 
 
 def layer_factors(
-    layer: PicaLinear, adapter: str, spectrum: SharedSpectrum, rank: int, dtype: torch.dtype
+    layer: AdaptedLinear, adapter: str, spectrum: SharedSpectrum, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) of one layer, padded with zeros, contiguous, on the CPU, sharing no storage.
 
     Raises:
         AdapterFileError: a value does not fit `dtype`.
     """
-    weight = layer.frozen_weight()
-    with full_precision(weight.device):
-        directions = layer.directions(layer.pica_projection[adapter], weight)[: spectrum.rank].detach().cpu()
-        small_a, small_b = spectrum.factors(directions, rank)
+    with full_precision(layer.compute_device_and_dtype()[0]):
+        left, directions = layer.frames(adapter)
+        small_a, small_b = spectrum.factors(directions.detach().cpu(), rank)
+        if left is not None:
+            small_b = left.detach().cpu() @ small_b
     kept = small_a.shape[0]
     a = torch.zeros(rank, layer.in_features, dtype=dtype)
     b = torch.zeros(layer.out_features, rank, dtype=dtype)

@@ -8,11 +8,15 @@ from peft import PeftModel
 
 from pica.adapters.base_model import read_peft_config
 from pica.errors import ConfigError
-from pica.tuner.config import PicaConfig
-from pica.tuner.layer import PicaLinear
+from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.base_config import BankedConfig
 
 # What decides which layers, groups and bases there are; everything else may differ.
-_STRUCTURE = ("r", "rank_pattern", "share", "projection", "projection_seed", "target_modules", "exclude_modules")
+_STRUCTURE = (
+    *("peft_type", "share", "target_modules", "exclude_modules"),
+    *("r", "rank_pattern", "projection", "projection_seed"),  # PiCa
+    *("pattern", "off_diagonals", "pattern_seed"),  # SVFT
+)
 
 
 def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str = "default") -> None:
@@ -22,21 +26,25 @@ def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str
     against its fingerprint, as in any load.
 
     Args:
-        model: A PeftModel with a PiCa adapter of that name, not merged.
+        model: A PeftModel with a PiCa or SVFT adapter of that name, not merged.
         adapter_dir: Folder of an adapter with the same structure: ranks, sharing, projection and targets.
     Raises:
         ConfigError: there is no such adapter, it is merged, or the structures differ.
         AdapterFileError, BasisMismatchError: the folder's adapter cannot be used; the model is as it was.
     """
     current = model.peft_config.get(adapter_name)
-    if not isinstance(current, PicaConfig):
-        raise ConfigError(f"The model has no PiCa adapter {adapter_name!r}; it has {', '.join(model.peft_config)}.")
-    if any(m.merged for m in model.modules() if isinstance(m, PicaLinear)):
+    if not isinstance(current, BankedConfig):
+        raise ConfigError(
+            f"The model has no PiCa or SVFT adapter {adapter_name!r}; it has {', '.join(model.peft_config)}."
+        )
+    if any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear)):
         raise ConfigError("Adapters are merged into the model; call model.unmerge_adapter() before swapping one.")
     config = read_peft_config(Path(adapter_dir).expanduser())
-    differing = [n for n in _STRUCTURE if getattr(current, n) != getattr(config, n)]
+    differing = [n for n in _STRUCTURE if getattr(current, n, None) != getattr(config, n, None)]
     if differing:
-        shown = ", ".join(f"{n}: {getattr(current, n)!r} here, {getattr(config, n)!r} there" for n in differing)
+        shown = ", ".join(
+            f"{n}: {getattr(current, n, None)!r} here, {getattr(config, n, None)!r} there" for n in differing
+        )
         raise ConfigError(
             f"{str(adapter_dir)!r} cannot take the place of {adapter_name!r}: {shown}. Load it beside it."
         )

@@ -1,4 +1,4 @@
-"""Does a written LoRA folder do what the PiCa adapter does? Asked of plain PEFT, on the same base model."""
+"""Does a written LoRA folder do what the adapter does? Asked of plain PEFT, on the same base model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pica.adapters.base_model import share_tensors
 from pica.adapters.factors import SharedSpectrum
 from pica.basis import full_precision
 from pica.errors import ExportError
-from pica.tuner.bank import BANK_NAME
-from pica.tuner.layer import PicaLinear
+from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.bank import BANK_NAMES
 
 # Half-precision models up to this size are compared in float32, on a copy: rounding in a deep model would otherwise hide
 # what is measured, and processors without half-precision arithmetic are slow at it.
@@ -34,9 +34,9 @@ class CheckResult:
     """What the check measured on a random batch.
 
     Attributes:
-        logits: Largest |difference| between the outputs of the PiCa model and of the reloaded LoRA.
-        effect: Largest |difference| between the outputs of the PiCa model and of the base model, to compare with.
-        scale: Largest |output| of the PiCa model.
+        logits: Largest |difference| between the outputs of the adapted model and of the reloaded LoRA.
+        effect: Largest |difference| between the outputs of the adapted model and of the base model, to compare with.
+        scale: Largest |output| of the adapted model.
         layers: Largest relative error of a layer's update.
         dtype: Precision of the models that were compared.
     """
@@ -60,7 +60,7 @@ def check_folder(
 ) -> CheckResult:
     """Load `folder` with plain PEFT on the base of `root`, compare each layer's update and the model's output.
 
-    `root` (a base model with PiCa layers) is not touched: everything happens on copies, which share its tensors
+    `root` (a base model with adapted layers) is not touched: everything happens on copies, which share its tensors
     where they are not widened.
 
     Args:
@@ -78,7 +78,7 @@ def check_folder(
             warnings.simplefilter("ignore")  # of PEFT, about what is checked here
             adapted = _copy_to_compare(root).eval()
             batch = _batch(adapted, inputs)
-            layers = {p: m for p, m in adapted.named_modules() if isinstance(m, PicaLinear)}
+            layers = {p: m for p, m in adapted.named_modules() if isinstance(m, AdaptedLinear)}
             _activate(adapted, adapter)
             expected = output_of(adapted, batch)
             plain = plain_copy(adapted)
@@ -97,15 +97,15 @@ def check_folder(
     # The layers were compared above; this catches what lies outside them, such as modules_to_save that did not load.
     if not torch.isfinite(found).all() or (exact and result.logits > max(rounding, 0.5 * result.effect)):
         raise ExportError(
-            f"The exported LoRA does not give the PiCa model's output: they differ by {result.logits:.3g} where the adapter "
-            f"itself changes the output by {result.effect:.3g}. Nothing was written; please report this."
+            f"The exported LoRA does not give the adapted model's output: they differ by {result.logits:.3g} where the "
+            f"adapter itself changes the output by {result.effect:.3g}. Nothing was written; please report this."
         )
     return result
 
 
 def _compare_layers(
     reloaded: PeftModel,
-    layers: Mapping[str, PicaLinear],
+    layers: Mapping[str, AdaptedLinear],
     adapter: str,
     spectra: Mapping[str, SharedSpectrum],
     filled: set[str],
@@ -132,16 +132,16 @@ def _compare_layers(
             wanted, allowed = torch.zeros_like(found), 0.0
             if path in spectra:
                 layer, spectrum = layers[path], spectra[path]
-                rows = layer.directions(layer.pica_projection[adapter], layer.frozen_weight())[: spectrum.rank]
-                matrix = layer.matrix(adapter).detach()[:, : spectrum.rank].to(rows)
-                wanted = (matrix @ (rows @ probes.to(rows))).to(found)
+                left, rows = layer.frames(adapter)
+                wanted = layer.core(adapter).to(rows) @ (rows @ probes.to(rows))
+                wanted = (wanted if left is None else left @ wanted).to(found)
                 # a few random inputs see the known error only within a factor
                 allowed = 3 * spectrum.row(rank).relative + 16 * eps
         norm = float(wanted.norm())
         relative = float((found - wanted).norm()) / norm if norm else float(found.abs().max())
         if not relative <= allowed:
             raise ExportError(
-                f"{path}: the exported update differs from the PiCa update by {relative:.2g} of its size, where "
+                f"{path}: the exported update differs from the adapter's by {relative:.2g} of its size, where "
                 f"{allowed:.2g} is allowed. Nothing was written; please report this."
             )
         worst = max(worst, relative)
@@ -152,7 +152,7 @@ def _copy_to_compare(root: nn.Module) -> nn.Module:
     """A copy of the model: in float32 where it is a half-precision one of moderate size, else sharing its tensors."""
     dtypes = {p.dtype for p in root.parameters()}
     size = sum(p.numel() for p in root.parameters())
-    quantised = any(m.quantization_backend is not None for m in root.modules() if isinstance(m, PicaLinear))
+    quantised = any(m.quantization_backend is not None for m in root.modules() if isinstance(m, AdaptedLinear))
     if not dtypes & {torch.float16, torch.bfloat16} or quantised or 4 * size > _WIDEN_BYTES:
         return share_tensors(root)
     return copy.deepcopy(root).float()
@@ -168,7 +168,7 @@ def _batch(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, T
 def _activate(model: nn.Module, adapter: str) -> None:
     """Make `adapter` the one that every layer of `model` applies."""
     for module in model.modules():
-        if isinstance(module, PicaLinear):
+        if isinstance(module, AdaptedLinear):
             module.enable_adapters(True)
             module.set_adapter([adapter])
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -181,12 +181,13 @@ def _activate(model: nn.Module, adapter: str) -> None:
 def plain_copy(root: nn.Module) -> nn.Module:
     """The base model of `root` without any trace of adapters, sharing its tensors."""
     plain = share_tensors(root)
-    wrapped = [(n, m) for n, m in plain.named_modules() if isinstance(m, (PicaLinear, AuxiliaryTrainingWrapper))]
+    wrapped = [(n, m) for n, m in plain.named_modules() if isinstance(m, (AdaptedLinear, AuxiliaryTrainingWrapper))]
     for path, module in wrapped:
         parent_path, _, name = path.rpartition(".")
-        inner = module.base_layer if isinstance(module, PicaLinear) else module.original_module
+        inner = module.base_layer if isinstance(module, AdaptedLinear) else module.original_module
         setattr(plain.get_submodule(parent_path), name, inner)
-    plain._modules.pop(BANK_NAME, None)
+    for name in BANK_NAMES:
+        plain._modules.pop(name, None)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         if attribute in vars(plain):
             delattr(plain, attribute)

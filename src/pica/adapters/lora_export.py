@@ -1,4 +1,4 @@
-"""`export_lora`: a PiCa adapter as a plain PEFT LoRA folder, which every serving engine reads and no pica is needed for."""
+"""`export_lora`: an adapter as a plain PEFT LoRA folder, which every serving engine reads and no pica is needed for."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pica.adapters.lora_check import CheckResult, check_folder
 from pica.adapters.lora_folder import LoraFolder, write_lora_folder
 from pica.adapters.names import LinearShape, base_modules, incomplete_roles, linear_shapes, missing_members, plain_names
 from pica.errors import ConfigError, ExportError
-from pica.tuner.bank import get_bank
-from pica.tuner.layer import PicaLinear, verify_loaded
+from pica.tuner.adapted import AdaptedLinear, verify_loaded
+from pica.tuner.bank import find_banks
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class LoraExport:
 
     @property
     def max_logit_difference(self) -> float | None:
-        """Largest |difference| between the PiCa model's output and the reloaded LoRA's; None where not checked."""
+        """Largest |difference| between the adapted model's output and the reloaded LoRA's; None where not checked."""
         return self.check.logits if self.check else None
 
 
@@ -103,6 +103,9 @@ def export_lora(
     on_plan: Callable[[ExportPlan], None] | None = None,
 ) -> LoraExport:
     """Write a PiCa adapter as a LoRA: A = P, B = M, alpha = r, exactly; or smaller, with a known error.
+
+    Likewise an SVFT adapter: A = V^T, B = U T. That is exact at rank n = min(out, in) only, twice the weight's size and
+    more than engines serve, so it usually goes with `rank` or `energy`.
 
     The folder (adapter_config.json, adapter_model.safetensors, README.md) follows the rules of all known engines:
     one rank, scale baked in, no patterns, plain names. It appears whole or not at all, and only after it was reloaded
@@ -138,9 +141,9 @@ def export_lora(
     target = Path(output_dir)
     check_replaceable(target.expanduser(), overwrite=overwrite)
     root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
-    if (bank := get_bank(root)) is not None and bank.unverified:
+    for bank in (b for _, b in find_banks(root) if b.unverified):
         verify_loaded(bank)  # weights that transformers loaded are held against their fingerprint on first use
-    layers = {p: m for p, m in base_modules(root).items() if isinstance(m, PicaLinear) and name in m.r}
+    layers = {p: m for p, m in base_modules(root).items() if isinstance(m, AdaptedLinear) and name in m.pica_group}
     _check_exportable(root, config, layers, rules)
     spectra = shared_spectra(layers, name)
     plan = _plan(root, name, layers, spectra, rules, rank, energy, dtype, fill_siblings)
@@ -150,6 +153,7 @@ def export_lora(
         on_plan(plan)
     recorded = base_model_name or config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
     contents = LoraFolder(
+        method=next(iter(layers.values())).method,
         tensors={**_tensors(layers, name, spectra, plan), **_extra_tensors(root, name, plan.dtype)},
         config=_lora_config(config, plan, layers, recorded, revision),
         title=target.name,
@@ -170,7 +174,7 @@ def export_lora(
 def _find_adapter(
     adapter: nn.Module | str | Path, base_model: nn.Module | str | None, name: str | None, revision: str | None
 ) -> tuple[nn.Module, PeftConfig, str]:
-    """(base model with PiCa layers, the adapter's configuration, its name)."""
+    """(base model with adapted layers, the adapter's configuration, its name)."""
     if not isinstance(adapter, nn.Module):
         folder = Path(adapter).expanduser()
         config = read_peft_config(folder)
@@ -183,21 +187,21 @@ def _find_adapter(
     if base_model is not None:
         raise ConfigError("base_model goes with a saved adapter; this model has its base model inside.")
     root = adapter.get_base_model() if isinstance(adapter, PeftModel) else adapter
-    layers = [m for m in root.modules() if isinstance(m, PicaLinear)]
-    known = sorted({n for m in layers for n in m.r})
+    layers = [m for m in root.modules() if isinstance(m, AdaptedLinear)]
+    known = sorted({n for m in layers for n in m.pica_group})
     active = sorted({n for m in layers for n in m.active_adapters if n in known})
     if name is None and len(active) == 1:
         name = active[0]
     if name is None or name not in known:
         there = f"it has {', '.join(known)}" if known else "it has none"
         asked = f"adapter {name!r}" if name else "one active adapter (pass adapter_name)"
-        raise ConfigError(f"An export needs {asked} of method PiCa in the model; {there}.")
+        raise ConfigError(f"An export needs {asked} of method PiCa or SVFT in the model; {there}.")
     configs: Any = getattr(adapter, "peft_config", {})
     return root, configs[name], name
 
 
 def _check_exportable(
-    root: nn.Module, config: PeftConfig, layers: Mapping[str, PicaLinear], engine: Engine | None
+    root: nn.Module, config: PeftConfig, layers: Mapping[str, AdaptedLinear], engine: Engine | None
 ) -> None:
     """Refuse what a LoRA, or a LoRA of this engine, cannot express."""
     ways_out = "Merge the adapter into its base model instead (pica merge)."
@@ -228,7 +232,7 @@ def _check_exportable(
 def _plan(
     root: nn.Module,
     name: str,
-    layers: Mapping[str, PicaLinear],
+    layers: Mapping[str, AdaptedLinear],
     spectra: Mapping[str, SharedSpectrum],
     engine: Engine | None,
     rank: int | None,
@@ -277,7 +281,7 @@ def _plan(
 
 
 def _choose_dtype(
-    dtype: torch.dtype | str | None, layers: Mapping[str, PicaLinear], engine: Engine | None
+    dtype: torch.dtype | str | None, layers: Mapping[str, AdaptedLinear], engine: Engine | None
 ) -> torch.dtype:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -298,7 +302,7 @@ def _choose_dtype(
 
 
 def _tensors(
-    layers: Mapping[str, PicaLinear], name: str, spectra: Mapping[str, SharedSpectrum], plan: ExportPlan
+    layers: Mapping[str, AdaptedLinear], name: str, spectra: Mapping[str, SharedSpectrum], plan: ExportPlan
 ) -> dict[str, Tensor]:
     """{path: ...} of every LoRA tensor under PEFT's names. Nothing is shared, as safetensors demands."""
     tensors = {}
@@ -324,7 +328,7 @@ def _extra_tensors(root: nn.Module, name: str, dtype: torch.dtype) -> dict[str, 
 
 
 def _lora_config(
-    config: PeftConfig, plan: ExportPlan, layers: Mapping[str, PicaLinear], base: str | None, revision: str | None
+    config: PeftConfig, plan: ExportPlan, layers: Mapping[str, AdaptedLinear], base: str | None, revision: str | None
 ) -> dict[str, Any]:
     """adapter_config.json: the fields that engines read, and no newer ones, which older readers would stumble over."""
     task = getattr(config.task_type, "value", config.task_type)

@@ -27,6 +27,7 @@ class LoraFolder:
 
     Attributes:
         tensors: {path and name in the base model: tensor}.
+        method: Of the adapter that this is made from.
         config: adapter_config.json.
         title, base, rows, exact, command: For README.md.
         diffusers_prefix: For diffusers' pipelines: "unet" or "transformer"; the file that they read is written too.
@@ -34,6 +35,7 @@ class LoraFolder:
     """
 
     tensors: dict[str, Tensor]
+    method: str
     config: dict[str, Any]
     title: str
     base: str
@@ -94,6 +96,10 @@ def error_table(rows: Sequence[GroupRow]) -> str:
     return "\n".join(lines)
 
 
+def _article(method: str) -> str:
+    return f"An {method}" if method == "SVFT" else f"A {method}"
+
+
 def _readme(contents: LoraFolder) -> str:
     """Model card: what this is, how to load it, what it leaves out."""
     rank, targets = contents.config["r"], ", ".join(contents.config["target_modules"])
@@ -103,9 +109,9 @@ def _readme(contents: LoraFolder) -> str:
         *([f"base_model: {contents.base}"] if contents.config["base_model_name_or_path"] else []),
     ]
     kind = (
-        "It is exact: each layer's update is the PiCa adapter's, up to the rounding of the file's precision."
+        "It is exact: each layer's update is the adapter's, up to the rounding of the file's precision."
         if contents.exact
-        else "It is truncated: each layer's update is the best of its rank, and misses the PiCa adapter's as the table says."
+        else "It is truncated: each layer's update is the best of its rank, and misses the adapter's as the table says."
     )
     lines = [
         *head,
@@ -116,7 +122,7 @@ def _readme(contents: LoraFolder) -> str:
         "",
         f"# {contents.title}",
         "",
-        f"A PiCa adapter written as a LoRA of rank {rank} on {targets}, by pica {__version__}. {kind}",
+        f"{_article(contents.method)} adapter written as a LoRA of rank {rank} on {targets}, by pica {__version__}. {kind}",
         "",
         "```python",
         "from peft import PeftModel",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -15,12 +16,20 @@ from pica.adapters.base_model import load_base_model, read_peft_config, share_te
 from pica.adapters.wording import first_line
 from pica.basis.fingerprint import decode
 from pica.errors import AdapterFileError, PicaError
-from pica.tuner.bank import find_banks
+from pica.tuner.bank import BANK_NAMES, find_banks
+from pica.tuner.base_config import BankedConfig
 from pica.tuner.config import PicaConfig
 from pica.tuner.meaning import TOLERANCE, check_fingerprint
 
-_MATRICES = "pica_M."
+_BANKS = tuple(f"{name}." for name in BANK_NAMES)
+_FINGERPRINTS = tuple(f"{bank}fingerprint" for bank in _BANKS)
 _PROBE_TOKENS = 8
+
+
+def _is_matrix(key: str) -> bool:
+    """Whether an entry of a file is trained; beside those it holds bases, positions and the fingerprint."""
+    beside = (".basis:", ".positions:")
+    return any(b in key for b in _BANKS) and not any(b in key for b in beside) and not key.endswith(_FINGERPRINTS)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class VerifyReport:
 
 
 def verify(adapter_dir: str | Path, base_model: nn.Module | str | None = None) -> VerifyReport:
-    """Check a saved PiCa adapter, and with a base model whether it belongs to that.
+    """Check a saved PiCa or SVFT adapter, and with a base model whether it belongs to that.
 
     Args:
         adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
@@ -69,8 +78,8 @@ def verify(adapter_dir: str | Path, base_model: nn.Module | str | None = None) -
     except PicaError as error:
         return VerifyReport(str(folder), (Check("readable", False, str(error)),))
     size = (folder / "adapter_model.safetensors").stat().st_size
-    assert isinstance(config, PicaConfig)
-    checks.append(Check("readable", True, f"{len(tensors)} tensors, {size:,} bytes, r={config.r}"))
+    shape = config.size_text()
+    checks.append(Check("readable", True, f"{len(tensors)} tensors, {size:,} bytes, {shape}"))
     checks += [_finite(tensors), _complete(tensors)]
     if base_model is None:
         checks += [
@@ -95,8 +104,8 @@ def _finite(tensors: dict[str, Tensor]) -> Check:
 
 
 def _complete(tensors: dict[str, Tensor]) -> Check:
-    matrices = [k for k in tensors if _MATRICES in k and ".basis:" not in k and not k.endswith(".fingerprint")]
-    fingerprints = [k for k in tensors if k.endswith(f"{_MATRICES}fingerprint")]
+    matrices = [k for k in tensors if _is_matrix(k)]
+    fingerprints = [k for k in tensors if k.endswith(_FINGERPRINTS)]
     if not matrices or len(fingerprints) != 1:
         return Check("complete", False, f"{len(matrices)} shared matrices, {len(fingerprints)} basis fingerprints")
     try:
@@ -110,29 +119,29 @@ def _complete(tensors: dict[str, Tensor]) -> Check:
     )
 
 
-def _against(base: nn.Module, folder: Path, config: PicaConfig, tensors: dict[str, Tensor]) -> list[Check]:
+def _against(base: nn.Module, folder: Path, config: BankedConfig, tensors: dict[str, Tensor]) -> list[Check]:
     """The questions that need the base model, which is used up."""
     plain = copy.copy(config)
-    plain.save_basis, plain.basis_format = False, None  # solve this base's own bases, to compare
+    plain.basis_format = None  # solve this base's own bases, to compare
+    if isinstance(plain, PicaConfig):
+        plain.save_basis = False
     before = _probe(base)
     try:
-        from pica.tuner.model import PicaModel
-
-        tuner = PicaModel(base, plain, "verified")
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[plain.peft_type](base, plain, "verified")  # pyright: ignore[reportArgumentType]
     except (PicaError, ValueError) as error:
         return [Check("right shapes", False, first_line(error))]
     _, bank = find_banks(tuner)[0]
     slot = bank.matrices("verified")
     wrong = []
     for group, matrix in slot.items():
-        stored = [v for k, v in tensors.items() if k.endswith(f"{_MATRICES}{group}")]
+        stored = [v for k, v in tensors.items() if k.endswith(tuple(bank + group for bank in _BANKS))]
         if len(stored) != 1 or stored[0].shape != matrix.shape:
             found = tuple(stored[0].shape) if stored else "nothing"
             wrong.append(f"{group} should be {tuple(matrix.shape)}, the file has {found}")
     shapes = Check("right shapes", not wrong, wrong[0] if wrong else f"{len(slot)} groups on {len(slot.layers)} layers")
     if wrong:
         return [shapes]
-    fingerprint = next((v for k, v in tensors.items() if k.endswith(f"{_MATRICES}fingerprint")), None)
+    fingerprint = next((v for k, v in tensors.items() if k.endswith(_FINGERPRINTS)), None)
     if fingerprint is None:
         return [shapes, Check("belongs to this base", False, "the file holds no basis fingerprint")]
     try:
@@ -172,7 +181,7 @@ def _probe(model: nn.Module) -> Tensor | None:
 
 def _effect(before: Tensor | None, after: Tensor | None, tensors: dict[str, Tensor]) -> Check:
     if before is None or after is None:
-        largest = max(float(v.abs().max()) for k, v in tensors.items() if _MATRICES in k and v.is_floating_point())
+        largest = max(float(v.abs().max()) for k, v in tensors.items() if _is_matrix(k) and v.is_floating_point())
         return Check("has an effect", largest > 0, f"largest entry of its matrices {largest:.3g}")
     change = float((after - before).norm() / before.norm().clamp_min(1e-30))
     if not torch.isfinite(after).all():

@@ -2,7 +2,10 @@
 
 from pica.basis._precision import full_precision as full_precision
 from pica.basis._progress import solve_many as solve_many
+from pica.basis._progress import with_progress as with_progress
 from pica.basis.cache import cached_solve_basis as cached_solve_basis
+from pica.basis.decomposition import Factorisation as Factorisation
+from pica.basis.decomposition import factorise as factorise
 from pica.basis.orient import direction_signs as direction_signs
 from pica.basis.spectral import PROJECTIONS as PROJECTIONS
 from pica.basis.spectral import Basis as Basis
@@ -15,11 +18,14 @@ __all__ = [
     "PROJECTIONS",
     "Basis",
     "BasisRequest",
+    "Factorisation",
     "Side",
     "cached_solve_basis",
     "direction_signs",
+    "factorise",
     "full_precision",
     "max_rank",
     "solve_basis",
     "solve_many",
+    "with_progress",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -17,6 +18,8 @@ from tqdm.auto import tqdm
 from pica.basis._precision import full_precision
 from pica.basis.cache import cached_solve_basis
 from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
+
+Result = TypeVar("Result")
 
 # In a log file each update is a line, so there one now and then has to do.
 LOG_SECONDS = 15.0
@@ -36,20 +39,25 @@ def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], 
     Raises:
         BasisError, RankError: as `solve_basis`, for the first layer that fails; nothing is kept then.
     """
+    return with_progress(_solve_each(requests, load), len(requests))
+
+
+def with_progress(results: Iterable[Result], total: int) -> list[Result]:
+    """The `total` results of an iterable that works for them, with a progress bar once that takes a few seconds."""
     started = time.monotonic()
     bar: tqdm | None = None
-    solved: list[Basis] = []
+    done: list[Result] = []
     try:
-        for basis in _solve_each(requests, load):
-            solved.append(basis)
+        for result in results:
+            done.append(result)
             if bar is not None:
                 bar.update()
-            elif time.monotonic() - started > QUIET_SECONDS and len(solved) < len(requests):
-                bar = _bar(len(requests), len(solved))
+            elif time.monotonic() - started > QUIET_SECONDS and len(done) < total:
+                bar = _bar(total, len(done))
     finally:
         if bar is not None:
             bar.close()
-    return solved
+    return done
 
 
 def _solve_each(

@@ -70,15 +70,21 @@ class LayerPrint:
     values: np.ndarray
 
 
+def splitmix64(index: np.ndarray) -> np.ndarray:
+    """The SplitMix64 generator's output at each index, uint64: the same numbers in every library and on every machine."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
+        z = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
 @functools.lru_cache(maxsize=64)  # the layers of a model have a handful of widths; 64 of Gemma-2B's take 40 MB
 def probe_vectors(length: int, count: int) -> np.ndarray:
     """`count` vectors of +1 and -1, (count, length), float64: entry (j, k) is the top bit of SplitMix64(2^32 j + k)."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64
         z = np.arange(length, dtype=np.uint64)[None, :] + (np.arange(count, dtype=np.uint64) << np.uint64(32))[:, None]
-        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
+    z = splitmix64(z)
     signs = 1.0 - 2.0 * (z >> np.uint64(63)).astype(np.float64)
     signs.setflags(write=False)  # it is shared between callers
     return signs

@@ -147,7 +147,7 @@ def print_result(result: "RunResult") -> None:
             training = row["training"]
             step, peak = training["step_seconds"], training["peak_memory"]
             table.add_row(
-                f"{row['method']} r={row['r']}",
+                row["title"],
                 f"{row['parameters']['trainable']:,}",
                 f"{row['learning_rate']:g}",
                 *_scores(row),

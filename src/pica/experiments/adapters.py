@@ -56,20 +56,49 @@ def parameter_counts(model: peft.PeftModel) -> dict[str, int]:
     return {"trainable": trainable, "total": total}
 
 
-def _common(section: AdapterSection) -> dict[str, Any]:
+def title_of(section: AdapterSection) -> str:
+    """Method and size in a few words, for instance "pica r=32"."""
+    if section.method != "svft":
+        return f"{section.method} r={section.r}"
+    band = "" if section.off_diagonals is None else f" d={section.off_diagonals}"
+    return f"svft {section.pattern}{band}"
+
+
+def size_of(section: AdapterSection) -> dict[str, Any]:
+    """The settings that decide the number of parameters."""
+    if section.method == "svft":
+        return {"pattern": section.pattern, "off_diagonals": section.off_diagonals}
+    return {"r": section.r}
+
+
+def _layers(section: AdapterSection) -> dict[str, Any]:
     return {
         "task_type": "CAUSAL_LM",
-        "r": section.r,
         "target_modules": section.target_modules,
         "exclude_modules": section.exclude_modules,
         "layers_to_transform": section.layers_to_transform,
-        "rank_pattern": dict(section.rank_pattern),
     }
+
+
+def _common(section: AdapterSection) -> dict[str, Any]:
+    return {**_layers(section), "r": section.r, "rank_pattern": dict(section.rank_pattern)}
 
 
 def _pica(section: AdapterSection) -> peft.PeftConfig:
     return pica.PicaConfig(
-        **_common(section), share=section.share, projection=section.projection, save_basis=section.save_basis
+        **_common(section),
+        share="role" if section.share is None else section.share,
+        projection=section.projection,
+        save_basis=section.save_basis,
+    )
+
+
+def _svft(section: AdapterSection) -> peft.PeftConfig:
+    return pica.SvftConfig(
+        **_layers(section),
+        pattern=section.pattern,
+        off_diagonals=section.off_diagonals,
+        share="none" if section.share is None else section.share,
     )
 
 
@@ -78,4 +107,4 @@ def _lora(section: AdapterSection) -> peft.PeftConfig:
     return peft.LoraConfig(**_common(section), lora_alpha=alpha, lora_dropout=section.lora_dropout)  # pyright: ignore[reportArgumentType]
 
 
-BUILDERS: dict[str, Callable[[AdapterSection], peft.PeftConfig]] = {"pica": _pica, "lora": _lora}
+BUILDERS: dict[str, Callable[[AdapterSection], peft.PeftConfig]] = {"pica": _pica, "svft": _svft, "lora": _lora}

@@ -9,7 +9,7 @@ from pica.experiments.recipe import Recipe
 from pica.tasks import TASKS, TEMPLATES
 from pica.tasks.records import check_location
 
-METHODS = ("pica", "lora")
+METHODS = ("pica", "svft", "lora")
 """Adapter methods that `pica.experiments.adapters` builds."""
 
 _POSITIVE_INTEGERS = {
@@ -90,6 +90,14 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         yield f"adapter.share = {adapter.share}: a number of consecutive layers must be at least 1."
     if isinstance(adapter.share, str) and adapter.share not in ("role", "none"):
         yield f"adapter.share = {adapter.share!r}: must be role, none, a whole number or a mapping of regex to group."
+    if adapter.method == "svft" and adapter.pattern != "plain" and adapter.off_diagonals is None:
+        yield f"adapter.pattern = {adapter.pattern!r}: needs adapter.off_diagonals, for instance 16."
+    if adapter.method == "svft" and adapter.rank_pattern:
+        yield "adapter.rank_pattern does not go with method svft, which has no rank; remove it."
+    if adapter.pattern == "plain" and adapter.off_diagonals:
+        yield f"adapter.off_diagonals = {adapter.off_diagonals}: does not go with pattern plain; use for instance banded."
+    if adapter.off_diagonals is not None and adapter.off_diagonals < 0:
+        yield f"adapter.off_diagonals = {adapter.off_diagonals}: must be 0 or more."
     if recipe.baseline.method is not None and not recipe.baseline.learning_rates:
         yield "baseline.learning_rates is empty: give at least one, for instance [0.001]."
     if not 0 <= trainer.seed < 2**32:

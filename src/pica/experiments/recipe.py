@@ -61,9 +61,9 @@ class AdapterSection:
     """The method that adapts the model."""
 
     method: str = "pica"
-    """Method: pica or lora."""
+    """Method: pica, svft or lora."""
     r: int = 32
-    """Rank."""
+    """pica, lora: rank."""
     target_modules: list[str] | str | None = None
     """Layers to adapt: a list of names, one regular expression, or all-linear; the method's default if unset."""
     exclude_modules: list[str] | str | None = None
@@ -72,12 +72,17 @@ class AdapterSection:
     """Indices of the blocks to adapt; all if unset."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from r, by layer name or regular expression, for instance {k_proj: 8}."""
-    share: int | str | dict[str, str] = "role"
-    """pica: which layers share one matrix: role, none, a number of consecutive layers, or {regex: group}."""
+    share: int | str | dict[str, str] | None = None
+    """pica, svft: which layers share one matrix: role, none, a number of consecutive layers, or {regex: group}; if unset,
+    role for pica and none for svft."""
     projection: Literal["principal", "minor", "random"] = "principal"
     """pica: directions of the frozen weight that carry the update."""
     save_basis: bool = False
     """pica: store the frozen basis in the adapter file instead of recomputing it on load."""
+    pattern: Literal["plain", "banded", "random", "top_k"] = "plain"
+    """svft: which entries of its matrix are trained."""
+    off_diagonals: int | None = None
+    """svft: diagonals on each side of the main one that decide the number of entries; every pattern but plain needs it."""
     lora_alpha: float | None = None
     """lora: scale numerator; the update is scaled by lora_alpha / r. Twice the rank if unset."""
     lora_dropout: float = 0.0

@@ -19,7 +19,7 @@ import torch
 import pica
 from pica.errors import ConfigError, OutputError, TrainingError
 from pica.experiments import output as files
-from pica.experiments.adapters import attach, baseline_section, parameter_counts
+from pica.experiments.adapters import attach, baseline_section, parameter_counts, size_of, title_of
 from pica.experiments.data import encode, load_splits
 from pica.experiments.evaluation import Evaluation, evaluate, held_out_loss
 from pica.experiments.interrupts import Interrupted
@@ -186,11 +186,11 @@ class _Run:
         return attach(load_model(self.recipe.model), section, seed=self.recipe.trainer.seed)
 
     def _describe(self, model: peft.PeftModel, section: AdapterSection) -> None:
-        if section.method == "pica":
+        if section.method in ("pica", "svft"):
             self.reporter.say(str(pica.coverage(model)))
         count = parameter_counts(model)
         self.reporter.say(
-            f"Trainable parameters ({section.method} r={section.r}): {count['trainable']:,} "
+            f"Trainable parameters ({title_of(section)}): {count['trainable']:,} "
             f"of {count['total']:,} ({count['trainable'] / count['total']:.3%})"
         )
 
@@ -211,7 +211,7 @@ class _Run:
         """Train with each rate, keep the best by validation loss, and measure it as read back from its file."""
         if name in self.phases:
             return self.phases[name]
-        title = f"{section.method} r={section.r}"
+        title = title_of(section)
         candidates = []
         for rate in rates:
             key = f"{name}-lr{rate:g}"
@@ -240,7 +240,8 @@ class _Run:
             shutil.copytree(written, partial, dirs_exist_ok=True)
         result = {
             "method": section.method,
-            "r": section.r,
+            "title": title,
+            **size_of(section),
             **{key: best[key] for key in ("learning_rate", "parameters", "validation_loss")},
             **found.summary(),
             "training": best["training"],

@@ -8,16 +8,19 @@ that is not registered, and look their matrix up by name each time (casts and lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from pica.tuner.layer import PicaLinear
+    from pica.tuner.adapted import AdaptedLinear
 
 BANK_NAME = "pica_M"
+SVFT_BANK = "svft_T"
+BANK_NAMES = frozenset({BANK_NAME, SVFT_BANK})
+"""Names under which a base model's root holds banks, one for each method."""
 
 # What wrappers put into module names: FSDP1 and activation checkpointing, whose state dicts leave it out, and
 # torch.compile, whose state dicts do not.
@@ -34,6 +37,7 @@ class AdapterSlot(nn.ParameterDict):
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
         taken_here: Whether the fingerprint was taken of the layers' bases as they are, and not read from a file.
         unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
+        checks: For each further buffer, what says what is wrong with its value; a function that can be pickled.
     """
 
     fingerprint: torch.Tensor | None
@@ -41,9 +45,26 @@ class AdapterSlot(nn.ParameterDict):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("fingerprint", None)
-        self.layers: dict[str, PicaLinear] = {}
+        self.layers: dict[str, AdaptedLinear] = {}
         self.taken_here = False
         self.unverified = False
+        self.checks: dict[str, Callable[[torch.Tensor], str | None]] = {}
+
+    def add_buffer(
+        self, key: str, value: torch.Tensor, *, persistent: bool, check: Callable[[torch.Tensor], str | None]
+    ) -> None:
+        """Keep a frozen tensor beside the matrices, unless it is there already; `check` says what is wrong with one."""
+        if key not in self._buffers:
+            self.register_buffer(key, value, persistent=persistent)
+            self.checks[key] = check
+
+    def buffer_problem(self, key: str, value: torch.Tensor, name: str) -> str | None:
+        """What is wrong with a file's value for one of the buffers, or None."""
+        own = self.get_buffer(key)
+        if value.shape != own.shape or value.dtype != own.dtype:
+            return f"{name} is {value.dtype} {tuple(value.shape)} where {own.dtype} {tuple(own.shape)} is expected"
+        problem = self.checks[key](value)
+        return f"{name} {problem}" if problem else None
 
     def set_fingerprint(self, fingerprint: torch.Tensor, *, taken_here: bool = True) -> None:
         self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
@@ -115,30 +136,32 @@ def _unwrapped(root: nn.Module) -> nn.Module:
     return root if compiled is None else compiled
 
 
-def get_bank(root: nn.Module) -> PicaBank | None:
-    """The bank of a base model, or None where no PiCa adapter was ever added.
+def get_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank | None:
+    """A method's bank of a base model, or None where no adapter of that method was ever added.
 
     A PeftModel put into another tuner has it deeper inside: its layers refer to that one already.
     """
-    bank = _unwrapped(root)._modules.get(BANK_NAME)
-    return bank if isinstance(bank, PicaBank) else next((inner for _, inner in find_banks(root)), None)
+    bank = _unwrapped(root)._modules.get(name)
+    if isinstance(bank, PicaBank):
+        return bank
+    return next((inner for path, inner in find_banks(root) if path.rpartition(".")[2] == name), None)
 
 
-def ensure_bank(root: nn.Module) -> PicaBank:
+def ensure_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank:
     """The bank of a base model, made if need be."""
-    bank = get_bank(root)
+    bank = get_bank(root, name)
     if bank is None:
         bank = PicaBank()
         # `add_module` refuses a name that a forwarded attribute of an inner model has (a PeftModel within a PeftModel).
-        _unwrapped(root)._modules[BANK_NAME] = bank
+        _unwrapped(root)._modules[name] = bank
     return bank
 
 
-def drop_bank(root: nn.Module) -> None:
+def drop_bank(root: nn.Module, name: str = BANK_NAME) -> None:
     """Remove the bank of a base model, if there is one."""
     for module in list(root.modules()):
-        if isinstance(module._modules.get(BANK_NAME), PicaBank):
-            del module._modules[BANK_NAME]
+        if isinstance(module._modules.get(name), PicaBank):
+            del module._modules[name]
 
 
 def find_banks(model: nn.Module) -> list[tuple[str, PicaBank]]:

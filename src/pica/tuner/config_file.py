@@ -112,6 +112,8 @@ _TYPES = {
         lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
     ),
     "projection_seed": ("a whole number", _whole),
+    "pattern_seed": ("a whole number", _whole),
+    "off_diagonals": ("a whole number or null", lambda v: v is None or _whole(v)),
     "basis_format": ("a whole number or null", lambda v: v is None or _whole(v)),
     "save_basis": _FLAG,
     "init_weights": _FLAG,
@@ -128,14 +130,14 @@ def type_problems(config: object) -> list[str]:
     """What is wrong with the types of a configuration's values; they may come from a file that anybody wrote."""
     found = []
     for name, (wanted, fits) in _TYPES.items():
-        if not fits(value := getattr(config, name)):
+        if hasattr(config, name) and not fits(value := getattr(config, name)):
             found.append(f"{name}={value!r} must be {wanted}")
     return found
 
 
 def pattern_problems(config: Any) -> list[str]:
     """Regular expressions of a configuration (of the right types) that are none."""
-    patterns = [("rank_pattern", key) for key in config.rank_pattern or {}]
+    patterns = [("rank_pattern", key) for key in getattr(config, "rank_pattern", None) or {}]
     patterns += [(n, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(config, n), str)]
     found = []
     for name, pattern in patterns:

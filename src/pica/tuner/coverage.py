@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pica.errors import ConfigError
-from pica.tuner.layer import PicaLinear
+from pica.tuner.adapted import AdaptedLinear
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CoverageRow:
         group: Key of the shared matrix.
         layers: Number of layers.
         shapes: Their weight shapes (out, in), without repeats.
-        rank: Columns of the shared matrix.
+        rank: Columns of the shared matrix (SVFT: of the square T).
         trainable: Its number of parameters.
     """
 
@@ -34,7 +34,7 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Table of a model's PiCa adapter; `str()` prints it."""
+    """Table of a model's PiCa or SVFT adapter; `str()` prints it."""
 
     adapter: str
     rows: tuple[CoverageRow, ...]
@@ -72,33 +72,37 @@ class Coverage:
 
 
 def coverage(model: nn.Module, adapter_name: str | None = None) -> Coverage:
-    """Coverage table of a PiCa adapter in `model` (a PeftModel, or a base model with injected adapters).
+    """Coverage table of a PiCa or SVFT adapter in `model` (a PeftModel, or a base model with injected adapters).
 
     Args:
         adapter_name: Which adapter; by default the active one.
     Raises:
         ConfigError: the model has no such adapter.
     """
-    layers = [m for m in model.modules() if isinstance(m, PicaLinear)]
-    names = sorted({n for m in layers for n in m.r})
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
+    names = sorted({n for m in layers for n in m.pica_group})
     if adapter_name is None:
         active = [n for m in layers for n in m.active_adapters if n in names]
         adapter_name = active[0] if active else next(iter(names), None)
     if adapter_name is None or adapter_name not in names:
         there = f"it has {', '.join(names)}" if names else "it has none"
-        raise ConfigError(f"The model has no PiCa adapter {adapter_name or ''!r}: {there}.")
+        raise ConfigError(f"The model has no PiCa or SVFT adapter {adapter_name or ''!r}: {there}.")
     configs = getattr(model, "peft_config", {})
     targets = getattr(configs.get(adapter_name), "target_modules", None) if isinstance(configs, dict) else None
-    grouped: dict[str, list[PicaLinear]] = {}
+    grouped: dict[str, list[AdaptedLinear]] = {}
     for layer in layers:
-        if adapter_name in layer.r:
+        if adapter_name in layer.pica_group:
             grouped.setdefault(layer.pica_group[adapter_name], []).append(layer)
     rows = []
     for group, members in grouped.items():
         matrix = members[0].matrix(adapter_name)
         patterns = sorted({_pattern_of(m.pica_name, targets) for m in members})
         shapes = tuple(dict.fromkeys((m.out_features, m.in_features) for m in members))
-        rows.append(CoverageRow(", ".join(patterns), group, len(members), shapes, matrix.shape[1], matrix.numel()))
+        rows.append(
+            CoverageRow(
+                ", ".join(patterns), group, len(members), shapes, members[0].group_rank(adapter_name), matrix.numel()
+            )
+        )
     return Coverage(adapter_name, tuple(rows))
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, cast
+from typing import cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_precision, solve_basis
-from pica.errors import BasisError
-from pica.tuner.bank import AdapterSlot, PicaBank
+from pica.basis.fingerprint import Alignment, LayerPrint, Mode, align, take_print
+from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.adapted import features_of as features_of
+from pica.tuner.adapted import verify_loaded as verify_loaded
+from pica.tuner.bank import PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.update import add_product, coordinates, delta_weight
 
@@ -22,44 +21,29 @@ from pica.tuner.update import add_product, coordinates, delta_weight
 BIAS_LIMIT = 4.0
 
 
-class PicaLinear(nn.Module, BaseTunerLayer):
+class PicaLinear(AdaptedLinear):
     """A frozen linear layer (or Conv1D) y = W x + b with PiCa updates: y + M P x for each active adapter.
 
     State of an adapter in a layer: its group (which M in the bank), its rank here, its projection. The basis of a
     projection serves every adapter: a smaller rank uses its first rows.
     """
 
+    method = "PiCa"
+    mismatch_remedy = "save the adapter again from there with save_basis=True, which stores the basis"
     adapter_layer_names = ("pica_M",)
     # plain dicts keyed by adapter name: PEFT's delete_adapter and name listing look into them
     other_param_names = ("pica_group", "r", "pica_projection")
 
     def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self._bank = (bank,)  # in a tuple, so that it is not registered a second time
-        self.pica_name = name
-        self.pica_group: dict[str, str] = {}
+        super().__init__(base_layer, bank, name)
         self.r: dict[str, int] = {}
         self.pica_projection: dict[str, str] = {}
         self.requests: dict[str, BasisRequest] = {}  # what each projection was asked for, to solve it later
         self._made: dict[str, tuple[Side, str]] = {}  # (side, solver) of each projection's projector
-        self._unmerged_weight: Tensor | None = None
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] | str = []
-        self.quantization_backend = resolve_quantization_backend(base_layer)
-        self.in_features, self.out_features = features_of(base_layer)
-        self.is_transposed = isinstance(base_layer, Conv1D)
 
     @property
     def pica_M(self) -> PicaBank:
-        return self._bank[0]
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.r)
-
-    def _all_available_adapter_names(self) -> list[str]:
-        return sorted(self.r)
+        return self.bank
 
     # ---- adapters ----------------------------------------------------------------------------------------------
 
@@ -72,7 +56,7 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         known = self.requests.get(projection)
         if known is None or known.rank < request.rank:
             self.requests[projection] = request
-        self.pica_M.matrices(name).layers[self.pica_name] = self
+        self.bank.matrices(name).layers[self.pica_name] = self
         if basis is not None:
             known_rows = self.projector(projection)
             if known_rows is not None and not known_rows.is_meta and known_rows.shape[0] < basis.rank:
@@ -144,39 +128,43 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         rank = self.r[adapter_name]
         return rank if projector is None else min(rank, projector.shape[0])
 
-    def matrix(self, adapter_name: str) -> Tensor:
-        """The shared M of the adapter's group, (out, group rank). Looked up each time: loaders may replace it."""
-        return self.pica_M.matrices(adapter_name)[self.pica_group[adapter_name]]
+    # ---- meaning -----------------------------------------------------------------------------------------------
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones; their matrices are trained unless `inference_mode`, all others are not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.pica_M.activate(names, inference_mode, self.pica_name)
-        self._active_adapter = names
+    def direction_count(self, adapter_name: str) -> int:
+        return self.r[adapter_name]
+
+    def group_rank(self, adapter_name: str) -> int:
+        return self.matrix(adapter_name).shape[1]
+
+    def same_basis(self, adapter_name: str, other_name: str) -> bool:
+        return self.pica_projection[adapter_name] == self.pica_projection[other_name]
+
+    def take_print(self, adapter_name: str, mode: Mode, probes: int) -> LayerPrint:
+        projection = self.pica_projection[adapter_name]
+        return take_print(
+            self.require_projector(projection),
+            self.frozen_weight(),
+            self.side(projection),
+            rank=self.r[adapter_name],
+            projection=self.requests[projection].projection,
+            solver=self.solver(projection),
+            mode=mode,
+            probes=probes,
+        )
+
+    def align_print(self, adapter_name: str, trained: LayerPrint, mode: Mode) -> Alignment:
+        projection = self.pica_projection[adapter_name]
+        weight = self.frozen_weight()
+        projector = self.require_projector(projection)
+        side = self.side(projection)
+
+        def gains() -> Tensor:
+            basis = Basis(projector[: trained.rank].float(), side, projector[:0, 0], "", "")
+            return (basis.directions(weight) @ weight.float().T).norm(dim=1)
+
+        return align(trained, mode, projector, weight, side, gains)
 
     # ---- the frozen weight -------------------------------------------------------------------------------------
-
-    def frozen_weight(self) -> Tensor:
-        """W as it was trained, (out, in): dequantised where needed, without what was merged into it."""
-        weight = self._unmerged_weight if self._unmerged_weight is not None else self.get_base_weight().detach()
-        device, _ = self.compute_device_and_dtype()
-        if weight.is_meta:
-            raise BasisError(
-                f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first."
-            )
-        weight = weight.to(device)
-        return weight.T if self.is_transposed else weight
-
-    def compute_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-            dtype = torch.get_default_dtype()
-        return device or torch.device("cpu"), dtype
-
-    def is_deferred(self) -> bool:
-        """Whether the base weights are on the meta device, so that a basis has to wait for them."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        return isinstance(weight, Tensor) and weight.is_meta and self._unmerged_weight is None
 
     def preferred_side(self, weight: Tensor) -> Side:
         """The side with fewer features, unless a large bias would spoil the output side (see `BIAS_LIMIT`)."""
@@ -190,7 +178,7 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         )  # rms |W x| over outputs, |x| = 1
         return "out" if float(bias.detach().abs().max()) <= BIAS_LIMIT * float(response) else "in"
 
-    # ---- merging -----------------------------------------------------------------------------------------------
+    # ---- the update --------------------------------------------------------------------------------------------
 
     def directions(self, projection: str, weight: Tensor) -> Tensor:
         """P as the forward pass uses it, (r, in), float32 or float64."""
@@ -201,106 +189,31 @@ class PicaLinear(nn.Module, BaseTunerLayer):
         with full_precision(weight.device):
             return projector.to(dtype) @ weight.to(dtype)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the base layer's weight, in that weight's layout, float32 or float64."""
-        if self._bank[0].unverified:
-            verify_loaded(self._bank[0])
+    def weight_update(self, adapter_name: str) -> Tensor:
         weight = self.frozen_weight()
-        rows = self.directions(self.pica_projection[adapter], weight)
-        rank = min(self.r[adapter], rows.shape[0])
+        rows = self.directions(self.pica_projection[adapter_name], weight)
+        rank = min(self.r[adapter_name], rows.shape[0])
         with full_precision(weight.device):
-            delta = delta_weight(self.matrix(adapter).detach()[:, :rank].to(weight.device), rows[:rank])
-        return delta.T if self.is_transposed else delta
+            return delta_weight(self.matrix(adapter_name).detach()[:, :rank].to(weight.device), rows[:rank])
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+    def core(self, adapter_name: str) -> Tensor:
+        return self.matrix(adapter_name).detach()[:, : self.usable_rank(adapter_name)]
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight: summed in float32 (or better), rounded once.
+    def frames(self, adapter_name: str) -> tuple[Tensor | None, Tensor]:
+        rows = self.directions(self.pica_projection[adapter_name], self.frozen_weight())
+        return None, rows[: self.usable_rank(adapter_name)]
 
-        The weight before the first merge is kept in host memory, so that `unmerge` restores it bit for bit.
-
-        Raises:
-            ValueError: with `safe_merge`, a merged weight would not be finite; nothing is changed then.
-            TypeError: the base layer's quantisation cannot be written to.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.r]
-        if not names:
-            return
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise TypeError(
-                f"{self.pica_name}: a {self.quantization_backend.backend_name} layer cannot be merged into. "
-                "Merge into an unquantised copy of the base model instead."
-            )
-        current = self.get_base_weight().detach()
-        original = self._unmerged_weight if self._unmerged_weight is not None else current
-        total = original.to(device=current.device, dtype=torch.promote_types(current.dtype, torch.float32))
-        total = total.clone() if total.data_ptr() == original.data_ptr() else total
-        for name in [*self.merged_adapters, *names]:
-            total += self.get_delta_weight(name).to(total.device)
-        merged = total.to(current.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
-                f"(layer {self.pica_name})."
-            )
-        if self._unmerged_weight is None:
-            # On the CPU no copy is made: set_base_weight swaps the storage in, so `current` keeps the old one.
-            self._unmerged_weight = current.cpu()
-        self.set_base_weight(merged)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Put the base weight back exactly as it was before the first merge."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        original = cast(Tensor, self._unmerged_weight)
-        self.set_base_weight(original.to(self.get_base_weight().device))
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
-
-    # ---- forward -----------------------------------------------------------------------------------------------
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base layer's output (..., out) for x (..., in), plus the updates of the active adapters.
-
-        `adapter_names` (one a sample, "__base__" for none) is put in by the model's forward hook.
-        """
-        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
-        if self._bank[0].unverified:
-            verify_loaded(self._bank[0])
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            if self.merged:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
-            return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        names = [n for n in self.active_adapters if n in self.r]
-        if self.merged or not names:
-            return y
-        in_place = self._may_overwrite(y)
-        h_of = self._coordinates(x, y, names)
+    def coordinates_of(self, x: Tensor, y: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """h (..., rank): computed once for each projection that `names` use, however many adapters there are."""
+        coords = self._coordinates(x, y, names)
+        h_of = {}
         for name in names:
-            rank = self.usable_rank(name)
-            h, matrix = h_of[self.pica_projection[name]], self.matrix(name)
-            if rank < h.shape[-1]:
-                h = h[..., :rank]
-            if rank < matrix.shape[1]:
-                matrix = matrix[:, :rank]
-            y = add_product(y, h, matrix.to(y.device), in_place=in_place)
-        return y
+            h, rank = coords[self.pica_projection[name]], self.usable_rank(name)
+            h_of[name] = h[..., :rank] if rank < h.shape[-1] else h
+        return h_of
 
     def _coordinates(self, x: Tensor, y: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """h (..., largest rank) for each projection that `names` use: once, however many adapters there are.
-
-        All of them are taken before any update is added, since on the output side they read y.
-        """
+        """h (..., largest rank) for each projection that `names` use."""
         ranks: dict[str, int] = {}
         for name in names:
             projection = self.pica_projection[name]
@@ -320,84 +233,35 @@ class PicaLinear(nn.Module, BaseTunerLayer):
                 coords[projection] = coordinates(y, projector, shift)
         return coords
 
-    def _may_overwrite(self, y: Tensor) -> bool:
-        """Whether the base layer's output is ours alone: a fresh tensor that no hook has seen."""
-        base = self.base_layer
-        return (
-            type(base) is nn.Linear
-            and not torch.compiler.is_compiling()  # the compiler plans memory itself
-            and type(y) is Tensor
-            and y.is_contiguous()
-            and not y._is_view()
-            and not y.is_inference()
-            and not base._forward_hooks
-            and not hasattr(base, "_hf_hook")
-        )
-
-    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Each sample of the batch with its own adapter; h is computed once for the whole batch."""
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        y = self.base_layer(x, *args, **kwargs)
-        batch = adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
+    def add_mixed(self, x: Tensor, y: Tensor, batch: MixedBatch) -> Tensor:
+        """h is computed once for the whole batch; see `MixedBatch` for what its layers share."""
         parts = batch.parts(self)
         if not parts:
             return y
         h_of = self._coordinates(x, y, [name for part in parts for name in part.rows])
         # in place on our own copy at least: an output that nobody else holds needs none
-        y = (
-            y
-            if self._may_overwrite(y) and not torch.is_grad_enabled()
-            else y.clone(memory_format=torch.contiguous_format)
-        )
+        if torch.is_grad_enabled() or not self._may_overwrite(y):
+            y = y.clone(memory_format=torch.contiguous_format)
         for part in parts:
             batch.add(self, part, y, h_of[part.projection])
         return y
 
+    def add_update(self, y: Tensor, h: Tensor, name: str, *, in_place: bool) -> Tensor:
+        matrix = self.matrix(name)
+        if h.shape[-1] < matrix.shape[1]:
+            matrix = matrix[:, : h.shape[-1]]
+        return add_product(y, h, matrix.to(y.device), in_place=in_place)
+
     # ---- PEFT's housekeeping -----------------------------------------------------------------------------------
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the basis, never the shared matrix: PEFT's version would drag it from layer to layer, dtype included."""
-        if adapter_name not in self.r:
-            return
+    def move_basis(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> None:
         projection = self.pica_projection[adapter_name]
         projector = self.projector(projection)
-        own_device, dtype = self.compute_device_and_dtype()
-        if projector is not None and not projector.is_meta and own_device.type != "meta":
-            setattr(self, buffer_name(projection), projector.to(device=device or own_device, dtype=dtype))
+        if projector is not None and not projector.is_meta:
+            setattr(self, buffer_name(projection), projector.to(device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
         return f"pica={ {name: self.r[name] for name in sorted(self.r)} }"
-
-
-@torch.compiler.disable
-def verify_loaded(bank: PicaBank) -> None:
-    """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.
-
-    Raises:
-        BasisMismatchError, AdapterFileError: as `pica.tuner.meaning.establish_meaning`.
-    """
-    from pica.tuner.meaning import establish_meaning, take_fingerprint
-
-    for name, module in bank.items():
-        slot = cast(AdapterSlot, module)
-        if slot.unverified and slot.fingerprint is not None and slot.has_fingerprint():
-            establish_meaning(bank, slot, name, slot.fingerprint, None)
-        elif slot.unverified and (own := take_fingerprint(slot, name)) is not None:
-            slot.set_fingerprint(own)  # a new adapter made from a saved adapter's configuration
-            slot.unverified = False
-    bank.refresh_unverified()
-
-
-def features_of(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer of any kind, quantised ones included."""
-    in_features, out_features = _get_in_out_features(layer)
-    if in_features is None or out_features is None:
-        raise BasisError(f"cannot tell the width of a layer of type {type(layer).__name__}")
-    return in_features, out_features
 
 
 def projection_key(request: BasisRequest) -> str:

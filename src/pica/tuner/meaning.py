@@ -20,16 +20,15 @@ from pica.basis.fingerprint import (
     Alignment,
     LayerPrint,
     Mode,
-    align,
     choose_mode,
     decode,
     encode,
     encoded_size,
     path_hash,
-    take_print,
 )
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuner.bank import AdapterSlot, PicaBank
+from pica.tuner.layer import PicaLinear
 
 logger = logging.getLogger(__name__)
 
@@ -66,29 +65,18 @@ def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
     mode, probes = _mode(slot, adapter_name)
     prints: dict[str, LayerPrint] = {}
     for path, layer in layers.items():
-        projection = layer.pica_projection[adapter_name]
-        projector = layer.require_projector(projection)
-        prints[path] = take_print(
-            projector,
-            layer.frozen_weight(),
-            layer.side(projection),
-            rank=layer.r[adapter_name],
-            projection=layer.requests[projection].projection,
-            solver=layer.solver(projection),
-            mode=mode,
-            probes=probes,
-        )
+        prints[path] = layer.take_print(adapter_name, mode, probes)
     return torch.frombuffer(bytearray(encode(prints, mode, probes)), dtype=torch.uint8)
 
 
 def room_for_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor:
     """Zeros, as many bytes as the adapter's fingerprint has: for a loader that writes a stored one into the model."""
-    ranks = [layer.r[adapter_name] for layer in slot.layers.values()]
+    ranks = [layer.direction_count(adapter_name) for layer in slot.layers.values()]
     return torch.zeros(encoded_size(ranks, *_mode(slot, adapter_name)), dtype=torch.uint8)
 
 
 def _mode(slot: AdapterSlot, adapter_name: str) -> tuple[Mode, int]:
-    ranks = [layer.r[adapter_name] for layer in slot.layers.values()]
+    ranks = [layer.direction_count(adapter_name) for layer in slot.layers.values()]
     return choose_mode(ranks, sum(m.numel() for m in slot.values()))
 
 
@@ -116,17 +104,9 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
     checks = []
     for path, layer in slot.layers.items():
         trained = prints[path_hash(path)]
-        projection = layer.pica_projection[adapter_name]
-        weight = layer.frozen_weight()
-        projector = layer.require_projector(projection)
-        side = layer.side(projection)
-
-        def gains(projector: Tensor = projector, weight: Tensor = weight, side: str = side, count: int = trained.rank):
-            basis = Basis(projector[:count].float(), "in" if side == "in" else "out", projector[:0, 0], "", "")
-            return (basis.directions(weight) @ weight.float().T).norm(dim=1)
-
-        alignment = align(trained, mode, projector, weight, side, gains)
-        checks.append(LayerCheck(path, alignment, trained.dtype, str(weight.dtype).removeprefix("torch.")))
+        alignment = layer.align_print(adapter_name, trained, mode)
+        dtype = str(layer.frozen_weight().dtype).removeprefix("torch.")
+        checks.append(LayerCheck(path, alignment, trained.dtype, dtype))
     return checks
 
 
@@ -148,7 +128,7 @@ def establish_meaning(
         return
     checks = check_fingerprint(slot, adapter_name, fingerprint)
     if bad := [c for c in checks if not c.acceptable]:
-        raise BasisMismatchError(_mismatch_message(bad, len(checks), base_name))
+        raise BasisMismatchError(_mismatch_message(bad, len(checks), base_name, _remedy(slot)))
     turned = 0
     for check in checks:
         if check.alignment.rotation is not None:
@@ -161,8 +141,8 @@ def establish_meaning(
         differing = {(c.trained_dtype, c.dtype) for c in checks if c.trained_dtype != c.dtype}
         why = "; ".join(f"trained on {a} weights, these are {b}" for a, b in sorted(differing)) or "rounded weights?"
         warnings.warn(
-            f"PiCa: the base model's weights are not exactly those of the training ({why}). The basis deviates by up to "
-            f"{worst.alignment.deviation:.1%} (layer {worst.path}; accepted up to {TOLERANCE:.0%}).",
+            f"{_method(slot)}: the base model's weights are not exactly those of the training ({why}). The basis "
+            f"deviates by up to {worst.alignment.deviation:.1%} (layer {worst.path}; accepted up to {TOLERANCE:.0%}).",
             stacklevel=3,
         )
     slot.set_fingerprint(fingerprint, taken_here=False)
@@ -181,7 +161,7 @@ def _siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[
             or other.layers.keys() != slot.layers.keys()
         ):
             continue
-        if all(layer.pica_projection[adapter_name] == layer.pica_projection[name] for layer in layers):
+        if all(layer.same_basis(adapter_name, name) for layer in layers):
             yield name, other
 
 
@@ -199,7 +179,9 @@ def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Ten
     """`take_fingerprint`, or what it gave for an adapter of the same ranks on the same bases."""
     size = room_for_fingerprint(slot, adapter_name).shape  # its mode depends on how much is shared
     for name, other in _siblings(bank, slot, adapter_name):
-        alike = all(layer.r[name] == layer.r[adapter_name] for layer in slot.layers.values())
+        alike = all(
+            layer.direction_count(name) == layer.direction_count(adapter_name) for layer in slot.layers.values()
+        )
         if alike and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
             return other.fingerprint
     return take_fingerprint(slot, adapter_name)
@@ -210,7 +192,15 @@ def _some(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None) -> str:
+def _method(slot: AdapterSlot) -> str:
+    return next((layer.method for layer in slot.layers.values()), "")
+
+
+def _remedy(slot: AdapterSlot) -> str:
+    return next((layer.mismatch_remedy for layer in slot.layers.values()), "")
+
+
+def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None, remedy: str) -> str:
     shown = []
     for check in sorted(bad, key=lambda c: -c.alignment.deviation)[:3]:
         a = check.alignment
@@ -229,9 +219,12 @@ def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None) 
     return (
         f"This adapter was trained with another basis than this base model has, so it would compute something else: "
         f"{len(bad)} of {total} layers differ: {', '.join(shown)}{more}. Likely cause: {cause}. Ways out: load the base "
-        f"model that it was trained on{original}, unmerge what was merged into it, or save the adapter again from there "
-        "with save_basis=True, which stores the basis."
+        f"model that it was trained on{original}, unmerge what was merged into it, or {remedy}."
     )
+
+
+def _pica_layers(slot: AdapterSlot) -> dict[str, PicaLinear]:
+    return {path: layer for path, layer in slot.layers.items() if isinstance(layer, PicaLinear)}
 
 
 BASIS_MARK = "basis:"  # in a file: pica_M.basis:<layer path>, the projector itself
@@ -240,7 +233,7 @@ BASIS_MARK = "basis:"  # in a file: pica_M.basis:<layer path>, the projector its
 def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
     """The projectors of an adapter's layers, by file name, for `save_basis`: in the compute dtype, cut to its rank."""
     found = {}
-    for path, layer in slot.layers.items():
+    for path, layer in _pica_layers(slot).items():
         projector = layer.require_projector(layer.pica_projection[adapter_name])
         found[f"{BASIS_MARK}{path}"] = projector[: layer.r[adapter_name]].detach().clone().contiguous()
     return found
@@ -252,8 +245,9 @@ def install_stored_bases(slot: AdapterSlot, adapter_name: str, stored: Mapping[s
     Raises:
         AdapterFileError: one is missing, not expected, not finite or of a shape that its layer does not have.
     """
-    problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in slot.layers]
-    for path, layer in slot.layers.items():
+    layers = _pica_layers(slot)
+    problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in layers]
+    for path, layer in layers.items():
         tensor = stored.get(path)
         if tensor is None:
             problems.append(f"{BASIS_MARK}{path} is missing")
@@ -268,7 +262,7 @@ def install_stored_bases(slot: AdapterSlot, adapter_name: str, stored: Mapping[s
             problems.append(f"{BASIS_MARK}{path} is not finite")
     if problems:
         raise AdapterFileError(f"The adapter's stored basis does not fit this model: {_some(problems)}.")
-    for path, layer in slot.layers.items():
+    for path, layer in layers.items():
         side = "in" if stored[path].shape[1] == layer.in_features else "out"
         projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
         layer.use_own_basis(adapter_name, Basis(projector, side, projector.new_zeros(0), "principal", "file"))

@@ -2,281 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
-
 import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
-from pica.errors import ConfigError, PicaError, TargetError
-from pica.tuner.bank import BANK_NAME, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
+from pica.tuner.bank import BANK_NAME
+from pica.tuner.banked import BankedModel
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear
-from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
-from pica.tuner.mixed import MixedBatch
 from pica.tuner.plan import Plan
 from pica.tuner.roles import Group
-from pica.tuner.state import remap_state, select_state, withdraw
-from pica.tuner.targets import DEFAULT_TARGETS, check_targets, check_task_type
-from pica.tuner.undo import all_or_nothing
 
 
-class PicaModel(BaseTuner):
-    """A base model with PiCa adapters, as `peft.get_peft_model` makes it from a `PicaConfig`.
-
-    Adding an adapter first plans it (which layers, which groups, which bases have to be solved) and solves every basis,
-    and only then touches the model, so that an error leaves the model as it was.
-    """
+class PicaModel(BankedModel):
+    """A base model with PiCa adapters, as `peft.get_peft_model` makes it from a `PicaConfig`."""
 
     prefix: str = "pica_"
     tuner_layer_cls = PicaLinear
-    target_module_mapping = DEFAULT_TARGETS
-    _plan: Plan | None = None  # of the adapter that is being added
+    layer_class = PicaLinear
+    bank_name = BANK_NAME
 
-    # ---- adding an adapter -------------------------------------------------------------------------------------
+    def _make_plan(self, peft_config: PicaConfig) -> Plan:
+        return Plan(self, peft_config)
 
-    def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
-        if isinstance(peft_config, dict):  # from a PeftModel; PEFT's injection without one has no use for a task type
-            for config in peft_config.values():
-                check_task_type(config, model)
-        super().__init__(model, peft_config, *args, **kwargs)
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        # An expression may be wide enough to match the bank that an earlier adapter left; that is nobody's wish.
-        return BANK_NAME not in key.split(".") and BaseTuner._check_target_module_exists(peft_config, key)
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        defaults = peft_config.target_modules is None and DEFAULT_TARGETS.get(str(model_config.get("model_type")))  # pyright: ignore[reportAttributeAccessIssue]
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if defaults:
-            # a default list covers every model of its family; an entry that this one lacks is nobody's mistake
-            names = [n for n, _ in self.model.named_modules()]
-            present = {d for d in defaults if any(n == d or n.endswith(f".{d}") for n in names)}
-            peft_config.target_modules = present or set(defaults)  # pyright: ignore[reportAttributeAccessIssue]
-        return peft_config
-
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        check_targets(peft_config, model)
-
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """PEFT's injection, with the bank's `requires_grad` flags kept. `state_dict` is not needed: the config decides."""
-        _check_name(adapter_name)
-        self._plan = None
-        try:
-            with all_or_nothing(model, adapter_name):
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        finally:
-            self._plan = None
-        bank = get_bank(self.model)
-        if bank is not None and adapter_name in bank:
-            slot = bank.matrices(adapter_name)
-            config = self.peft_config[adapter_name]
-            loaded = isinstance(config, PicaConfig) and config.basis_format is not None
-            brings_basis = loaded and getattr(config, "save_basis", False)
-            if loaded and not brings_basis:
-                slot.set_fingerprint(
-                    room_for_fingerprint(slot, adapter_name), taken_here=False
-                )  # the trained one comes with the weights
-            elif not brings_basis and (fingerprint := new_fingerprint(bank, slot, adapter_name)) is not None:
-                slot.set_fingerprint(fingerprint)
-            slot.unverified = loaded
-            bank.refresh_unverified()  # until its weights arrive, with the fingerprint that they were trained with
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.
-        bank = get_bank(self.model)
-        flags = [] if bank is None else [(p, p.requires_grad) for p in bank.parameters()]
-        super()._mark_only_adapters_as_trainable(model)
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
-
-    def _create_and_replace(
-        self,
-        peft_config: PicaConfig,  # pyright: ignore[reportIncompatibleMethodOverride] - PEFT names the base class
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if parameter_name is not None:
-            raise TargetError(
-                f"{current_key}.{parameter_name}: PiCa adapts whole layers; target_parameters is not supported."
-            )
-        current_key = plain_name(current_key)
-        if self._plan is None:
-            self._plan = Plan(self, peft_config)
-            self._forget_stranded_adapters()
-            _check_name(adapter_name, [g.key for g in self._plan.groups.values()], get_bank(self.model))
-        plan = self._plan
-        bank = ensure_bank(self.model)
-        group, request = plan.groups[current_key], plan.requests[current_key]
-        layer = target if isinstance(target, PicaLinear) else PicaLinear(target, bank, current_key)
-        device, _ = layer.compute_device_and_dtype()
-        bank.add_matrix(adapter_name, group.key, _initial_matrix(group, peft_config, layer, device))
-        layer.add_adapter(adapter_name, group=group.key, request=request, basis=plan.bases.get(current_key))
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-
-    def _forget_stranded_adapters(self) -> None:
-        """Drop adapters that no layer carries any more: diffusers takes PEFT's layers out and knows nothing of the bank.
-
-        Without this a new adapter of the same name would start from the matrices of the old one.
-        """
-        bank = get_bank(self.model)
-        if bank is not None:
-            carried = {name for module in self.model.modules() if isinstance(module, PicaLinear) for name in module.r}
-            for name in [n for n in bank if n not in carried]:
-                del bank[name]
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version also assigns `weight` and moves parameters; both break wrappers around embeddings, and the bank.
-        setattr(parent, child_name, new_module)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """M is made in float32 over half-precision bases; `autocast_adapter_dtype=False` means: as the base is."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        bank = get_bank(self.model)
-        if autocast_adapter_dtype or bank is None or adapter_name not in bank:
-            return
-        dtype_of = {
-            m.pica_group[adapter_name]: m.compute_device_and_dtype()[1]
-            for m in self.model.modules()
-            if isinstance(m, PicaLinear) and adapter_name in m.r
-        }
-        for group, parameter in bank.matrices(adapter_name).items():
-            parameter.data = parameter.data.to(dtype_of[group])
-
-    # ---- removing adapters -------------------------------------------------------------------------------------
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        drop_bank(self.model)
-        return model  # pyright: ignore[reportReturnType] - PEFT annotates None
-
-    # ---- saving and loading ------------------------------------------------------------------------------------
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        selected = select_state(model, config, adapter_name, state_dict)
-        selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
-        return selected
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        marker = f"{BANK_NAME}.{adapter_name}."
-        if marker in key:
-            return key.replace(marker, f"{BANK_NAME}.", 1)
-        return super()._remove_adapter_name_from_key(key, adapter_name)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Put the adapter's name back into the keys, and its bases into the orientation of the training.
-
-        Raises:
-            AdapterFileError: a matrix is missing, not expected, not finite or of another shape; names them.
-            BasisMismatchError: the adapter was trained with another basis. An adapter that was just added for this is
-                taken out again.
-        """
-        try:
-            return remap_state(model, config, adapter_name, state_dict)
-        except PicaError:
-            withdraw(model, adapter_name)
-            raise
-
-    # ---- mixed batches, distributed training -------------------------------------------------------------------
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one a sample, to each layer for the length of one forward or generate call."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {n for m in self.modules() if isinstance(m, PicaLinear) for n in m.r}
-        if unknown := {n for n in adapter_names if n != "__base__"} - known:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        repeats = _rows_per_input(kwargs)
-        per_input = MixedBatch(adapter_names)
-        per_row = MixedBatch([n for n in adapter_names for _ in range(repeats)]) if repeats > 1 else per_input
-        encoder = None
-        if repeats > 1 and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            encoder = self.model.get_encoder()  # decoder-only models answer this too, with all their layers
-        in_encoder = {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (PicaLinear, AuxiliaryTrainingWrapper)):
-                    # beams repeat the decoder's rows, while an encoder sees each input once
-                    names = per_input if id(module) in in_encoder else per_row
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """DDP broadcasts buffers before each forward pass; bases are frozen and alike everywhere, and they are large."""
-        return [f"base_model.{n}" for n, _ in self.named_buffers() if ".pica_basis_" in n]
-
-
-def _check_name(adapter_name: str, groups: Sequence[str] = (), bank: PicaBank | None = None) -> None:
-    """Refuse names under which PEFT would save an adapter without some of its matrices, or that no module can have.
-
-    Saving one adapter, PEFT drops every entry that has another adapter's name as a component. So no adapter may be called
-    like the bank or like a group, be it of its own or of another adapter.
-    """
-    others = {} if bank is None else {name: list(bank.matrices(name)) for name in bank}
-    taken = {BANK_NAME, *groups, *(key for keys in others.values() for key in keys)}
-    clash = adapter_name if adapter_name in taken else next((n for n in others if n in groups), None)
-    if "." in adapter_name or clash is not None:
-        why = f"{clash!r} is the name of shared matrices" if clash is not None else "a name must not contain a dot"
-        raise ConfigError(f"Adapter {adapter_name!r}: {why}. Choose another adapter name.")
-
-
-def _rows_per_input(kwargs: dict[str, Any]) -> int:
-    """How many rows `generate` with these arguments makes of each input: beams, or sequences to return."""
-    settings = kwargs.get("generation_config")
-    counts = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
-    return max((n for n in counts if isinstance(n, int)), default=1)
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, *, adapter_names: list[str]) -> tuple[Any, dict]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
-
-
-def _initial_matrix(group: Group, config: PicaConfig, layer: PicaLinear, device: torch.device) -> Tensor:
-    """M (out, rank): float32 over float32 and narrower bases, float64 over float64 ones."""
-    dtype = torch.promote_types(layer.compute_device_and_dtype()[1], torch.float32)
-    if config.init_weights or device.type == "meta":
-        return torch.zeros(group.out_features, group.rank, dtype=dtype, device=device)
-    return torch.randn(group.out_features, group.rank, dtype=dtype).to(device) / group.rank**0.5
+    def _initial_matrix(
+        self, group: Group, peft_config: PicaConfig, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """M (out, rank), zeros unless `init_weights` is off."""
+        if peft_config.init_weights or device.type == "meta":
+            return torch.zeros(group.out_features, group.rank, dtype=dtype, device=device)
+        return torch.randn(group.out_features, group.rank, dtype=dtype).to(device) / group.rank**0.5

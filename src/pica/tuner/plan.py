@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, Side, max_rank, solve_many
 from pica.errors import TargetError
+from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear, features_of, projection_key
@@ -20,6 +21,7 @@ from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.targets import is_supported
 
 if TYPE_CHECKING:
+    from pica.tuner.banked import BankedModel
     from pica.tuner.model import PicaModel
 
 
@@ -33,7 +35,7 @@ class Plan:
     """
 
     def __init__(self, tuner: PicaModel, config: PicaConfig) -> None:
-        layers = {plain_name(path): module for path, module in _target_layers(tuner, config)}
+        layers = {plain_name(path): module for path, module in target_layers(tuner, config, PicaLinear)}
         members = []
         limited: list[str] = []
         for path, module in layers.items():
@@ -56,6 +58,13 @@ class Plan:
         self.requests = {m.path: self._request(m, config) for m in members}
         # A saved adapter that brings its basis needs none solved; should its file never be read, the layers solve later.
         self.bases = self._solve(layers, stored=config.save_basis and config.basis_format is not None)
+
+    def attach(self, layer: PicaLinear, adapter_name: str) -> None:
+        """Give a layer the adapter that was planned for it."""
+        path = layer.pica_name
+        layer.add_adapter(
+            adapter_name, group=self.groups[path].key, request=self.requests[path], basis=self.bases.get(path)
+        )
 
     @staticmethod
     def _request(member: Member, config: PicaConfig) -> BasisRequest:
@@ -98,8 +107,14 @@ def _lacks_basis(layer: PicaLinear, request: BasisRequest) -> bool:
     return known is None or known.rank < request.rank or layer.projector(projection_key(request)) is None
 
 
-def _target_layers(tuner: PicaModel, config: PicaConfig) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies."""
+def target_layers(
+    tuner: BankedModel, config: PeftConfig, adapted: type[AdaptedLinear]
+) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies.
+
+    Raises:
+        TargetError: one is neither a linear layer nor one that is `adapted` already.
+    """
     matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
     inside: tuple[str, ...] = ()
     for path, module in tuner.model.named_modules():
@@ -110,9 +125,9 @@ def _target_layers(tuner: PicaModel, config: PicaConfig) -> Iterator[tuple[str, 
         if not matches(config, path):
             continue
         assert isinstance(module, nn.Module)  # for the type checker, which loses it above
-        if not (isinstance(module, PicaLinear) or is_supported(module)):
+        if not (isinstance(module, adapted) or is_supported(module)):
             raise TargetError(
-                f"Target module {path} ({type(module).__name__}) is not supported: PiCa adapts linear layers "
+                f"Target module {path} ({type(module).__name__}) is not supported: {adapted.method} adapts linear layers "
                 "(torch.nn.Linear, transformers' Conv1D, quantised linear layers). Leave it out of target_modules, "
                 "or name it in exclude_modules."
             )

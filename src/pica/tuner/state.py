@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from pica.errors import AdapterFileError
-from pica.tuner.bank import BANK_NAME, AdapterSlot, PicaBank, find_banks, plain_name
+from pica.tuner.bank import BANK_NAMES, AdapterSlot, PicaBank, find_banks, plain_name
 from pica.tuner.meaning import BASIS_MARK, establish_meaning, install_stored_bases, stored_bases, take_fingerprint
 
 FINGERPRINT = "fingerprint"
@@ -56,7 +56,9 @@ def remap_state(
                 entries[match["entry"]] = renamed.pop(key)
         bases = {k.removeprefix(BASIS_MARK): entries.pop(k) for k in list(entries) if k.startswith(BASIS_MARK)}
         fingerprint = entries.pop(FINGERPRINT, None)
+        buffers = {k: entries.pop(k) for k in list(entries) if k in slot._buffers}
         _check_matrices(slot, entries, short_bank)
+        _check_buffers(slot, buffers, short_bank)
         if fingerprint is None:
             raise AdapterFileError(
                 "The adapter file holds no basis fingerprint, so nobody can tell which basis it was trained with. It is "
@@ -67,9 +69,10 @@ def remap_state(
         establish_meaning(bank, slot, adapter_name, fingerprint, getattr(config, "base_model_name_or_path", None))
         bank.refresh_unverified()
         prefix = f"{bank_name}.{adapter_name}."
-        renamed.update({f"{prefix}{k}": v for k, v in entries.items()})
+        renamed.update({f"{prefix}{k}": v for k, v in {**entries, **buffers}.items()})
         renamed[f"{prefix}{FINGERPRINT}"] = fingerprint
-    if stray := [k for k in renamed if re.search(rf"(^|\.){BANK_NAME}\.", k) and f".{adapter_name}." not in k]:
+    marks = "|".join(BANK_NAMES)
+    if stray := [k for k in renamed if re.search(rf"(^|\.)({marks})\.", k) and f".{adapter_name}." not in k]:
         raise AdapterFileError(f"The adapter file holds entries for a part that this model does not have: {stray[0]}.")
     return renamed
 
@@ -92,6 +95,18 @@ def _check_matrices(slot: AdapterSlot, entries: dict[str, Tensor], bank: str) ->
             f"The adapter does not fit this model and configuration: {shown}. "
             "Check that the base model and adapter_config.json are those of the training."
         )
+
+
+def _check_buffers(slot: AdapterSlot, found: dict[str, Tensor], bank: str) -> None:
+    """What a file holds beside matrices and fingerprint, for instance positions of entries, must fit the slot's own."""
+    stored = {name for name in slot._buffers if name != FINGERPRINT and name not in slot._non_persistent_buffers_set}
+    problems = [f"{bank}.{k} is missing" for k in sorted(stored - set(found))]
+    problems += [f"{bank}.{k} is not expected" for k in sorted(set(found) - stored)]
+    problems += [
+        problem for k in sorted(stored & set(found)) if (problem := slot.buffer_problem(k, found[k], f"{bank}.{k}"))
+    ]
+    if problems:
+        raise AdapterFileError(f"The adapter does not fit this model and configuration: {'; '.join(problems[:6])}.")
 
 
 def withdraw(model: Any, adapter_name: str) -> None:

@@ -52,7 +52,7 @@ class _AddProductInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, matrix: Tensor) -> Tensor:
         ctx.mark_dirty(y)
-        ctx.save_for_backward(h, matrix)
+        ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, matrix)
         _rows(y).addmm_(_rows(h), matrix.T)
         return y
 

@@ -1,0 +1,294 @@
+"""What an adapted layer is, whatever the method: a frozen base layer, adapters in a bank, exact merging, mixed batches."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pica.basis.fingerprint import Alignment, LayerPrint, Mode
+from pica.errors import AdapterFileError, BasisError
+from pica.tuner.bank import AdapterSlot, PicaBank
+from pica.tuner.mixed import MixedBatch
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer (or Conv1D) y = W x + b, to which adapters add updates of W.
+
+    A method says what an update is: its coordinates of the input, the product with its parameters, the change of the
+    weight, and how its frozen basis is held against a fingerprint.
+    """
+
+    method: ClassVar[str] = ""  # for messages
+    mismatch_remedy: ClassVar[str] = ""  # one more way out of a basis mismatch, where the method has one
+
+    def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._bank = (bank,)  # in a tuple, so that it is not registered a second time
+        self.pica_name = name
+        self.pica_group: dict[str, str] = {}
+        self._unmerged_weight: Tensor | None = None
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] | str = []
+        self.quantization_backend = resolve_quantization_backend(base_layer)
+        self.in_features, self.out_features = features_of(base_layer)
+        self.is_transposed = isinstance(base_layer, Conv1D)
+
+    # ---- what a method defines ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def direction_count(self, adapter_name: str) -> int:
+        """Directions that the adapter asks of this layer, whether or not the weight has them."""
+
+    @abstractmethod
+    def group_rank(self, adapter_name: str) -> int:
+        """Directions of the adapter's group: the largest `direction_count` of its layers."""
+
+    @abstractmethod
+    def take_print(self, adapter_name: str, mode: Mode, probes: int) -> LayerPrint:
+        """Fingerprint of the basis that the adapter uses here."""
+
+    @abstractmethod
+    def align_print(self, adapter_name: str, trained: LayerPrint, mode: Mode) -> Alignment:
+        """How that basis lies to the one that `trained` was taken of; changes nothing."""
+
+    @abstractmethod
+    def turn_basis(self, name: str, rotation: Tensor) -> None:
+        """Rotate adapter `name`'s first directions by `rotation` (k, k), orthogonal."""
+
+    @abstractmethod
+    def move_basis(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the frozen basis that the adapter uses."""
+
+    @abstractmethod
+    def coordinates_of(self, x: Tensor, y: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """What the frozen basis sees of each token, for each adapter; `y` is the base layer's output, still unchanged."""
+
+    @abstractmethod
+    def add_update(self, y: Tensor, h: Tensor, name: str, *, in_place: bool) -> Tensor:
+        """y plus the adapter's update at coordinates `h`."""
+
+    @abstractmethod
+    def add_mixed(self, x: Tensor, y: Tensor, batch: MixedBatch) -> Tensor:
+        """The base layer's output `y` plus each sample's own update; `y` may be overwritten where `_may_overwrite`."""
+
+    @abstractmethod
+    def same_basis(self, adapter_name: str, other_name: str) -> bool:
+        """Whether two adapters of this layer use the very same frozen basis."""
+
+    @abstractmethod
+    def weight_update(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to W, (out, in), float32 or float64."""
+
+    @abstractmethod
+    def core(self, adapter_name: str) -> Tensor:
+        """C of the update L C R: the trained matrix, cut to what this layer uses. L and R are orthonormal."""
+
+    @abstractmethod
+    def frames(self, adapter_name: str) -> tuple[Tensor | None, Tensor]:
+        """(L, R) of the update L C R, (out, k) and (k, in), in at least float32; None where L is the identity."""
+
+    # ---- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def bank(self) -> PicaBank:
+        return self._bank[0]
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.pica_group)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.pica_group)
+
+    def matrix(self, adapter_name: str) -> Tensor:
+        """The trained parameter of the adapter's group. Looked up each time: loaders may replace it."""
+        return self.bank.matrices(adapter_name)[self.pica_group[adapter_name]]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; their matrices are trained unless `inference_mode`, all others are not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.bank.activate(names, inference_mode, self.pica_name)
+        self._active_adapter = names
+
+    # ---- the frozen weight -------------------------------------------------------------------------------------
+
+    def frozen_weight(self) -> Tensor:
+        """W as it was trained, (out, in): dequantised where needed, without what was merged into it."""
+        weight = self._unmerged_weight if self._unmerged_weight is not None else self.get_base_weight().detach()
+        device, _ = self.compute_device_and_dtype()
+        if weight.is_meta:
+            raise BasisError(
+                f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first."
+            )
+        weight = weight.to(device)
+        return weight.T if self.is_transposed else weight
+
+    def compute_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+            dtype = torch.get_default_dtype()
+        return device or torch.device("cpu"), dtype
+
+    def is_deferred(self) -> bool:
+        """Whether the base weights are on the meta device, so that a basis has to wait for them."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        return isinstance(weight, Tensor) and weight.is_meta and self._unmerged_weight is None
+
+    # ---- merging -----------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base layer's weight, in that weight's layout, float32 or float64."""
+        if self._bank[0].unverified:
+            verify_loaded(self._bank[0])
+        delta = self.weight_update(adapter)
+        return delta.T if self.is_transposed else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' updates to the base weight: summed in float32 (or better), rounded once.
+
+        The weight before the first merge is kept in host memory, so that `unmerge` restores it bit for bit.
+
+        Raises:
+            ValueError: with `safe_merge`, a merged weight would not be finite; nothing is changed then.
+            TypeError: the base layer's quantisation cannot be written to.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.pica_group]
+        if not names:
+            return
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise TypeError(
+                f"{self.pica_name}: a {self.quantization_backend.backend_name} layer cannot be merged into. "
+                "Merge into an unquantised copy of the base model instead."
+            )
+        current = self.get_base_weight().detach()
+        original = self._unmerged_weight if self._unmerged_weight is not None else current
+        total = original.to(device=current.device, dtype=torch.promote_types(current.dtype, torch.float32))
+        total = total.clone() if total.data_ptr() == original.data_ptr() else total
+        for name in [*self.merged_adapters, *names]:
+            total += self.get_delta_weight(name).to(total.device)
+        merged = total.to(current.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
+                f"(layer {self.pica_name})."
+            )
+        if self._unmerged_weight is None:
+            # On the CPU no copy is made: set_base_weight swaps the storage in, so `current` keeps the old one.
+            self._unmerged_weight = current.cpu()
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base weight back exactly as it was before the first merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        original = cast(Tensor, self._unmerged_weight)
+        self.set_base_weight(original.to(self.get_base_weight().device))
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer's output (..., out) for x (..., in), plus the updates of the active adapters.
+
+        `adapter_names` (one a sample, "__base__" for none) is put in by the model's forward hook.
+        """
+        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        if self._bank[0].unverified:
+            verify_loaded(self._bank[0])
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            if self.merged:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        names = [n for n in self.active_adapters if n in self.pica_group]
+        if self.merged or not names:
+            return y
+        in_place = self._may_overwrite(y)
+        h_of = self.coordinates_of(x, y, names)  # all of them before any update is added
+        for name in names:
+            y = self.add_update(y, h_of[name], name, in_place=in_place)
+        return y
+
+    def _may_overwrite(self, y: Tensor) -> bool:
+        """Whether the base layer's output is ours alone: a fresh tensor that no hook has seen."""
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and not torch.compiler.is_compiling()  # the compiler plans memory itself
+            and type(y) is Tensor
+            and y.is_contiguous()
+            and not y._is_view()
+            and not y.is_inference()
+            and not base._forward_hooks
+            and not hasattr(base, "_hf_hook")
+        )
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each sample of the batch with its own adapter."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        y = self.base_layer(x, *args, **kwargs)
+        return self.add_mixed(
+            x, y, adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
+        )
+
+    # ---- PEFT's housekeeping -----------------------------------------------------------------------------------
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the basis, never the shared matrix: PEFT's version would drag it from layer to layer, dtype included."""
+        own_device, dtype = self.compute_device_and_dtype()
+        if adapter_name in self.pica_group and own_device.type != "meta":
+            self.move_basis(adapter_name, device or own_device, dtype)
+
+
+@torch.compiler.disable
+def verify_loaded(bank: PicaBank) -> None:
+    """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.
+
+    Raises:
+        BasisMismatchError, AdapterFileError: as `pica.tuner.meaning.establish_meaning`.
+    """
+    from pica.tuner.meaning import establish_meaning, take_fingerprint
+
+    for name, module in bank.items():
+        slot = cast(AdapterSlot, module)
+        for key in slot.checks if slot.unverified else ():
+            if problem := slot.buffer_problem(key, slot.get_buffer(key), f"{key} of adapter {name!r}"):
+                raise AdapterFileError(f"The adapter file is damaged: {problem}.")
+        if slot.unverified and slot.fingerprint is not None and slot.has_fingerprint():
+            establish_meaning(bank, slot, name, slot.fingerprint, None)
+        elif slot.unverified and (own := take_fingerprint(slot, name)) is not None:
+            slot.set_fingerprint(own)  # a new adapter made from a saved adapter's configuration
+            slot.unverified = False
+    bank.refresh_unverified()
+
+
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer of any kind, quantised ones included."""
+    in_features, out_features = _get_in_out_features(layer)
+    if in_features is None or out_features is None:
+        raise BasisError(f"cannot tell the width of a layer of type {type(layer).__name__}")
+    return in_features, out_features

@@ -1,0 +1,104 @@
+"""`SvftConfig`, the registration, and the numbers of parameters of the paper's models on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftConfig, PeftType, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig
+
+import pica
+from pica import SvftConfig
+from pica.errors import AdapterFileError, ConfigError
+
+GEMMA_2B = GemmaConfig(
+    vocab_size=256000,
+    hidden_size=2048,
+    intermediate_size=16384,
+    num_hidden_layers=18,
+    num_attention_heads=8,
+    num_key_value_heads=1,
+    head_dim=256,
+)
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_the_method_is_registered():
+    assert SvftConfig().peft_type is PeftType("SVFT")
+    assert hash(PeftType("SVFT")) == hash("SVFT")
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(SvftConfig), ids=lambda f: f.name)
+def test_every_own_field_is_described(field):
+    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    assert field.name in inherited or field.metadata["help"].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "diagonal"}, "pattern='diagonal' is unknown; use one of plain, banded"),
+        ({"pattern": "banded"}, "pattern='banded' needs off_diagonals"),
+        ({"off_diagonals": 2}, "does not go with pattern='plain'"),
+        ({"pattern": "banded", "off_diagonals": -1}, "off_diagonals=-1 must be at least 0"),
+        ({"pattern": "banded", "off_diagonals": 1.5}, "off_diagonals=1.5 must be a whole number or null"),
+        ({"pattern_seed": "x"}, "pattern_seed='x' must be a whole number"),
+        ({"share": "layer"}, "share='layer' is unknown"),
+        ({"bias": "pica_only"}, "'svft_only'"),
+    ],
+)
+def test_wrong_values_are_named(settings, message):
+    with pytest.raises(ConfigError) as error:
+        SvftConfig(**settings)
+    assert message in str(error.value)
+    assert str(error.value).startswith("SvftConfig: ")
+
+
+def test_a_file_brings_back_the_same_configuration(tmp_path):
+    config = SvftConfig(
+        pattern="random", off_diagonals=3, pattern_seed=5, share={"q_proj": "q"}, target_modules=["b", "a"]
+    )
+    config.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["target_modules"]) == ("SVFT", ["a", "b"])
+    again = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(again, SvftConfig)
+    assert {**again.to_dict(), "basis_format": None} == {**config.to_dict(), "basis_format": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "rank": 3}))
+    with pytest.raises(AdapterFileError, match="does not know: 'rank'"):
+        SvftConfig.from_pretrained(str(tmp_path))
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(GEMMA_2B)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 193_536),
+        ({"pattern": "banded", "off_diagonals": 16}, 6_352_416),
+        ({"pattern": "random", "off_diagonals": 16}, 6_352_416),
+        ({"pattern": "top_k", "off_diagonals": 16}, 6_352_416),
+        ({"share": "role"}, 5 * 2048 + 2 * 256),
+        ({"share": 9}, 2 * (5 * 2048 + 2 * 256)),
+    ],
+    ids=["plain", "banded", "random", "top_k", "plain shared", "plain shared by 9"],
+)
+def test_trainable_parameters_are_the_papers(settings, expected):
+    model = get_peft_model(on_meta(), SvftConfig(target_modules=SEVEN, **settings))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+    assert pica.coverage(model).trainable == expected
+
+
+def test_more_off_diagonals_than_a_layer_has_train_all_its_entries():
+    with pytest.warns(UserWarning, match=r"off_diagonals=9 is more than some layers have; 0 \(width 4\)"):
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(6, 4)), SvftConfig(pattern="banded", off_diagonals=9, target_modules=["0"])
+        )
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 16
