@@ -28,7 +28,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import pica
-from benchmarks.harness import RESULTS, describe_machine, save, table
+from benchmarks.harness import describe_machine, save, table
 from benchmarks.methods import FLOOR, adapt, trainable
 from benchmarks.models import SHAPES, TARGETS, load
 
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         result[name] = found | {"left_out": left_out}
         texts.append(_text(name, found, left_out, given.batch, given.length))
     markdown = f"{device_name}, bfloat16, random weights.\n\n" + "\n".join(texts)
-    save(given.name, result, markdown, folder=Path(given.output) if given.output else RESULTS)
+    save(given.name, result, markdown, folder=Path(given.output) if given.output else None)
     print(markdown)
     return 0
 

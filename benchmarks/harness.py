@@ -61,7 +61,8 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells]) + "\n"
 
 
-def save(name: str, result: Mapping[str, Any], markdown: str, folder: Path = RESULTS) -> None:
-    """Write NAME.json and NAME.md."""
+def save(name: str, result: Mapping[str, Any], markdown: str, folder: Path | None = None) -> None:
+    """Write NAME.json and NAME.md, into the results folder unless another is given."""
+    folder = folder or RESULTS
     write_json(folder / f"{name}.json", json.loads(json.dumps(result)))
     write_text(folder / f"{name}.md", markdown)

@@ -46,7 +46,9 @@ def load(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(Path(name).expanduser(), dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(Path(name).expanduser(), dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    return model.to(torch.device(device))  # pyright: ignore[reportArgumentType] - transformers' wrapper hides torch's signature
 
 
 def title(name: str) -> str:
