@@ -10,9 +10,10 @@ from pica.experiments.evaluation import evaluate, held_out_loss
 from pica.experiments.models import load_model, load_tokenizer
 from pica.experiments.recipe import ModelSection
 from pica.experiments.reporting import Silent
-from pica.tasks import Example, Source, get_task
+from pica.tasks import Example, Source
+from pica.tasks.arithmetic import ArithmeticTask
 
-TASK = get_task("arithmetic")
+TASK = ArithmeticTask()
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_accuracy_and_its_error_count_right_answers(loaded, monkeypatch: pytest.
     monkeypatch.setattr("pica.experiments.evaluation.answers", lambda *given: said)
     examples = [Example("p", " c", "4")] * 4
     found = evaluate(model, tokenizer, TASK, examples, batch_size=2, max_new_tokens=5, reporter=Silent(), label="")
-    assert found.accuracy == 0.5
+    assert found.score == 0.5
     assert found.stderr == pytest.approx(0.25)
     assert [prediction.extracted for prediction in found.predictions] == ["4", "5", "4", None]
     assert "predictions" not in found.summary()

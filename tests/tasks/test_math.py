@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from pica.errors import DataError
-from pica.tasks import Source, get_task
+from pica.tasks import Source
+from pica.tasks.math import MathTask
 
-TASK = get_task("math")
+TASK = MathTask()
 GSM8K = {"question": "Natalia sold clips. How many?", "answer": "She sold 48+24 = <<48+24=72>>72 clips.\n#### 72"}
 GSM8K_TEST = {"query": "How much?", "response": "It is 2*$540 = $<<2*540=1080>>1080.\n#### 1,080"}
 METAMATH = {"query": "What is x?", "response": "So x = 3.\n#### 3\nThe answer is: 3", "type": "GSM_SV"}

@@ -138,7 +138,8 @@ def print_result(result: "RunResult") -> None:
     metrics = result.metrics
     title = f"{metrics['name']}: {metrics['problems']['test']} test problems"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for column in ("", "trainable", "rate", "accuracy", "loss", "ms/step", "peak MiB"):
+    metric = metrics["adapter"]["metric"]
+    for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak MiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     if "base" in metrics:
         table.add_row("base model", "", "", *_scores(metrics["base"]), "", "")
@@ -148,7 +149,7 @@ def print_result(result: "RunResult") -> None:
             step, peak = training["step_seconds"], training["peak_memory"]
             table.add_row(
                 f"{row['method']} r={row['r']}",
-                f"{row['parameters']['trainable']:,}",
+                f"{row['parameters']['trainable'] - row['parameters']['head']:,}",
                 f"{row['learning_rate']:g}",
                 *_scores(row),
                 f"{1000 * step:.1f}" if step else "",
@@ -156,7 +157,11 @@ def print_result(result: "RunResult") -> None:
             )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print("accuracy ± standard error; loss on the gold answers in nats a token; times are medians\n")
+    unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else "loss on the test problems"
+    console.print(f"{metric} ± standard error; {unit}; times are medians")
+    if head := metrics["adapter"]["parameters"]["head"]:
+        console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")
+    console.print()
     sizes = f"{metrics['adapter']['file_bytes'] / 1024:.0f} KiB"
     console.print(f"Adapter:     {result.output / 'adapter'} ({sizes})", markup=False)
     console.print(f"Numbers:     {result.output / 'metrics.json'}, {result.output / 'loss_curve.csv'}", markup=False)
@@ -165,4 +170,6 @@ def print_result(result: "RunResult") -> None:
 
 
 def _scores(row: dict[str, Any]) -> tuple[str, str]:
-    return f"{row['accuracy']:.1%} ± {row['stderr']:.1%}", f"{row['loss']:.4f}"
+    from pica.experiments.evaluation import shown_score
+
+    return shown_score(row["metric"], row["score"], row["stderr"]), f"{row['loss']:.4f}"

@@ -1,7 +1,7 @@
 """How good a model is at a task: answers that it generates, and the loss on the gold ones."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pica.experiments.data import IGNORED, encode, prompt_ids, special_ids
 from pica.experiments.reporting import Reporter
-from pica.tasks import Example, Task
+from pica.tasks import Example, GenerationTask
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,48 @@ class Evaluation:
     """What was measured on a set of examples.
 
     Attributes:
-        accuracy: Share of right answers.
-        stderr: Standard error of the accuracy, sqrt(p (1 - p) / n).
-        loss: Mean negative log-likelihood of the gold completions, in nats a token, the end-of-text token included.
+        metric: Name of the metric that the task is judged by.
+        score: Its value; higher is better.
+        stderr: Its standard error; sqrt(p (1 - p) / n) for a share of right answers.
+        metrics: This and the task's other metrics by name.
+        loss: Generation: mean negative log-likelihood of the gold completions, in nats a token, the end-of-text token
+            included. Classification: mean cross-entropy in nats an example; regression: mean squared error.
         examples: Number of examples.
-        tokens: Number of tokens that the loss is the mean of.
+        tokens: Number of tokens that a generation task's loss is the mean of.
         predictions: One for each example, in the examples' order.
     """
 
-    accuracy: float
+    metric: str
+    score: float
     stderr: float
+    metrics: Mapping[str, float]
     loss: float
     examples: int
-    tokens: int
-    predictions: list[Prediction]
+    tokens: int | None
+    predictions: Sequence[Any]
 
     def summary(self) -> dict[str, Any]:
-        """All numbers, without the predictions."""
-        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+        """All numbers, without the predictions, the metrics by their names."""
+        chosen = {"metric": self.metric, "score": self.score, "stderr": self.stderr, **self.metrics, "loss": self.loss}
+        counts = {"examples": self.examples, "tokens": self.tokens}
+        return chosen | {name: count for name, count in counts.items() if count is not None}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The predictions as they are written to a file."""
+        return (row if isinstance(row, dict) else asdict(row) for row in self.predictions)
+
+
+def shown_score(metric: str, score: float, stderr: float) -> str:
+    """A score with its standard error: shares in percent, correlations as they are."""
+    if metric in ("accuracy", "f1"):
+        return f"{score:.1%} ± {stderr:.1%}"
+    return f"{score:.4f} ± {stderr:.4f}"
 
 
 def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: GenerationTask,
     examples: Sequence[Example],
     *,
     batch_size: int,
@@ -81,14 +99,15 @@ def evaluate(
     accuracy = sum(prediction.correct for prediction in predictions) / len(predictions)
     loss, tokens = held_out_loss(model, tokenizer, examples, batch_size=batch_size)
     stderr = math.sqrt(accuracy * (1 - accuracy) / len(predictions))
-    return Evaluation(accuracy, stderr, loss, len(predictions), tokens, predictions)
+    metrics = {"accuracy": accuracy}
+    return Evaluation("accuracy", accuracy, stderr, metrics, loss, len(predictions), tokens, predictions)
 
 
 @torch.inference_mode()
 def answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: GenerationTask,
     examples: Sequence[Example],
     batch_size: int,
     max_new_tokens: int,
@@ -112,7 +131,7 @@ def answers(
     texts = [""] * len(examples)
     right = done = 0
     with reporter.bar(label, len(examples)) as advance:
-        for indices in _batches([len(ids) for ids in prompts], batch_size):
+        for indices in length_batches([len(ids) for ids in prompts], batch_size):
             ids, mask = _left_padded([prompts[index] for index in indices], padding)
             ids, mask = ids.to(model.device), mask.to(model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -136,7 +155,7 @@ def held_out_loss(
     lengths = [len(row) for row in ids]
     _, padding = special_ids(tokenizer)
     total, tokens = 0.0, 0
-    for indices in _batches(lengths, batch_size):
+    for indices in length_batches(lengths, batch_size):
         width = max(lengths[index] for index in indices)
         batch = torch.full((len(indices), width), padding)
         target = torch.full((len(indices), width), IGNORED)
@@ -155,7 +174,7 @@ def held_out_loss(
     return total / tokens, tokens
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first, so that memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), size):

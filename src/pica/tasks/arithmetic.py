@@ -4,7 +4,7 @@ import logging
 from fractions import Fraction
 
 from pica.errors import DataError
-from pica.tasks.base import Example, Source, Split, make_example
+from pica.tasks.base import Example, Kind, Source, Split, make_example
 from pica.tasks.columns import renamed
 from pica.tasks.numbers import answer_in, same_number, whole_number
 from pica.tasks.records import read_records
@@ -27,6 +27,9 @@ class ArithmeticTask:
     """
 
     name = "arithmetic"
+    kind: Kind = "generation"
+    subsets = ()
+    has_embedded = True
     default_template = "question"
     default_max_new_tokens = 96
     markers = ("the answer is",)
@@ -41,7 +44,7 @@ class ArithmeticTask:
         fields = renamed(_FIELDS, source.columns)
         examples: list[Example] = []
         unsolved: list[str] = []
-        for record in read_records(source.location)[: source.limit]:
+        for record in read_records(source.location, split)[: source.limit]:
             written = record.text(*fields["answer"])
             answer = whole_number(written)
             if answer is None and split != "train":

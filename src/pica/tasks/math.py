@@ -1,7 +1,7 @@
 """Grade-school mathematics: GSM8K and MetaMathQA files, scored by exact match on the final number."""
 
 from pica.errors import DataError
-from pica.tasks.base import Example, Source, Split, make_example
+from pica.tasks.base import Example, Kind, Source, Split, make_example
 from pica.tasks.columns import renamed
 from pica.tasks.numbers import after_marker, answer_in, same_number, whole_number
 from pica.tasks.records import read_records
@@ -19,6 +19,9 @@ class MathTask:
     """
 
     name = "math"
+    kind: Kind = "generation"
+    subsets = ()
+    has_embedded = False
     default_template = "alpaca"
     default_max_new_tokens = 256
     markers = ("####", "the answer is:", "the answer is")
@@ -29,7 +32,7 @@ class MathTask:
             raise DataError("Task math has no embedded problems; set data.train and data.test to GSM8K-style files.")
         fields = renamed(_FIELDS, source.columns)
         examples = []
-        for record in read_records(source.location)[: source.limit]:
+        for record in read_records(source.location, split)[: source.limit]:
             solution = record.text(*fields["solution"])
             answer = whole_number(after_marker(solution, self.markers) or "")
             if answer is None and split != "train":
