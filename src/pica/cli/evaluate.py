@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", metavar="MODEL", help="a model, an adapter folder, or the output folder of pica train")
     made.add_argument("--base", metavar="MODEL", help="base model of the adapter, if not the one it records")
-    made.add_argument("--task", help="arithmetic, glue, math or sentiment; an adapter's run knows its own")
+    made.add_argument("--task", help="arithmetic, commonsense, glue, math or sentiment; an adapter's run knows its own")
     made.add_argument("--subset", help="glue: which of the eight, for instance mrpc")
     made.add_argument(
         "--labels", nargs="+", metavar="NAME", help="classes in the order of the outputs, if no run knows them"
@@ -38,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
         "--columns", type=_mapping, metavar="MAP", help="names of the task's fields in the file, '{text: review}'"
     )
     made.add_argument("--limit", type=_positive, metavar="N", help="use the first N problems")
+    made.add_argument(
+        "--scoring",
+        choices=("generation", "likelihood"),
+        help="commonsense: what the model writes, or the likeliest choice",
+    )
     made.add_argument("--template", help="prompt: alpaca, question or plain")
     made.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
     made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="problems at once (default: 32)")
@@ -70,6 +75,8 @@ def run(arguments: Sequence[str]) -> int:
     for name, value in result.metrics.items():
         error = f" ± {_shown(name, result.stderr)} (standard error)" if name == result.metric else ""
         print(f"{name:<15}{_shown(name, value)}{error}")
+    for name, group in result.groups.items():
+        print(f"  {name:<13}{group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
     unit = f"nats a token over {result.tokens} tokens" if result.tokens is not None else "an example"
     print(f"held-out loss  {result.loss:.4f} {unit}")
     if given.output is not None:

@@ -32,6 +32,7 @@ class Request:
     data: str | None = None
     columns: dict[str, str] | None = None
     limit: int | None = None
+    scoring: str | None = None
     template: str | None = None
     max_new_tokens: int | None = None
     batch_size: int = 32
@@ -91,11 +92,15 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
     if adapter is not None:
         recipe.model.path = base_of(adapter, request.base)
     recipe.model.dtype = request.dtype or (run.model.dtype if run else "float32")  # pyright: ignore[reportAttributeAccessIssue]
-    changes = {name: getattr(request, name) for name in ("subset", "labels", "metric", "template", "max_new_tokens")}
+    changes = {
+        name: getattr(request, name) for name in ("subset", "labels", "metric", "scoring", "template", "max_new_tokens")
+    }
     given = {key: value for key, value in changes.items() if value is not None}
     recipe.task = dataclasses.replace(recipe.task, name=name, **given)
     if task.subsets and recipe.task.subset not in task.subsets:
         raise ConfigError(f"Name the data set with --subset: task {name} has {', '.join(task.subsets)}.")
+    if recipe.task.scoring == "likelihood" and name != "commonsense":
+        raise ConfigError(f"--scoring likelihood needs problems with choices, which task {name} has not; leave it out.")
     if request.data:
         recipe.data = DataSection(test=request.data, seed=recipe.data.seed)
     elif run is None and task.has_embedded:

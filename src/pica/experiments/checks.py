@@ -142,6 +142,8 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
     elif given.subset is not None and given.subset not in task.subsets:
         known = _near(given.subset, task.subsets) if task.subsets else f": task {task.name} has none; leave it out."
         yield f"task.subset = {given.subset!r}: unknown subset{known}"
+    if given.scoring == "likelihood" and task.name != "commonsense":
+        yield f"task.scoring = likelihood needs problems with choices, which task {task.name} has not; leave it out."
     if task.kind == "generation":
         for name in ("labels", "metric"):
             if getattr(given, name) is not None:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pica.experiments.data import IGNORED, encode, prompt_ids, special_ids
-from pica.experiments.reporting import Reporter
+from pica.experiments.reporting import Advance, Reporter
 from pica.tasks import Example, GenerationTask
 
 
@@ -22,6 +22,7 @@ class Prediction:
     extracted: str | None
     gold: str
     correct: bool
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Evaluation:
         examples: Number of examples.
         tokens: Number of tokens that a generation task's loss is the mean of.
         predictions: One for each example, in the examples' order.
+        groups: Accuracy, standard error and number of examples of each data set, where there are several; the score is
+            then the mean of theirs.
     """
 
     metric: str
@@ -48,16 +51,20 @@ class Evaluation:
     examples: int
     tokens: int | None
     predictions: Sequence[Any]
+    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """All numbers, without the predictions, the metrics by their names."""
         chosen = {"metric": self.metric, "score": self.score, "stderr": self.stderr, **self.metrics, "loss": self.loss}
         counts = {"examples": self.examples, "tokens": self.tokens}
-        return chosen | {name: count for name, count in counts.items() if count is not None}
+        given = {name: count for name, count in counts.items() if count is not None}
+        return chosen | given | ({"groups": self.groups} if self.groups else {})
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The predictions as they are written to a file."""
-        return (row if isinstance(row, dict) else asdict(row) for row in self.predictions)
+        for row in self.predictions:
+            shown = row if isinstance(row, dict) else asdict(row)
+            yield {name: value for name, value in shown.items() if name != "group" or value}
 
 
 def shown_score(metric: str, score: float, stderr: float) -> str:
@@ -77,6 +84,7 @@ def evaluate(
     max_new_tokens: int,
     reporter: Reporter,
     label: str,
+    by_likelihood: bool = False,
 ) -> Evaluation:
     """Answer every example greedily and measure the loss on the gold answers.
 
@@ -89,18 +97,44 @@ def evaluate(
         max_new_tokens: Longest answer.
         reporter: Is shown a bar with the accuracy so far.
         label: What the bar is called.
+        by_likelihood: Take the likeliest of each example's choices instead of generating.
     """
-    texts = answers(model, tokenizer, task, examples, batch_size, max_new_tokens, reporter, label)
+    if by_likelihood:
+        texts = likeliest(model, tokenizer, examples, batch_size, reporter, label)
+    else:
+        texts = answers(model, tokenizer, task, examples, batch_size, max_new_tokens, reporter, label)
     predictions = []
     for example, text in zip(examples, texts):
-        extracted = task.extract(text)
+        extracted = task.extract(text, example)
         correct = task.correct(extracted, example.answer)
-        predictions.append(Prediction(example.prompt, text, extracted, example.answer, correct))
-    accuracy = sum(prediction.correct for prediction in predictions) / len(predictions)
-    loss, tokens = held_out_loss(model, tokenizer, examples, batch_size=batch_size)
-    stderr = math.sqrt(accuracy * (1 - accuracy) / len(predictions))
+        predictions.append(Prediction(example.prompt, text, extracted, example.answer, correct, example.group))
+    groups = {
+        name: _share([one.correct for one in predictions if one.group == name])
+        for name in dict.fromkeys(example.group for example in examples)
+    }
+    # The mean over data sets, each counting the same, as papers report several; of one set it is simply its share.
+    accuracy = sum(group["accuracy"] for group in groups.values()) / len(groups)
+    stderr = math.sqrt(sum(group["stderr"] ** 2 for group in groups.values())) / len(groups)
     metrics = {"accuracy": accuracy}
-    return Evaluation("accuracy", accuracy, stderr, metrics, loss, len(predictions), tokens, predictions)
+    for name, right in task.other_scores.items():
+        metrics[name] = sum(right(text, example.answer) for text, example in zip(texts, examples)) / len(texts)
+    loss, tokens = held_out_loss(model, tokenizer, examples, batch_size=batch_size)
+    return Evaluation(
+        "accuracy",
+        accuracy,
+        stderr,
+        metrics,
+        loss,
+        len(predictions),
+        tokens,
+        predictions,
+        groups if len(groups) > 1 else {},
+    )
+
+
+def _share(right: Sequence[bool]) -> dict[str, float]:
+    share = sum(right) / len(right)
+    return {"accuracy": share, "stderr": math.sqrt(share * (1 - share) / len(right)), "examples": len(right)}
 
 
 @torch.inference_mode()
@@ -138,23 +172,65 @@ def answers(
             new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(indices, new):
                 texts[index] = text
-                right += task.correct(task.extract(text), examples[index].answer)
+                right += task.correct(task.extract(text, examples[index]), examples[index].answer)
             done += len(indices)
             advance(len(indices), f"{right}/{done} right")
     return texts
 
 
-@torch.inference_mode()
+def likeliest(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    reporter: Reporter,
+    label: str,
+) -> list[str]:
+    """For each example the completion with the highest likelihood among those that end in one of its choices.
+
+    Likelihoods are of all tokens of the completion and the end of the text; choices that are longer get no bonus.
+    """
+    candidates, owners = [], []
+    for index, example in enumerate(examples):
+        stem = example.completion.removesuffix(example.answer)
+        for choice in example.choices:
+            candidates.append(replace(example, completion=stem + choice))
+            owners.append(index)
+    best: dict[int, tuple[float, str]] = {}
+    with reporter.bar(label, len(candidates)) as advance:
+        losses = completion_losses(model, tokenizer, candidates, batch_size=batch_size, advance=advance)
+    for owner, candidate, (loss, _) in zip(owners, candidates, losses):
+        if owner not in best or loss < best[owner][0]:
+            best[owner] = loss, candidate.completion
+    return [best[index][1] for index in range(len(examples))]
+
+
 def held_out_loss(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int
 ) -> tuple[float, int]:
     """Mean negative log-likelihood of the gold completions in nats a token, and the number of tokens."""
+    chosen = [example for example in examples if example.completion.strip()] or examples
+    losses = completion_losses(model, tokenizer, chosen, batch_size=batch_size)
+    tokens = sum(count for _, count in losses)
+    return sum(loss for loss, _ in losses) / tokens, tokens
+
+
+@torch.inference_mode()
+def completion_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    advance: Advance | None = None,
+) -> list[tuple[float, int]]:
+    """Negative log-likelihood in nats of each example's completion, end-of-text token included, and its tokens."""
     model.eval()
-    rows = encode([example for example in examples if example.completion.strip()] or examples, tokenizer)
+    rows = encode(examples, tokenizer)
     ids, labels = rows["input_ids"], rows["labels"]
     lengths = [len(row) for row in ids]
     _, padding = special_ids(tokenizer)
-    total, tokens = 0.0, 0
+    losses = [(0.0, 0)] * len(lengths)
     for indices in length_batches(lengths, batch_size):
         width = max(lengths[index] for index in indices)
         batch = torch.full((len(indices), width), padding)
@@ -165,13 +241,17 @@ def held_out_loss(
             target[row, : lengths[index]] = torch.tensor(labels[index])
             mask[row, : lengths[index]] = 1
         logits = model(input_ids=batch.to(model.device), attention_mask=mask.to(model.device)).logits
-        counted = target[:, 1:].to(logits.device) != IGNORED  # (batch, width - 1)
+        target = target[:, 1:].to(logits.device)
+        counted = target != IGNORED  # (batch, width - 1)
         # Only completion positions are upcast: all of them in float32 are the largest tensor of the whole run.
         scores = logits[:, :-1][counted].float()  # (tokens, vocabulary)
-        gold = target[:, 1:].to(logits.device)[counted]
-        total += torch.nn.functional.cross_entropy(scores, gold, reduction="sum").item()
-        tokens += gold.numel()
-    return total / tokens, tokens
+        each = torch.nn.functional.cross_entropy(scores, target[counted], reduction="none").double().cpu()
+        counts = counted.sum(1).tolist()
+        for index, part in zip(indices, each.split(counts)):
+            losses[index] = part.sum().item(), len(part)
+        if advance is not None:
+            advance(len(indices))
+    return losses
 
 
 def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

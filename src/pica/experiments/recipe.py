@@ -53,13 +53,15 @@ class TaskSection:
     """What is asked and how answers are scored."""
 
     name: str = "arithmetic"
-    """Task: arithmetic, glue, math or sentiment."""
+    """Task: arithmetic, commonsense, glue, math or sentiment."""
     subset: str | None = None
     """glue: which of the eight, for instance mrpc."""
     labels: list[str] | None = None
     """Classification: the classes in the order of the model's outputs; those of the training data if unset."""
     metric: str | None = None
     """Classification: what comes first: accuracy, f1, matthews; or pearson, spearman, which make it a regression."""
+    scoring: Literal["generation", "likelihood"] = "generation"
+    """commonsense: read the answer out of what the model writes, or take the likeliest of the choices."""
     template: str | None = None
     """Prompt: alpaca, question or plain; the task's own choice if unset."""
     max_new_tokens: int | None = None

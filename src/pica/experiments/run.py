@@ -292,6 +292,8 @@ class _Run:
             f"{title}: {found.metric} {shown_score(found.metric, found.score, found.stderr)} on {found.examples} test "
             f"problems, held-out loss {found.loss:.4f}"
         )
+        for name, group in found.groups.items():
+            self.reporter.say(f"  {name}: {shown_score('accuracy', group['accuracy'], group['stderr'])}")
 
     def _write_curves(self, metrics: dict[str, Any]) -> None:
         """All loss curves in one table; metrics.json keeps their first and last points."""

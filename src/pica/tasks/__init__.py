@@ -17,11 +17,14 @@ from pica.tasks.base import (
     Task,
     Template,
 )
+from pica.tasks.commonsense import CommonsenseTask
 from pica.tasks.glue import GlueTask
 from pica.tasks.math import MathTask
 from pica.tasks.sentiment import SentimentTask
 
-TASKS: dict[str, Task] = {task.name: task for task in (ArithmeticTask(), GlueTask(), MathTask(), SentimentTask())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ArithmeticTask(), CommonsenseTask(), GlueTask(), MathTask(), SentimentTask())
+}
 
 
 def get_task(name: str) -> Task:

@@ -1,6 +1,7 @@
 """Arithmetic word problems: generated ones that need no file, and instruction files in the LLM-Adapters form."""
 
 import logging
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from pica.errors import DataError
@@ -32,6 +33,7 @@ class ArithmeticTask:
     has_embedded = True
     default_template = "question"
     default_max_new_tokens = 96
+    other_scores: Mapping[str, Callable[[str, str], bool]] = {}
     markers = ("the answer is",)
 
     def load(self, split: Split, source: Source) -> list[Example]:
@@ -64,7 +66,7 @@ class ArithmeticTask:
             )
         return examples
 
-    def extract(self, text: str) -> str | None:
+    def extract(self, text: str, example: Example | None = None) -> str | None:
         """The number that a generated solution ends in."""
         return answer_in(text, self.markers)
 

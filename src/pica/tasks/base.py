@@ -4,7 +4,7 @@ A task is one class that satisfies `GenerationTask` (the model writes an answer)
 head with one output a class, or one number); `pica.tasks.TASKS` names them. Nothing here needs torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -24,11 +24,15 @@ class Example:
         completion: What it should continue with, without an end-of-text token.
         answer: The gold answer in the form `Task.correct` compares. Empty where a training row has none that can be
             checked; test rows always have one.
+        choices: The answers to choose from, where there is a list of them; the completion then ends in the gold one.
+        group: Which of several data sets it belongs to; results are then given for each, and the mean of them counts.
     """
 
     prompt: str
     completion: str
     answer: str
+    choices: tuple[str, ...] = ()
+    group: str = ""
 
     @property
     def identity(self) -> str:
@@ -141,17 +145,24 @@ class Task(Protocol):
 
 
 class GenerationTask(Task, Protocol):
-    """Problems that a causal language model answers in text; the metric is the share of answers that are right."""
+    """Problems that a causal language model answers in text; the metric is the share of answers that are right.
+
+    Attributes:
+        default_template: Prompt where the recipe names none.
+        default_max_new_tokens: Longest answer where the recipe sets none.
+        other_scores: Further ways to score, by name: from a generated text and the gold answer to whether it is right.
+    """
 
     default_template: str
     default_max_new_tokens: int
+    other_scores: Mapping[str, Callable[[str, str], bool]]
 
     def load(self, split: Split, source: Source) -> list[Example]:
         """See `Task.load`."""
         ...
 
-    def extract(self, text: str) -> str | None:
-        """Return the answer that a generated text gives, or None when it gives none."""
+    def extract(self, text: str, example: Example | None = None) -> str | None:
+        """Return the answer that a generated text gives to an example, or None when it gives none."""
         ...
 
     def correct(self, prediction: str | None, gold: str) -> bool:
@@ -209,7 +220,16 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def make_example(template: str, question: str, solution: str, *, answer: str, context: str = "") -> Example:
+def make_example(
+    template: str,
+    question: str,
+    solution: str,
+    *,
+    answer: str,
+    context: str = "",
+    choices: tuple[str, ...] = (),
+    group: str = "",
+) -> Example:
     """Render one problem; surrounding white space of question and solution is dropped.
 
     Raises:
@@ -222,4 +242,4 @@ def make_example(template: str, question: str, solution: str, *, answer: str, co
     # Not str.format on the whole: questions may hold braces, and only the template's own fields are to be filled in.
     pattern = chosen.with_context if context else chosen.text
     prompt = pattern.format(question=question, context=context)
-    return Example(prompt=prompt, completion=chosen.lead + solution.strip(), answer=answer)
+    return Example(prompt, chosen.lead + solution.strip(), answer, choices, group)

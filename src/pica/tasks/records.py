@@ -93,12 +93,20 @@ def split_file(folder: Path, split: Split) -> Path | None:
     return None
 
 
+def split_files(folder: Path, split: Split) -> dict[str, Path]:
+    """The file of a split in each folder inside a folder, by that folder's name, in alphabetical order."""
+    if not folder.is_dir():
+        return {}
+    inner = {path.name: split_file(path, split) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {name: file for name, file in inner.items() if file is not None}
+
+
 def has_split(location: str, split: Split) -> bool:
-    """Whether a location is a folder with a file for this split."""
+    """Whether a location is a folder with a file for this split, its own or in folders inside it."""
     if location == "embedded" or is_hub(location):
         return False
     folder = Path(location).expanduser()
-    return folder.is_dir() and split_file(folder, split) is not None
+    return folder.is_dir() and (split_file(folder, split) is not None or bool(split_files(folder, split)))
 
 
 def read_records(location: str, split: Split | None = None, *, names: Collection[str] = ()) -> list[Record]:

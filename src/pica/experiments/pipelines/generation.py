@@ -74,6 +74,7 @@ class GenerationPipeline:
             max_new_tokens=self._recipe.task.max_new_tokens or self._task.default_max_new_tokens,
             reporter=reporter,
             label=label,
+            by_likelihood=self._recipe.task.scoring == "likelihood",
         )
 
     def held_out(self, model: Any, examples: Sequence[Example]) -> HeldOut:
