@@ -1,6 +1,7 @@
 """`pica train`: fine-tune a model after a recipe and measure what it gained."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ USAGE = "pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite]\
 
 DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems it has not seen.
 
-RECIPE is a YAML file or the name of a built-in recipe ({builtin}).
+RECIPE is a YAML file or the name of a built-in recipe:
+{builtin}.
 Without one, the fields below have the values shown; without --model.path as well, it is {default},
 which needs no download and takes a few minutes on two cores. Every field of a recipe can be set here too.
 """
@@ -108,7 +110,8 @@ def help_text() -> str:
 
     parser = option_parser("pica train")
     parser.usage = USAGE
-    parser.description = DESCRIPTION.format(builtin=", ".join(builtin_recipes()), default=DEFAULT)
+    builtin = textwrap.fill(", ".join(builtin_recipes()), 100, break_on_hyphens=False)
+    parser.description = DESCRIPTION.format(builtin=builtin, default=DEFAULT)
     parser.epilog = EPILOG
     parser.formatter_class = _formatter(parser.formatter_class)
     group = parser.add_argument_group("Run")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from trl import SFTConfig, SFTTrainer
 
 from pica.errors import TrainingError
+from pica.experiments.models import device
 from pica.experiments.output import translated_write_errors
 from pica.experiments.recipe import TrainerSection
 
@@ -154,6 +155,7 @@ def _common(section: TrainerSection, learning_rate: float, checkpoints: Path) ->
         "data_seed": section.seed,
         "bf16": section.precision == "bfloat16",
         "fp16": section.precision == "float16",
+        "use_cpu": device().type == "cpu",  # without it bfloat16 is refused there
         _checkpointing_name(): section.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length" if section.group_by_length else "random",
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -150,12 +150,15 @@ class GenerationTask(Task, Protocol):
     Attributes:
         default_template: Prompt where the recipe names none.
         default_max_new_tokens: Longest answer where the recipe sets none.
-        other_scores: Further ways to score, by name: from a generated text and the gold answer to whether it is right.
     """
 
     default_template: str
     default_max_new_tokens: int
-    other_scores: Mapping[str, Callable[[str, str], bool]]
+
+    @property
+    def other_scores(self) -> Mapping[str, Callable[[str, str], bool]]:
+        """Further ways to score, by name: from a generated text and the gold answer to whether it is right."""
+        ...
 
     def load(self, split: Split, source: Source) -> list[Example]:
         """See `Task.load`."""
