@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
         error = f" ± {_shown(name, result.stderr)} (standard error)" if name == result.metric else ""
         print(f"{name:<15}{_shown(name, value)}{error}")
     for name, group in result.groups.items():
-        print(f"  {name:<13}{group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
+        print(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
     unit = f"nats a token over {result.tokens} tokens" if result.tokens is not None else "an example"
     print(f"held-out loss  {result.loss:.4f} {unit}")
     if given.output is not None:
