@@ -1,9 +1,11 @@
 """From a recipe's adapter section to a model that carries the adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
+import torch
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, set_seed
 
 import pica
@@ -11,9 +13,15 @@ from pica.errors import PicaError, TargetError
 from pica.experiments.recipe import AdapterSection, BaselineSection
 
 
-def peft_config(section: AdapterSection) -> peft.PeftConfig:
-    """The PEFT configuration that a (checked) adapter section describes."""
-    return BUILDERS[section.method](section)
+def peft_config(
+    section: AdapterSection, *, task_type: str | None = "CAUSAL_LM", modules_to_save: Sequence[str] = ()
+) -> peft.PeftConfig:
+    """The PEFT configuration that a (checked) adapter section describes; see `attach` for the other arguments."""
+    config: Any = BUILDERS[section.method](section)
+    config.task_type = task_type
+    if modules_to_save:
+        config.modules_to_save = list(modules_to_save)
+    return config
 
 
 def baseline_section(baseline: BaselineSection, adapter: AdapterSection) -> AdapterSection:
@@ -27,13 +35,22 @@ def baseline_section(baseline: BaselineSection, adapter: AdapterSection) -> Adap
     )
 
 
-def attach(model: PreTrainedModel, section: AdapterSection, *, seed: int) -> peft.PeftModel:
+def attach(
+    model: PreTrainedModel,
+    section: AdapterSection,
+    *,
+    seed: int,
+    task_type: str | None = "CAUSAL_LM",
+    modules_to_save: Sequence[str] = (),
+) -> peft.PeftModel:
     """Put a new adapter on a model; the model's own weights are frozen.
 
     Args:
         model: Base model; its layers are replaced in place.
         section: Method and shape of the adapter.
         seed: Decides random initial values.
+        task_type: PEFT's name for the model's task; None for those that it has no name for.
+        modules_to_save: Modules that are trained in full and stored with the adapter.
 
     Raises:
         TargetError: A target matches no layer, or the method refuses the model.
@@ -41,7 +58,7 @@ def attach(model: PreTrainedModel, section: AdapterSection, *, seed: int) -> pef
     pica.register()
     set_seed(seed)
     try:
-        adapted = peft.get_peft_model(model, peft_config(section))
+        adapted = peft.get_peft_model(model, peft_config(section, task_type=task_type, modules_to_save=modules_to_save))
     except PicaError:
         raise
     except ValueError as error:
@@ -51,9 +68,15 @@ def attach(model: PreTrainedModel, section: AdapterSection, *, seed: int) -> pef
 
 
 def parameter_counts(model: peft.PeftModel) -> dict[str, int]:
-    """Trainable parameters and all parameters."""
+    """Trainable parameters, how many of them belong to modules trained in full (a classifier's head), and all parameters."""
     trainable, total = model.get_nb_trainable_parameters()
-    return {"trainable": trainable, "total": total}
+    return {"trainable": trainable, "head": sum(p.numel() for p in head_parameters(model)), "total": total}
+
+
+def head_parameters(model: peft.PeftModel) -> list[torch.nn.Parameter]:
+    """Trained parameters of the modules that are trained in full."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return [parameter for module in wrappers for parameter in module.parameters() if parameter.requires_grad]
 
 
 def title_of(section: AdapterSection) -> str:
@@ -73,7 +96,6 @@ def size_of(section: AdapterSection) -> dict[str, Any]:
 
 def _layers(section: AdapterSection) -> dict[str, Any]:
     return {
-        "task_type": "CAUSAL_LM",
         "target_modules": section.target_modules,
         "exclude_modules": section.exclude_modules,
         "layers_to_transform": section.layers_to_transform,
