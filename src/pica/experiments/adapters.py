@@ -1,6 +1,6 @@
 """From a recipe's adapter section to a model that carries the adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, set_seed
 
 import pica
 from pica.errors import PicaError, TargetError
+from pica.experiments.methods import METHODS, configuration
 from pica.experiments.recipe import AdapterSection, BaselineSection
 
 
@@ -17,10 +18,10 @@ def peft_config(
     section: AdapterSection, *, task_type: str | None = "CAUSAL_LM", modules_to_save: Sequence[str] = ()
 ) -> peft.PeftConfig:
     """The PEFT configuration that a (checked) adapter section describes; see `attach` for the other arguments."""
-    config: Any = BUILDERS[section.method](section)
+    config: Any = configuration(section)
     config.task_type = task_type
     if modules_to_save:
-        config.modules_to_save = list(modules_to_save)
+        config.modules_to_save = [*(config.modules_to_save or ()), *modules_to_save]
     return config
 
 
@@ -64,6 +65,7 @@ def attach(
     except ValueError as error:
         raise TargetError(f"Method {section.method} cannot be put on this model: {error}") from error
     assert isinstance(adapted, peft.PeftModel)
+    adapted.head_modules = list(modules_to_save)  # pyright: ignore[reportArgumentType] -- an attribute of ours
     return adapted
 
 
@@ -74,15 +76,22 @@ def parameter_counts(model: peft.PeftModel) -> dict[str, int]:
 
 
 def head_parameters(model: peft.PeftModel) -> list[torch.nn.Parameter]:
-    """Trained parameters of the modules that are trained in full."""
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    """Trained parameters of the modules that `attach` was told to train in full, whatever the method itself does so."""
+    names = getattr(model, "head_modules", [])
+    wrappers = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and any(f".{path}".endswith(f".{name}") for name in names)
+    ]
     return [parameter for module in wrappers for parameter in module.parameters() if parameter.requires_grad]
 
 
 def title_of(section: AdapterSection) -> str:
     """Method and size in a few words, for instance "pica r=32"."""
-    if section.method != "svft":
+    if METHODS[section.method].rank is not None:
         return f"{section.method} r={section.r}"
+    if section.method != "svft":
+        return section.method
     band = "" if section.off_diagonals is None else f" d={section.off_diagonals}"
     return f"svft {section.pattern}{band}"
 
@@ -91,42 +100,4 @@ def size_of(section: AdapterSection) -> dict[str, Any]:
     """The settings that decide the number of parameters."""
     if section.method == "svft":
         return {"pattern": section.pattern, "off_diagonals": section.off_diagonals}
-    return {"r": section.r}
-
-
-def _layers(section: AdapterSection) -> dict[str, Any]:
-    return {
-        "target_modules": section.target_modules,
-        "exclude_modules": section.exclude_modules,
-        "layers_to_transform": section.layers_to_transform,
-    }
-
-
-def _common(section: AdapterSection) -> dict[str, Any]:
-    return {**_layers(section), "r": section.r, "rank_pattern": dict(section.rank_pattern)}
-
-
-def _pica(section: AdapterSection) -> peft.PeftConfig:
-    return pica.PicaConfig(
-        **_common(section),
-        share="role" if section.share is None else section.share,
-        projection=section.projection,
-        save_basis=section.save_basis,
-    )
-
-
-def _svft(section: AdapterSection) -> peft.PeftConfig:
-    return pica.SvftConfig(
-        **_layers(section),
-        pattern=section.pattern,
-        off_diagonals=section.off_diagonals,
-        share="none" if section.share is None else section.share,
-    )
-
-
-def _lora(section: AdapterSection) -> peft.PeftConfig:
-    alpha = 2 * section.r if section.lora_alpha is None else section.lora_alpha
-    return peft.LoraConfig(**_common(section), lora_alpha=alpha, lora_dropout=section.lora_dropout)  # pyright: ignore[reportArgumentType]
-
-
-BUILDERS: dict[str, Callable[[AdapterSection], peft.PeftConfig]] = {"pica": _pica, "svft": _svft, "lora": _lora}
+    return {"r": section.r} if METHODS[section.method].rank is not None else {}

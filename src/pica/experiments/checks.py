@@ -5,13 +5,11 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
+from pica.experiments.methods import METHODS
 from pica.experiments.recipe import Recipe
 from pica.tasks import TASKS, TEMPLATES
 from pica.tasks.base import METRICS
 from pica.tasks.records import KINDS_OF_FILE, check_location, has_split
-
-METHODS = ("pica", "svft", "lora")
-"""Adapter methods that `pica.experiments.adapters` builds."""
 
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),

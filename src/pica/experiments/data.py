@@ -75,10 +75,10 @@ def with_classes(recipe: Recipe, splits: Splits) -> Recipe:
 
 
 def needs_validation(recipe: Recipe) -> bool:
-    """Whether a recipe chooses anything, or names validation problems."""
+    """Whether a recipe chooses anything, asks for validation problems, or names them."""
     chooses = len(recipe.trainer.learning_rates) > 1
     chooses |= recipe.baseline.method is not None and len(recipe.baseline.learning_rates) > 1
-    return chooses or recipe.data.validation is not None
+    return chooses or recipe.data.hold_out or recipe.data.validation is not None
 
 
 def load_splits(recipe: Recipe, task: Task) -> Splits:

@@ -1,7 +1,7 @@
 """A recipe: everything that decides a training run. The text under each field is its help on the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -42,6 +42,8 @@ class DataSection:
     """Use at most this many test problems; of classification files the seed draws them, of others they are the first."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the task's fields in your files, for instance {question: prompt, solution: target}."""
+    hold_out: bool = False
+    """Take validation problems out also where nothing is chosen by them, so that runs which choose learn from the same."""
     keep_test_problems: bool = False
     """Learn from training problems even if they are test problems too; published sets often overlap."""
     seed: int = 0
@@ -73,9 +75,10 @@ class AdapterSection:
     """The method that adapts the model."""
 
     method: str = "pica"
-    """Method: pica, svft or lora."""
+    """Method: pica, svft, full (the target modules' own weights), or PEFT's lora, rslora, dora, pissa, mica, adalora,
+    vera, randlora, vblora, boft, psoft, ia3, miss."""
     r: int = 32
-    """pica, lora: rank."""
+    """Rank, for methods that have one."""
     target_modules: list[str] | str | None = None
     """Layers to adapt: a list of names, one regular expression, or all-linear; the method's default if unset."""
     exclude_modules: list[str] | str | None = None
@@ -96,9 +99,11 @@ class AdapterSection:
     off_diagonals: int | None = None
     """svft: diagonals on each side of the main one that decide the number of entries; every pattern but plain needs it."""
     lora_alpha: float | None = None
-    """lora: scale numerator; the update is scaled by lora_alpha / r. Twice the rank if unset."""
+    """lora and its kin: numerator of the scale lora_alpha / r; if unset twice the rank (rslora: 16, pissa: r)."""
     lora_dropout: float = 0.0
     """lora: dropout on the adapter's input."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the method's PEFT configuration, for instance {boft_block_size: 8}."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pica.adapters import saving
 from pica.errors import TrainingError
+from pica.experiments.allocation import RankAllocation
 from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
 from pica.experiments.recipe import TrainerSection
@@ -79,7 +80,12 @@ def train(
     with stop_on_signal() as stop:
         watcher = _Watcher(stop)
         trainer = pipeline.trainer(
-            model, dataset, section, learning_rate=learning_rate, checkpoints=checkpoints, callbacks=[watcher]
+            model,
+            dataset,
+            section,
+            learning_rate=learning_rate,
+            checkpoints=checkpoints,
+            callbacks=[watcher, *_method_callbacks(model)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -156,6 +162,11 @@ class _Watcher(TrainerCallback):
         if "loss" in (logs := kwargs.get("logs") or {}):
             self._note = f"loss {logs['loss']:.4f}"
             self.advance(0, self._note)
+
+
+def _method_callbacks(model: peft.PeftModel) -> list[TrainerCallback]:
+    """What a method needs from the training loop."""
+    return [RankAllocation()] if model.peft_type == peft.PeftType.ADALORA else []
 
 
 def _no_bar(count: int = 1, note: str = "") -> None: ...
