@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, MUTED, GRID, CARD = "#010101", "#010102", "#010103", "#010104"
 """Text and axes; secondary text; grid lines; the surface below the figure (for outlines)."""
@@ -137,13 +137,20 @@ def quantity(value: float, _: object = None) -> str:
 def log_axis(axis: Any) -> None:
     """Make an axis logarithmic with labels such as 10k; where it spans little, between the powers of ten as well.
 
-    To be called after everything has been drawn, since the labels depend on the limits.
+    An axis that spans less than a factor of three stays linear. To be called after everything has been drawn, since the
+    labels depend on the limits.
     """
     set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    low, high = sorted(axis.get_data_interval())
+    if not (0 < low < math.inf and high < math.inf):
+        return
+    axis.set_major_formatter(FuncFormatter(quantity))
+    if high / low < 3:
+        axis.set_major_locator(MaxNLocator(4))
+        return
     set_scale("log")
-    low, high = sorted(axis.get_view_interval())
     decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 3) if decades > 1 else (1, 2, 3, 5, 7)))
+    axis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 3) if decades > 1 else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(quantity))
     axis.set_minor_formatter(NullFormatter())
 
