@@ -12,7 +12,7 @@ from pica.experiments.output import write_text
 from pica.report import page as html
 from pica.report.comparison_figures import Looks, ablation_figure, against_figure, curves_figure, rates_figure
 from pica.report.page import Cell, Column, Page
-from pica.report.summary import RowSummary, Stat, Summary, flat_rows, shown_mean, summarise
+from pica.report.summary import RowSummary, Stat, Summary, flat_rows, score_of, shown_mean, summarise
 
 PAGE, TABLE, NUMBERS = "report.html", "results.csv", "results.json"
 
@@ -94,7 +94,7 @@ def _result(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[
         f"{shown_mean(summary.metric, smallest.score)}."
     )
     if summary.base:
-        base = summary.base.get("score", summary.base.get("accuracy"))
+        base = score_of(summary.base)
         text += f" The model without training: {shown_mean(summary.metric, Stat(base, None, 1))}."
     blocks.append(text)
     rivals = [row.label for row in rows if row is not best and _within(best, row)]
