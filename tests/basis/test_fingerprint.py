@@ -146,3 +146,22 @@ def test_a_fingerprint_is_small_beside_the_matrices(layers, rank, elements):
     mode, probes = choose_mode([rank] * layers, elements)
     per_layer = 36 + (rank * probes * 2 if mode == "wide" else (rank + rank % 2) // 2 * 3)
     assert HEADER.size + layers * per_layer <= max(LIMIT_BYTES, 0.02 * 4 * elements)
+
+
+@pytest.mark.parametrize("least", [1e-3, 1e-7])
+@pytest.mark.parametrize(("mode", "probes"), MODES)
+def test_minor_directions_of_an_unchanged_weight_are_found_unchanged(least: float, mode: Mode, probes: int):
+    """Their first gain is the least one, and the others are many times it, more than float16 holds exactly or at all."""
+    g = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(64, 48, generator=g, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(48, 48, generator=g, dtype=torch.float64))
+    w = left @ torch.diag(torch.logspace(0, np.log10(least), 48, dtype=torch.float64)) @ right.T
+    basis = solve_basis(w, 40, projection="minor")
+    names = {"rank": 40, "projection": "minor", "solver": basis.solver, "mode": mode, "probes": probes}
+    print_ = take_print(basis.projector, w, basis.side, **names)
+    read, _, _ = decode(encode({"layer": print_}, mode, probes))
+    (trained,) = read.values()
+    found = align(trained, mode, basis.projector, w, basis.side, lambda: torch.zeros(40))
+    assert found.gain_error < 1e-3
+    changed = align(trained, mode, basis.projector, w * 1.2, basis.side, lambda: torch.zeros(40))
+    assert changed.gain_error > 0.1

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from pica.cli import COMMANDS
+from pica.experiments.comparison import builtin_comparisons, load_comparison
+from pica.experiments.methods import METHODS
 from pica.experiments.parsing import builtin_recipes, option_parser
 from pica.tasks import TASKS, TEMPLATES
 
@@ -30,7 +32,7 @@ def test_the_table_of_recipes_is_complete():
     assert sorted(listed) == sorted(builtin_recipes())
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipes.md"])
+@pytest.mark.parametrize("name", ["cli.md", "recipes.md", "compare.md"])
 def test_every_field_that_a_page_names_exists(name: str):
     known = option_parser("pica").format_help()
     fields = set(re.findall(r"`?\b(?:--)?((?:model|data|task|adapter|trainer|baseline)\.[a-z_]+)\b", page(name)))
@@ -45,3 +47,20 @@ def test_the_example_recipe_has_known_fields_only():
     for section, fields in example.items():
         if isinstance(fields, dict):
             assert all(f"--{section}.{field} " in known for field in fields)
+
+
+def test_the_page_on_comparisons_is_complete(tmp_path: Path):
+    text = page("compare.md")
+    listed = re.findall(r"^\| `([\w-]+)` \|", text.split("## ")[0], flags=re.MULTILINE)
+    assert sorted(listed) == sorted(builtin_comparisons())
+    named = re.findall(
+        r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", text.split("## Methods")[1], flags=re.MULTILINE))
+    )
+    assert sorted(named) == sorted(METHODS)
+    example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])
+    example["base"]["model"]["path"] = "embedded"
+    example["base"]["data"] = {}
+    example["base"]["task"] = {}
+    path = tmp_path / "example.yaml"
+    path.write_text(yaml.safe_dump(example))
+    assert len(load_comparison(str(path)).rows) == 3

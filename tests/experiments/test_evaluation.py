@@ -10,9 +10,12 @@ from pica.experiments.evaluation import evaluate, held_out_loss
 from pica.experiments.models import load_model, load_tokenizer
 from pica.experiments.recipe import ModelSection
 from pica.experiments.reporting import Silent
-from pica.tasks import Example, Source, get_task
+from pica.tasks import Example, Source
+from pica.tasks.arithmetic import ArithmeticTask
+from pica.tasks.commonsense import CommonsenseTask
+from pica.tasks.math import MathTask
 
-TASK = get_task("arithmetic")
+TASK = ArithmeticTask()
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def test_accuracy_and_its_error_count_right_answers(loaded, monkeypatch: pytest.
     monkeypatch.setattr("pica.experiments.evaluation.answers", lambda *given: said)
     examples = [Example("p", " c", "4")] * 4
     found = evaluate(model, tokenizer, TASK, examples, batch_size=2, max_new_tokens=5, reporter=Silent(), label="")
-    assert found.accuracy == 0.5
+    assert found.score == 0.5
     assert found.stderr == pytest.approx(0.25)
     assert [prediction.extracted for prediction in found.predictions] == ["4", "5", "4", None]
     assert "predictions" not in found.summary()
@@ -83,3 +86,62 @@ def test_problems_without_a_gold_solution_have_no_part_in_the_loss(loaded: tuple
     bare = Example(examples[0].prompt, " ", "3")
     expected = held_out_loss(model, tokenizer, examples, batch_size=2)
     assert held_out_loss(model, tokenizer, [bare, *examples], batch_size=2) == pytest.approx(expected)
+
+
+def choices(answer: str, *, group: str = "") -> Example:
+    return Example("p", f" it is {answer}", answer, ("one", "two"), group)
+
+
+def test_several_sets_count_the_same_whatever_their_sizes(loaded, monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = loaded
+    examples = [choices("one", group="a"), *[choices("two", group="b")] * 4]
+    said = ["one", "two", "two", "one", "none"]
+    monkeypatch.setattr("pica.experiments.evaluation.answers", lambda *given: said)
+    found = evaluate(
+        model, tokenizer, CommonsenseTask(), examples, batch_size=2, max_new_tokens=5, reporter=Silent(), label=""
+    )
+    assert found.score == (1.0 + 0.5) / 2
+    assert found.stderr == pytest.approx(0.25 / 2)
+    assert found.groups["b"] == {"accuracy": 0.5, "stderr": 0.25, "examples": 4}
+    assert found.summary()["groups"] == found.groups
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_likelihood_takes_the_choice_that_the_model_gives_more_to(loaded, size: int):
+    model, tokenizer = loaded
+    examples = [choices("two"), choices("one"), Example("Question: 1?\nAnswer:", " no", "no", ("yes", "no", "both"))]
+    expected = []
+    for example in examples:
+        losses = {}
+        for choice in example.choices:
+            completion = example.completion.removesuffix(example.answer) + choice
+            loss, tokens = held_out_loss(model, tokenizer, [Example(example.prompt, completion, "")], batch_size=1)
+            losses[completion] = loss * tokens
+        expected.append(min(losses, key=losses.__getitem__))
+    found = evaluate(
+        model,
+        tokenizer,
+        CommonsenseTask(),
+        examples,
+        batch_size=size,
+        max_new_tokens=1,
+        reporter=Silent(),
+        label="",
+        by_likelihood=True,
+    )
+    assert [prediction.completion for prediction in found.predictions] == expected
+    assert [prediction.correct for prediction in found.predictions] == [
+        completion == example.completion for completion, example in zip(expected, examples)
+    ]
+
+
+def test_other_ways_of_scoring_stand_beside(loaded, monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(
+        "pica.experiments.evaluation.answers", lambda *given: ["The answer is: 0.5", "The answer is: 3"]
+    )
+    examples = [Example("p", " c", "\\frac{1}{2}"), Example("p", " c", "3")]
+    found = evaluate(
+        model, tokenizer, MathTask(), examples, batch_size=2, max_new_tokens=5, reporter=Silent(), label=""
+    )
+    assert found.metrics == {"accuracy": 1.0, "exact_match": 0.5}

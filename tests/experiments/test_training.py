@@ -14,12 +14,14 @@ import torch
 
 from pica.errors import OutputError, TrainingError
 from pica.experiments.adapters import attach, baseline_section
-from pica.experiments.data import encode, load_splits
+from pica.experiments.data import load_splits
 from pica.experiments.interrupts import Interrupted, stop_on_signal
-from pica.experiments.models import load_adapter, load_model, load_tokenizer
+from pica.experiments.models import load_adapter, load_model
+from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.training import Training, _arguments, last_checkpoint, save_adapter, train
+from pica.experiments.trainers import generation_arguments
+from pica.experiments.training import Training, last_checkpoint, save_adapter, train
 from pica.tasks import get_task
 
 
@@ -45,11 +47,11 @@ class InterruptAt(Silent):
 def run(recipe: Recipe, folder: Path, reporter: Any = None, method: str = "pica", **changes: Any) -> Training:
     section = recipe.adapter if method == "pica" else baseline_section(recipe.baseline, recipe.adapter)
     model = changes.pop("model", None) or attach(load_model(recipe.model), section, seed=recipe.trainer.seed)
-    tokenizer = load_tokenizer(recipe.model)
-    rows = encode(load_splits(recipe, get_task("arithmetic")).train, tokenizer)
+    pipeline = make_pipeline(recipe)
+    rows = pipeline.encode(load_splits(recipe, get_task("arithmetic")).train)
     return train(
         model,
-        tokenizer,
+        pipeline,
         rows,
         recipe.trainer,
         learning_rate=changes.pop("learning_rate", 0.01),
@@ -183,10 +185,12 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path: Path):
 
 
 def test_nothing_slow_is_on_that_was_not_asked_for(recipe: Callable[..., Recipe], tmp_path: Path):
-    made = _arguments(recipe().trainer, 0.01, tmp_path)
+    made = generation_arguments(recipe().trainer, 0.01, tmp_path)
     assert not made.gradient_checkpointing  # TRL's default is on
     assert not made.bf16  # TRL's default is on
     assert not made.fp16
     assert made.report_to in ([], "none", ["none"])
     assert made.eval_strategy == "no"
-    assert _arguments(recipe(trainer__gradient_checkpointing=True).trainer, 0.01, tmp_path).gradient_checkpointing
+    assert generation_arguments(
+        recipe(trainer__gradient_checkpointing=True).trainer, 0.01, tmp_path
+    ).gradient_checkpointing

@@ -8,8 +8,9 @@ import pytest
 
 from pica.errors import ConfigError, DataError
 from pica.tasks import Example, Source, get_task
+from pica.tasks.arithmetic import ArithmeticTask
 
-TASK = get_task("arithmetic")
+TASK = ArithmeticTask()
 ROW = {"instruction": "How many?", "input": "", "output": "\nA: 2 + 2 = 4. The answer is 4.", "answer": "4.0"}
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from pica.errors import DataError
-from pica.tasks import Source, get_task
+from pica.tasks import Source
+from pica.tasks.math import MathTask
 
-TASK = get_task("math")
+TASK = MathTask()
 GSM8K = {"question": "Natalia sold clips. How many?", "answer": "She sold 48+24 = <<48+24=72>>72 clips.\n#### 72"}
 GSM8K_TEST = {"query": "How much?", "response": "It is 2*$540 = $<<2*540=1080>>1080.\n#### 1,080"}
 METAMATH = {"query": "What is x?", "response": "So x = 3.\n#### 3\nThe answer is: 3", "type": "GSM_SV"}
@@ -51,11 +52,65 @@ def test_generated_answers_are_scored_by_value(text: str, gold: str, right: bool
     assert TASK.correct(TASK.extract(text), gold) is right
 
 
-def test_formulas_may_be_learnt_from_but_not_tested_on(tmp_path: Path):
-    location = write(tmp_path, GSM8K, FORMULA)
+MATH = {
+    "problem": "Half of 1?",
+    "solution": "We get $\\boxed{\\frac{1}{2}}$.",
+    "answer": "\\frac{1}{2}",
+    "level": "Level 1",
+}
+NOTHING = {"query": "What is x?", "response": "It depends."}
+
+
+def test_formulas_are_the_gold_answer_where_they_are(tmp_path: Path):
+    location = write(tmp_path, GSM8K, FORMULA, MATH)
+    assert [example.answer for example in TASK.load("test", Source(location))] == ["72", "\\frac{1}{2}", "\\frac{1}{2}"]
+
+
+def test_solutions_without_an_answer_may_be_learnt_from_but_not_tested_on(tmp_path: Path):
+    location = write(tmp_path, GSM8K, NOTHING)
     assert [example.answer for example in TASK.load("train", Source(location))] == ["72", ""]
-    with pytest.raises(DataError, match="line 2: the solution gives no final number"):
+    with pytest.raises(DataError, match="line 2: the solution gives no final answer"):
         TASK.load("test", Source(location))
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        ("The answer is: $\\frac12$.", "\\frac{1}{2}", True),
+        ("The answer is: 0.5", "\\frac{1}{2}", True),
+        ("The answer is: \\frac{10}{2}", "5", True),
+        ("The answer is: \\frac{10}{2}", "10", False),
+        ("so $x = \\boxed{\\sqrt{12}}$ and that is all 7", "2\\sqrt{3}", True),
+        ("\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", "(3,\\frac{\\pi}{2})", True),
+        ("\\boxed{(3, 4)}", "(4, 3)", False),
+        ("\\boxed{[0,1)}", "[0,1]", False),
+        ("\\boxed{x^2+1}", "1+x^2", True),
+        ("\\boxed{5\\text{ cm}}", "5", True),
+        ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", True),
+        ("\\boxed{\\text{odd}}", "\\text{even}", False),
+        ("The answer is: x = 3", "3", True),
+        ("\\boxed{", "3", False),
+        ("The answer is: 9^{9^{9^{9^9}}}", "3", False),
+        ("The answer is: __import__('os').getcwd()", "3", False),
+    ],
+)
+def test_formulas_are_compared_by_value(text: str, gold: str, right: bool):
+    assert TASK.correct(TASK.extract(text), gold) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        ("The answer is: \\dfrac{1}{2}", "\\frac12", True),
+        ("The answer is: 0.5", "\\frac{1}{2}", False),
+        ("The answer is: $1,080", "1080", True),
+        ("She has 3 and 5, so 8 in all", "8", True),
+        ("The answer is: 10 cm", "10", True),
+        ("no idea", "\\frac{1}{2}", False),
+    ],
+)
+def test_the_papers_comparison_is_of_texts_and_numbers(text: str, gold: str, right: bool):
+    assert TASK.other_scores["exact_match"](text, gold) is right
 
 
 def test_there_are_no_embedded_problems():

@@ -29,6 +29,7 @@ LIMIT_BYTES = 65536
 LIMIT_SHARE = 0.02  # of the shared matrices' bytes in float32; the larger of the two limits holds
 
 HEADER = struct.Struct("<4sBBBBI")  # magic, version, mode, probes a direction, zero, layers
+MOST_GAIN = 65504.0  # the largest float16
 LAYER = struct.Struct("<8sIIHHBBBBf4e")  # path hash, out, in, rank, usable, dtype, solver, projection, zero, gains
 NARROW_PROBES = 16  # narrow mode keeps, of this many, the probe that a direction shows most strongly in
 NARROW_STEP = 0.04
@@ -133,7 +134,8 @@ def sampled_gains(projector: Tensor, weight: Tensor, side: str) -> tuple[float, 
         rows = projector[[0, *sample_rows(projector.shape[0])]].to(dtype)
         w = weight.to(dtype)
         gains = ((rows if side == "in" else rows @ w) @ w.T).norm(dim=1).double().cpu().numpy()
-    return float(gains[0]), gains[1:] / max(gains[0], 1e-300)
+    # Of minor directions the first is the least, and the others many times it: more than the file's float16 can hold.
+    return float(gains[0]), np.minimum(gains[1:] / max(gains[0], 1e-300), MOST_GAIN)
 
 
 def take_print(
@@ -326,9 +328,9 @@ def align(
     rounding = (NARROW_STEP if mode == "narrow" else WIDE_STEP) / math.sqrt(12)
     deviation = math.sqrt(max(0.0, float((off**2).mean()) - rounding**2))
     gain, samples = sampled_gains(projector, weight, side)
-    gain_error = max(
-        abs(gain - trained.gain) / max(trained.gain, 1e-300), float(np.abs(samples - trained.samples).max())
-    )
+    # Relative where a sample is above 1 (minor directions): float16 rounds it by more than any fixed difference.
+    samples_off = np.abs(samples - trained.samples) / np.maximum(1.0, trained.samples)
+    gain_error = max(abs(gain - trained.gain) / max(trained.gain, 1e-300), float(samples_off.max()))
     unchanged = np.array_equal(rotation, np.eye(len(signs)))
     return Alignment(None if unchanged else torch.from_numpy(rotation), deviation, float(off.max()), gain_error)
 

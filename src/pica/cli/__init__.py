@@ -21,7 +21,9 @@ from pica.experiments.output import disk_is_full
 
 COMMANDS = {
     "train": "fine-tune a model and measure what it gained; no arguments: a small example that needs no download",
+    "compare": "train several methods on one task side by side, and write one report page",
     "evaluate": "measure a model or an adapter on a task",
+    "report": "write the report page of a comparison anew",
     "merge": "write model and adapter as one plain model folder",
     "export": "write a PiCa adapter as a LoRA that serving engines load",
     "import": "read an adapter of the authors' reference implementation",
@@ -138,6 +140,10 @@ def _how_to_go_on(stopped: Interrupted) -> str:
         if stopped.checkpoint
         else "what was measured so far is kept"
     )
+    if stopped.checkpoint is None and (stopped.folder / "comparison.yaml").is_file():
+        return (
+            f"Interrupted; finished cells are kept in {str(stopped.folder)!r}; the same command goes on with the rest."
+        )
     return f"Interrupted; {where}. Continue with: pica train --resume {stopped.folder}"
 
 

@@ -9,6 +9,7 @@ EPILOG = """examples:
   pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
   pica evaluate out/adapter --data test.jsonl -o answers.jsonl
   pica evaluate ./SmolLM2-135M --task math --data test.jsonl --limit 200
+  pica evaluate ./my-classifier --task sentiment --data dev.tsv
 """
 
 
@@ -16,17 +17,32 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     made = argparse.ArgumentParser(
         prog="pica evaluate",
-        description="Answer problems greedily and print accuracy and held-out loss.",
+        description="Answer problems (greedily, where text is generated) and print the task's metric and held-out loss.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("model", metavar="MODEL", help="a model, an adapter folder, or the output folder of pica train")
     made.add_argument("--base", metavar="MODEL", help="base model of the adapter, if not the one it records")
-    made.add_argument("--task", help="arithmetic or math; an adapter's run knows its own")
+    made.add_argument("--task", help="arithmetic, commonsense, glue, math or sentiment; an adapter's run knows its own")
+    made.add_argument("--subset", help="glue: which of the eight, for instance mrpc")
     made.add_argument(
-        "--data", metavar="FILE", help="test problems: a .json or .jsonl file, hub:OWNER/NAME or embedded"
+        "--labels", nargs="+", metavar="NAME", help="classes in the order of the outputs, if no run knows them"
+    )
+    made.add_argument("--metric", help="classification: accuracy, f1, matthews, pearson or spearman")
+    made.add_argument(
+        "--data",
+        metavar="FILE",
+        help="test problems: a .json, .jsonl, .tsv or .csv file, a folder, hub:OWNER/NAME or embedded",
+    )
+    made.add_argument(
+        "--columns", type=_mapping, metavar="MAP", help="names of the task's fields in the file, '{text: review}'"
     )
     made.add_argument("--limit", type=_positive, metavar="N", help="use the first N problems")
+    made.add_argument(
+        "--scoring",
+        choices=("generation", "likelihood"),
+        help="commonsense: what the model writes, or the likeliest choice",
+    )
     made.add_argument("--template", help="prompt: alpaca, question or plain")
     made.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
     made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="problems at once (default: 32)")
@@ -56,11 +72,32 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     result = found.result
     print(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
-    print(f"accuracy       {result.accuracy:.2%} ± {result.stderr:.2%} (standard error)")
-    print(f"held-out loss  {result.loss:.4f} nats a token over {result.tokens} tokens")
+    for name, value in result.metrics.items():
+        error = f" ± {_shown(name, result.stderr)} (standard error)" if name == result.metric else ""
+        print(f"{name:<15}{_shown(name, value)}{error}")
+    for name, group in result.groups.items():
+        print(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
+    unit = f"nats a token over {result.tokens} tokens" if result.tokens is not None else "an example"
+    print(f"held-out loss  {result.loss:.4f} {unit}")
     if given.output is not None:
         print(f"predictions    {given.output}")
     return 0
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{value:.2%}" if metric in ("accuracy", "f1") else f"{value:.4f}"
+
+
+def _mapping(text: str) -> dict[str, str]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mapping such as '{{text: review, label: stars}}'")
+    return {str(name): str(column) for name, column in value.items()}
 
 
 def _positive(text: str) -> int:

@@ -1,6 +1,7 @@
 """`pica train`: fine-tune a model after a recipe and measure what it gained."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ USAGE = "pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite]\
 
 DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems it has not seen.
 
-RECIPE is a YAML file or the name of a built-in recipe ({builtin}).
+RECIPE is a YAML file or the name of a built-in recipe:
+{builtin}.
 Without one, the fields below have the values shown; without --model.path as well, it is {default},
 which needs no download and takes a few minutes on two cores. Every field of a recipe can be set here too.
 """
@@ -108,7 +110,8 @@ def help_text() -> str:
 
     parser = option_parser("pica train")
     parser.usage = USAGE
-    parser.description = DESCRIPTION.format(builtin=", ".join(builtin_recipes()), default=DEFAULT)
+    builtin = textwrap.fill(", ".join(builtin_recipes()), 100, break_on_hyphens=False)
+    parser.description = DESCRIPTION.format(builtin=builtin, default=DEFAULT)
     parser.epilog = EPILOG
     parser.formatter_class = _formatter(parser.formatter_class)
     group = parser.add_argument_group("Run")
@@ -138,7 +141,8 @@ def print_result(result: "RunResult") -> None:
     metrics = result.metrics
     title = f"{metrics['name']}: {metrics['problems']['test']} test problems"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for column in ("", "trainable", "rate", "accuracy", "loss", "ms/step", "peak MiB"):
+    metric = metrics["adapter"]["metric"]
+    for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak MiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     if "base" in metrics:
         table.add_row("base model", "", "", *_scores(metrics["base"]), "", "")
@@ -148,7 +152,7 @@ def print_result(result: "RunResult") -> None:
             step, peak = training["step_seconds"], training["peak_memory"]
             table.add_row(
                 row["title"],
-                f"{row['parameters']['trainable']:,}",
+                f"{row['parameters']['trainable'] - row['parameters']['head']:,}",
                 f"{row['learning_rate']:g}",
                 *_scores(row),
                 f"{1000 * step:.1f}" if step else "",
@@ -156,7 +160,11 @@ def print_result(result: "RunResult") -> None:
             )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print("accuracy ± standard error; loss on the gold answers in nats a token; times are medians\n")
+    unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else "loss on the test problems"
+    console.print(f"{metric} ± standard error; {unit}; times are medians")
+    if head := metrics["adapter"]["parameters"]["head"]:
+        console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")
+    console.print()
     sizes = f"{metrics['adapter']['file_bytes'] / 1024:.0f} KiB"
     console.print(f"Adapter:     {result.output / 'adapter'} ({sizes})", markup=False)
     console.print(f"Numbers:     {result.output / 'metrics.json'}, {result.output / 'loss_curve.csv'}", markup=False)
@@ -165,4 +173,6 @@ def print_result(result: "RunResult") -> None:
 
 
 def _scores(row: dict[str, Any]) -> tuple[str, str]:
-    return f"{row['accuracy']:.1%} ± {row['stderr']:.1%}", f"{row['loss']:.4f}"
+    from pica.experiments.evaluation import shown_score
+
+    return shown_score(row["metric"], row["score"], row["stderr"]), f"{row['loss']:.4f}"

@@ -1,19 +1,28 @@
 """From a recipe's adapter section to a model that carries the adapter."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import peft
+import torch
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, set_seed
 
 import pica
 from pica.errors import PicaError, TargetError
+from pica.experiments.methods import METHODS, configuration
 from pica.experiments.recipe import AdapterSection, BaselineSection
 
 
-def peft_config(section: AdapterSection) -> peft.PeftConfig:
-    """The PEFT configuration that a (checked) adapter section describes."""
-    return BUILDERS[section.method](section)
+def peft_config(
+    section: AdapterSection, *, task_type: str | None = "CAUSAL_LM", modules_to_save: Sequence[str] = ()
+) -> peft.PeftConfig:
+    """The PEFT configuration that a (checked) adapter section describes; see `attach` for the other arguments."""
+    config: Any = configuration(section)
+    config.task_type = task_type
+    if modules_to_save:
+        config.modules_to_save = [*(config.modules_to_save or ()), *modules_to_save]
+    return config
 
 
 def baseline_section(baseline: BaselineSection, adapter: AdapterSection) -> AdapterSection:
@@ -27,13 +36,22 @@ def baseline_section(baseline: BaselineSection, adapter: AdapterSection) -> Adap
     )
 
 
-def attach(model: PreTrainedModel, section: AdapterSection, *, seed: int) -> peft.PeftModel:
+def attach(
+    model: PreTrainedModel,
+    section: AdapterSection,
+    *,
+    seed: int,
+    task_type: str | None = "CAUSAL_LM",
+    modules_to_save: Sequence[str] = (),
+) -> peft.PeftModel:
     """Put a new adapter on a model; the model's own weights are frozen.
 
     Args:
         model: Base model; its layers are replaced in place.
         section: Method and shape of the adapter.
         seed: Decides random initial values.
+        task_type: PEFT's name for the model's task; None for those that it has no name for.
+        modules_to_save: Modules that are trained in full and stored with the adapter.
 
     Raises:
         TargetError: A target matches no layer, or the method refuses the model.
@@ -41,25 +59,39 @@ def attach(model: PreTrainedModel, section: AdapterSection, *, seed: int) -> pef
     pica.register()
     set_seed(seed)
     try:
-        adapted = peft.get_peft_model(model, peft_config(section))
+        adapted = peft.get_peft_model(model, peft_config(section, task_type=task_type, modules_to_save=modules_to_save))
     except PicaError:
         raise
     except ValueError as error:
         raise TargetError(f"Method {section.method} cannot be put on this model: {error}") from error
     assert isinstance(adapted, peft.PeftModel)
+    adapted.head_modules = list(modules_to_save)  # pyright: ignore[reportArgumentType] -- an attribute of ours
     return adapted
 
 
 def parameter_counts(model: peft.PeftModel) -> dict[str, int]:
-    """Trainable parameters and all parameters."""
+    """Trainable parameters, how many of them belong to modules trained in full (a classifier's head), and all parameters."""
     trainable, total = model.get_nb_trainable_parameters()
-    return {"trainable": trainable, "total": total}
+    return {"trainable": trainable, "head": sum(p.numel() for p in head_parameters(model)), "total": total}
+
+
+def head_parameters(model: peft.PeftModel) -> list[torch.nn.Parameter]:
+    """Trained parameters of the modules that `attach` was told to train in full, whatever the method itself does so."""
+    names = getattr(model, "head_modules", [])
+    wrappers = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and any(f".{path}".endswith(f".{name}") for name in names)
+    ]
+    return [parameter for module in wrappers for parameter in module.parameters() if parameter.requires_grad]
 
 
 def title_of(section: AdapterSection) -> str:
     """Method and size in a few words, for instance "pica r=32"."""
-    if section.method != "svft":
+    if METHODS[section.method].rank is not None:
         return f"{section.method} r={section.r}"
+    if section.method != "svft":
+        return section.method
     band = "" if section.off_diagonals is None else f" d={section.off_diagonals}"
     return f"svft {section.pattern}{band}"
 
@@ -68,43 +100,4 @@ def size_of(section: AdapterSection) -> dict[str, Any]:
     """The settings that decide the number of parameters."""
     if section.method == "svft":
         return {"pattern": section.pattern, "off_diagonals": section.off_diagonals}
-    return {"r": section.r}
-
-
-def _layers(section: AdapterSection) -> dict[str, Any]:
-    return {
-        "task_type": "CAUSAL_LM",
-        "target_modules": section.target_modules,
-        "exclude_modules": section.exclude_modules,
-        "layers_to_transform": section.layers_to_transform,
-    }
-
-
-def _common(section: AdapterSection) -> dict[str, Any]:
-    return {**_layers(section), "r": section.r, "rank_pattern": dict(section.rank_pattern)}
-
-
-def _pica(section: AdapterSection) -> peft.PeftConfig:
-    return pica.PicaConfig(
-        **_common(section),
-        share="role" if section.share is None else section.share,
-        projection=section.projection,
-        save_basis=section.save_basis,
-    )
-
-
-def _svft(section: AdapterSection) -> peft.PeftConfig:
-    return pica.SvftConfig(
-        **_layers(section),
-        pattern=section.pattern,
-        off_diagonals=section.off_diagonals,
-        share="none" if section.share is None else section.share,
-    )
-
-
-def _lora(section: AdapterSection) -> peft.PeftConfig:
-    alpha = 2 * section.r if section.lora_alpha is None else section.lora_alpha
-    return peft.LoraConfig(**_common(section), lora_alpha=alpha, lora_dropout=section.lora_dropout)  # pyright: ignore[reportArgumentType]
-
-
-BUILDERS: dict[str, Callable[[AdapterSection], peft.PeftConfig]] = {"pica": _pica, "svft": _svft, "lora": _lora}
+    return {"r": section.r} if METHODS[section.method].rank is not None else {}

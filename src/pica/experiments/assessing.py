@@ -7,12 +7,15 @@ from typing import Any
 
 from pica.errors import AdapterFileError, ConfigError
 from pica.experiments import output as files
-from pica.experiments.evaluation import Evaluation, evaluate
-from pica.experiments.models import base_of, device, load_adapter, load_model, load_tokenizer
+from pica.experiments.data import Splits, source, with_classes
+from pica.experiments.evaluation import Evaluation
+from pica.experiments.models import base_of, device, load_config
 from pica.experiments.parsing import load_recipe
-from pica.experiments.recipe import ModelSection, Recipe
+from pica.experiments.pipelines import make_pipeline
+from pica.experiments.pipelines.classification import ClassificationPipeline
+from pica.experiments.recipe import DataSection, ModelSection, Recipe
 from pica.experiments.reporting import Reporter
-from pica.tasks import Source, get_task
+from pica.tasks import get_task
 from pica.tasks.records import check_location
 
 
@@ -23,8 +26,13 @@ class Request:
     model: str
     base: str | None = None
     task: str | None = None
+    subset: str | None = None
+    labels: list[str] | None = None
+    metric: str | None = None
     data: str | None = None
+    columns: dict[str, str] | None = None
     limit: int | None = None
+    scoring: str | None = None
     template: str | None = None
     max_new_tokens: int | None = None
     batch_size: int = 32
@@ -50,45 +58,77 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
         PicaError: The model, the task or the data is not to be had, or the predictions can't be written.
     """
     adapter = find_adapter(Path(request.model).expanduser())
-    recipe = run_of(adapter) if adapter else None
+    recipe = _recipe(request, adapter)
+    task = get_task(recipe.task.name)
+    data = recipe.data.test or recipe.data.train
+    if problem := check_location(data):
+        raise ConfigError(f"--data: {problem}")
+    examples = list(task.load("test", source(recipe, "test", limit=recipe.data.test_limit)))
+    recipe = _with_labels(recipe, examples, adapter)
+    pipeline = make_pipeline(recipe)
+    if adapter is not None:
+        model: Any = pipeline.read(adapter)
+    elif isinstance(pipeline, ClassificationPipeline):
+        model = pipeline.load_trained()
+    else:
+        model = pipeline.load_base()
+    result = pipeline.evaluate(model.to(device()), examples, reporter=reporter, label="Answering")
+    if request.output is not None:
+        files.write_jsonl(request.output, result.rows())
+    return Assessment(str(adapter or request.model), recipe.task.name, data, result)
+
+
+def _recipe(request: Request, adapter: Path | None) -> Recipe:
+    """The request as a recipe: what it leaves open is that of the adapter's run, if there is one, else the defaults."""
+    run = run_of(adapter) if adapter else None
     # Without a task in the request, that of the run; a run's data and prompt only make sense with its own task.
-    name = request.task or (recipe.task.name if recipe else None)
+    name = request.task or (run.task.name if run else None)
     if name is None:
         raise ConfigError("Name the task with --task, for instance --task arithmetic.")
     task = get_task(name)
-    if recipe and recipe.task.name != name:
-        recipe = None
-    data = request.data or _test_source(recipe, name)
-    if problem := check_location(data):
-        raise ConfigError(f"--data: {problem}")
-    template = request.template or (recipe.task.template if recipe else None)
-    columns = recipe.data.columns if recipe and not request.data else {}
-    limit = request.limit or (recipe.data.test_limit if recipe and not request.data else None)
-    seed = recipe.data.seed if recipe else 0
-    examples = task.load("test", Source(data, limit, seed, template, columns))
+    if run and run.task.name != name:
+        run = None
+    recipe = dataclasses.replace(run or Recipe(), model=ModelSection(path=request.model, revision=request.revision))
+    if adapter is not None:
+        recipe.model.path = base_of(adapter, request.base)
+    recipe.model.dtype = request.dtype or (run.model.dtype if run else "float32")  # pyright: ignore[reportAttributeAccessIssue]
+    changes = {
+        name: getattr(request, name) for name in ("subset", "labels", "metric", "scoring", "template", "max_new_tokens")
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    recipe.task = dataclasses.replace(recipe.task, name=name, **given)
+    if task.subsets and recipe.task.subset not in task.subsets:
+        raise ConfigError(f"Name the data set with --subset: task {name} has {', '.join(task.subsets)}.")
+    if recipe.task.scoring == "likelihood" and name != "commonsense":
+        raise ConfigError(f"--scoring likelihood needs problems with choices, which task {name} has not; leave it out.")
+    if request.data:
+        recipe.data = DataSection(test=request.data, seed=recipe.data.seed)
+    elif run is None and task.has_embedded:
+        recipe.data = DataSection(test="embedded")
+    elif run is None:
+        raise ConfigError("Name the problems with --data, for instance --data test.jsonl.")
+    if request.limit:
+        recipe.data = dataclasses.replace(recipe.data, test_limit=request.limit)
+    if request.columns:
+        recipe.data = dataclasses.replace(recipe.data, columns=request.columns)
+    recipe.trainer = dataclasses.replace(recipe.trainer, eval_batch_size=request.batch_size)
+    return recipe
 
-    section = ModelSection(path=request.model, revision=request.revision)
-    if adapter is not None:
-        section.path = base_of(adapter, request.base)
-    section.dtype = request.dtype or (recipe.model.dtype if recipe else "float32")  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = load_tokenizer(section)
-    model: Any = load_model(section)
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    longest = request.max_new_tokens or (recipe.task.max_new_tokens if recipe else None)
-    result = evaluate(
-        model.to(device()),
-        tokenizer,
-        task,
-        examples,
-        batch_size=request.batch_size,
-        max_new_tokens=longest or task.default_max_new_tokens,
-        reporter=reporter,
-        label="Answering",
-    )
-    if request.output is not None:
-        files.write_jsonl(request.output, map(dataclasses.asdict, result.predictions))
-    return Assessment(str(adapter or request.model), name, data, result)
+
+def _with_labels(recipe: Recipe, examples: list[Any], adapter: Path | None) -> Recipe:
+    """A classification recipe with its classes.
+
+    They are those of the request or the run; else those of a trained model's own configuration, if the examples' are
+    among them; else the examples' own, in the order that training would have given them.
+    """
+    task = get_task(recipe.task.name)
+    if task.kind == "generation" or recipe.task.labels is not None:
+        return with_classes(recipe, Splits([], [], examples))
+    if adapter is None:
+        own = [str(name) for _, name in sorted((load_config(recipe.model).id2label or {}).items())]
+        if {str(example.label) for example in examples} <= set(own):
+            recipe.task.labels = own
+    return with_classes(recipe, Splits(examples, [], examples))
 
 
 def find_adapter(path: Path) -> Path | None:
@@ -121,11 +161,3 @@ def run_of(adapter: Path) -> Recipe | None:
             except ConfigError:
                 return None  # its files have moved since: as good as unknown
     return None
-
-
-def _test_source(recipe: Recipe | None, task: str) -> str:
-    if recipe is not None:
-        return recipe.data.test or recipe.data.train
-    if task == "arithmetic":
-        return "embedded"
-    raise ConfigError("Name the problems with --data, for instance --data test.jsonl.")

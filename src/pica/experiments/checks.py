@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
+from pica.experiments.methods import METHODS
 from pica.experiments.recipe import Recipe
 from pica.tasks import TASKS, TEMPLATES
-from pica.tasks.records import check_location
-
-METHODS = ("pica", "svft", "lora")
-"""Adapter methods that `pica.experiments.adapters` builds."""
+from pica.tasks.base import METRICS
+from pica.tasks.records import KINDS_OF_FILE, check_location, has_split
 
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
@@ -74,6 +73,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     rates = [("trainer.learning_rate", trainer.learning_rate)]
     rates += [("trainer.learning_rates", rate) for rate in trainer.learning_rates]
     rates += [("baseline.learning_rates", rate) for rate in recipe.baseline.learning_rates]
+    if trainer.head_learning_rate is not None:
+        rates.append(("trainer.head_learning_rate", trainer.head_learning_rate))
     for name, rate in rates:
         if not 0 < rate < 1e38:  # more does not fit the parameters' float32
             yield f"{name} = {rate}: must be above 0 and finite."
@@ -107,6 +108,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
 def _names(recipe: Recipe) -> Iterator[str]:
     if recipe.task.name not in TASKS:
         yield f"task.name = {recipe.task.name!r}: unknown task{_near(recipe.task.name, TASKS)}"
+    else:
+        yield from _task_fields(recipe)
     if recipe.task.template is not None and recipe.task.template not in TEMPLATES:
         yield f"task.template = {recipe.task.template!r}: unknown template{_near(recipe.task.template, TEMPLATES)}"
     for section, method in (("adapter", recipe.adapter.method), ("baseline", recipe.baseline.method)):
@@ -124,13 +127,48 @@ def _places(recipe: Recipe) -> Iterator[str]:
     for name in ("train", "validation", "test"):
         location = getattr(recipe.data, name)
         if location == REQUIRED:
-            yield f"data.{name} is not set: give a .json or .jsonl file or hub:OWNER/NAME with --data.{name}."
+            yield f"data.{name} is not set: give {KINDS_OF_FILE}, a folder or hub:OWNER/NAME with --data.{name}."
         elif location is not None and (problem := check_location(location)):
             yield f"data.{name}: {problem}"
-    if recipe.data.train != "embedded" and recipe.data.test is None:
-        yield "data.test is required when data.train is a file: accuracy is never reported on training problems."
-    if recipe.task.name == "math" and "embedded" in (recipe.data.train, recipe.data.test):
-        yield "task math has no embedded problems: set data.train and data.test to GSM8K-style files."
+    if recipe.data.train != "embedded" and recipe.data.test is None and not has_split(recipe.data.train, "test"):
+        yield (
+            "data.test is required when data.train is a file or has no test file in it: results are never reported on "
+            "training problems."
+        )
+    task = TASKS.get(recipe.task.name)
+    if task is not None and not task.has_embedded and "embedded" in (recipe.data.train, recipe.data.test):
+        yield f"task {task.name} has no embedded problems: set data.train and data.test to files, folders or hub names."
+
+
+def _task_fields(recipe: Recipe) -> Iterator[str]:
+    """Fields that only some tasks have."""
+    given, task = recipe.task, TASKS[recipe.task.name]
+    if task.subsets and given.subset is None:
+        yield f"task.subset is not set: task {task.name} is several tasks; choose one of {', '.join(task.subsets)}."
+    elif given.subset is not None and given.subset not in task.subsets:
+        known = _near(given.subset, task.subsets) if task.subsets else f": task {task.name} has none; leave it out."
+        yield f"task.subset = {given.subset!r}: unknown subset{known}"
+    if given.scoring == "likelihood" and task.name != "commonsense":
+        yield f"task.scoring = likelihood needs problems with choices, which task {task.name} has not; leave it out."
+    if task.kind == "generation":
+        for name in ("labels", "metric"):
+            if getattr(given, name) is not None:
+                yield f"task.{name} is for classification tasks, and {task.name} is none; leave it out."
+        if recipe.trainer.head_learning_rate is not None:
+            yield f"trainer.head_learning_rate is for classification tasks, and {task.name} is none; leave it out."
+        return
+    if given.metric is not None and given.metric not in METRICS:
+        yield f"task.metric = {given.metric!r}: unknown metric{_near(given.metric, METRICS)}"
+    if given.labels is not None and (len(given.labels) < 2 or len(set(given.labels)) < len(given.labels)):
+        yield "task.labels: give two or more different classes."
+    for name in ("template", "max_new_tokens"):
+        if getattr(given, name) is not None:
+            yield f"task.{name} is for tasks that generate text, and {task.name} does not; leave it out."
+    if recipe.model.path == "embedded":
+        yield (
+            f"model.path: the embedded model is a language model for arithmetic; name one for task {task.name}, for "
+            "instance an encoder such as BERT, with --model.path."
+        )
 
 
 def _near(name: str, known: object) -> str:

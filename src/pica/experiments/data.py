@@ -1,65 +1,109 @@
 """Examples of a recipe's three splits, and their token sequences."""
 
+import dataclasses
 import logging
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from pica.errors import DataError
 from pica.experiments.recipe import Recipe
-from pica.tasks import Example, Source, Split, Task
+from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task
+from pica.tasks.labelled import check_labels, checked_target, classes_of
+from pica.tasks.records import has_split
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of tokens without loss, as torch's cross entropy has it
+_MOST_TAKEN_OUT = 1000
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to learn from, to choose learning rates by, and to report on."""
+    """Examples to learn from, to choose learning rates by, and to report on, of the task's own type."""
 
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    train: list[Any]
+    validation: list[Any]
+    test: list[Any]
 
 
 def source(recipe: Recipe, split: Split, *, limit: int | None) -> Source:
     """Where one split of a recipe comes from; `location` is that of training problems where the split has no own."""
     location = getattr(recipe.data, split) or recipe.data.train
-    return Source(location, limit, recipe.data.seed, recipe.task.template, recipe.data.columns)
+    task = get_task(recipe.task.name)
+    return Source(
+        location,
+        limit,
+        recipe.data.seed,
+        recipe.task.template,
+        recipe.data.columns,
+        recipe.task.subset,
+        None if task.kind == "generation" else target_of(recipe, task),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def target_of(recipe: Recipe, task: ClassificationTask) -> Target:
+    """What a classification recipe predicts.
+
+    Raises:
+        ConfigError: The recipe's classes or metric do not fit the task.
+    """
+    return checked_target(task.target(recipe.task.subset), labels=recipe.task.labels, metric=recipe.task.metric)
+
+
+def with_classes(recipe: Recipe, splits: Splits) -> Recipe:
+    """The recipe with the classes that its training examples have, if it needs any; others are returned as they are.
+
+    Raises:
+        DataError: There is only one class, or another split has one that the training examples lack.
+    """
+    task = get_task(recipe.task.name)
+    if task.kind == "generation":
+        return recipe
+    target = target_of(recipe, task)  # pyright: ignore[reportArgumentType] -- its kind says so
+    if target.regression:
+        return recipe
+    labels = target.labels or classes_of(splits.train)
+    for name in ("train", "validation", "test"):
+        check_labels(getattr(splits, name), labels, name)
+    return dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, labels=list(labels)))
 
 
 def needs_validation(recipe: Recipe) -> bool:
-    """Whether a recipe chooses anything, or names validation problems."""
+    """Whether a recipe chooses anything, asks for validation problems, or names them."""
     chooses = len(recipe.trainer.learning_rates) > 1
     chooses |= recipe.baseline.method is not None and len(recipe.baseline.learning_rates) > 1
-    return chooses or recipe.data.validation is not None
+    return chooses or recipe.data.hold_out or recipe.data.validation is not None
 
 
 def load_splits(recipe: Recipe, task: Task) -> Splits:
     """Read or generate all splits.
 
-    Validation problems are the validation source's, else generated ones, else taken out of the training file by the
-    data seed. Training problems that are test or validation problems too are left out with a warning.
+    Validation problems are the validation source's, else generated ones or those of the training folder, else taken out
+    of the training problems by the data seed. Training problems that are test or validation problems too are left out
+    with a warning.
 
     Raises:
         DataError: A source is missing, empty or malformed, or holds too few problems.
     """
-    data, validation = recipe.data, []
-    own_source = data.validation is not None or data.train == "embedded"
+    data = recipe.data
+    validation: list[Any] = []
+    own_source = data.validation is not None or data.train == "embedded" or has_split(data.train, "validation")
     if needs_validation(recipe) and own_source:
-        validation = task.load("validation", source(recipe, "validation", limit=data.validation_limit))
+        validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit)))
     if needs_validation(recipe) and not own_source:
         everything = task.load("train", source(recipe, "train", limit=None))
-        train, validation = take_out(everything, data.validation_limit, seed=data.seed)
+        count = data.validation_limit or max(1, min(len(everything) // 10, _MOST_TAKEN_OUT))
+        train, validation = take_out(everything, count, seed=data.seed)
         train = train[: data.train_limit]
     else:
-        train = task.load("train", source(recipe, "train", limit=data.train_limit))
-    test = task.load("test", source(recipe, "test", limit=data.test_limit))
+        train = list(task.load("train", source(recipe, "train", limit=data.train_limit)))
+    test = list(task.load("test", source(recipe, "test", limit=data.test_limit)))
     kept = without(train, [*test, *validation])
     if len(kept) < len(train):
         action = "kept, as data.keep_test_problems says" if data.keep_test_problems else "left out"
@@ -72,17 +116,17 @@ def load_splits(recipe: Recipe, task: Task) -> Splits:
     return Splits(train, validation, test)
 
 
-def without(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
-    """The examples whose prompt is none of the others', whatever the case, spacing and punctuation."""
-    taken = {_words(example.prompt) for example in others}
-    return [example for example in examples if _words(example.prompt) not in taken]
+def without(examples: Sequence[AnyExample], others: Sequence[AnyExample]) -> list[Any]:
+    """The examples that are none of the others, whatever the case, spacing and punctuation."""
+    taken = {_words(example.identity) for example in others}
+    return [example for example in examples if _words(example.identity) not in taken]
 
 
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def take_out(examples: Sequence[Example], count: int, *, seed: int) -> tuple[list[Example], list[Example]]:
+def take_out(examples: Sequence[AnyExample], count: int, *, seed: int) -> tuple[list[Any], list[Any]]:
     """Split examples into (kept, taken out), the latter drawn with a generator of its own.
 
     Raises:

@@ -1,16 +1,16 @@
 """How good a model is at a task: answers that it generates, and the loss on the gold ones."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pica.experiments.data import IGNORED, encode, prompt_ids, special_ids
-from pica.experiments.reporting import Reporter
-from pica.tasks import Example, Task
+from pica.experiments.reporting import Advance, Reporter
+from pica.tasks import Example, GenerationTask
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Prediction:
     extracted: str | None
     gold: str
     correct: bool
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,36 +30,61 @@ class Evaluation:
     """What was measured on a set of examples.
 
     Attributes:
-        accuracy: Share of right answers.
-        stderr: Standard error of the accuracy, sqrt(p (1 - p) / n).
-        loss: Mean negative log-likelihood of the gold completions, in nats a token, the end-of-text token included.
+        metric: Name of the metric that the task is judged by.
+        score: Its value; higher is better.
+        stderr: Its standard error; sqrt(p (1 - p) / n) for a share of right answers.
+        metrics: This and the task's other metrics by name.
+        loss: Generation: mean negative log-likelihood of the gold completions, in nats a token, the end-of-text token
+            included. Classification: mean cross-entropy in nats an example; regression: mean squared error.
         examples: Number of examples.
-        tokens: Number of tokens that the loss is the mean of.
+        tokens: Number of tokens that a generation task's loss is the mean of.
         predictions: One for each example, in the examples' order.
+        groups: Accuracy, standard error and number of examples of each data set, where there are several; the score is
+            then the mean of theirs.
     """
 
-    accuracy: float
+    metric: str
+    score: float
     stderr: float
+    metrics: Mapping[str, float]
     loss: float
     examples: int
-    tokens: int
-    predictions: list[Prediction]
+    tokens: int | None
+    predictions: Sequence[Any]
+    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """All numbers, without the predictions."""
-        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+        """All numbers, without the predictions, the metrics by their names."""
+        chosen = {"metric": self.metric, "score": self.score, "stderr": self.stderr, **self.metrics, "loss": self.loss}
+        counts = {"examples": self.examples, "tokens": self.tokens}
+        given = {name: count for name, count in counts.items() if count is not None}
+        return chosen | given | ({"groups": self.groups} if self.groups else {})
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The predictions as they are written to a file."""
+        for row in self.predictions:
+            shown = row if isinstance(row, dict) else asdict(row)
+            yield {name: value for name, value in shown.items() if name != "group" or value}
+
+
+def shown_score(metric: str, score: float, stderr: float) -> str:
+    """A score with its standard error: shares in percent, correlations as they are."""
+    if metric in ("accuracy", "f1"):
+        return f"{score:.1%} ± {stderr:.1%}"
+    return f"{score:.4f} ± {stderr:.4f}"
 
 
 def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: GenerationTask,
     examples: Sequence[Example],
     *,
     batch_size: int,
     max_new_tokens: int,
     reporter: Reporter,
     label: str,
+    by_likelihood: bool = False,
 ) -> Evaluation:
     """Answer every example greedily and measure the loss on the gold answers.
 
@@ -71,24 +97,51 @@ def evaluate(
         max_new_tokens: Longest answer.
         reporter: Is shown a bar with the accuracy so far.
         label: What the bar is called.
+        by_likelihood: Take the likeliest of each example's choices instead of generating.
     """
-    texts = answers(model, tokenizer, task, examples, batch_size, max_new_tokens, reporter, label)
+    if by_likelihood:
+        texts = likeliest(model, tokenizer, examples, batch_size, reporter, label)
+    else:
+        texts = answers(model, tokenizer, task, examples, batch_size, max_new_tokens, reporter, label)
     predictions = []
     for example, text in zip(examples, texts):
-        extracted = task.extract(text)
+        extracted = task.extract(text, example)
         correct = task.correct(extracted, example.answer)
-        predictions.append(Prediction(example.prompt, text, extracted, example.answer, correct))
-    accuracy = sum(prediction.correct for prediction in predictions) / len(predictions)
+        predictions.append(Prediction(example.prompt, text, extracted, example.answer, correct, example.group))
+    groups = {
+        name: _share([one.correct for one in predictions if one.group == name])
+        for name in dict.fromkeys(example.group for example in examples)
+    }
+    # The mean over data sets, each counting the same, as papers report several; of one set it is simply its share.
+    accuracy = sum(group["accuracy"] for group in groups.values()) / len(groups)
+    stderr = math.sqrt(sum(group["stderr"] ** 2 for group in groups.values())) / len(groups)
+    metrics = {"accuracy": accuracy}
+    for name, right in task.other_scores.items():
+        metrics[name] = sum(right(text, example.answer) for text, example in zip(texts, examples)) / len(texts)
     loss, tokens = held_out_loss(model, tokenizer, examples, batch_size=batch_size)
-    stderr = math.sqrt(accuracy * (1 - accuracy) / len(predictions))
-    return Evaluation(accuracy, stderr, loss, len(predictions), tokens, predictions)
+    return Evaluation(
+        "accuracy",
+        accuracy,
+        stderr,
+        metrics,
+        loss,
+        len(predictions),
+        tokens,
+        predictions,
+        groups if len(groups) > 1 else {},
+    )
+
+
+def _share(right: Sequence[bool]) -> dict[str, float]:
+    share = sum(right) / len(right)
+    return {"accuracy": share, "stderr": math.sqrt(share * (1 - share) / len(right)), "examples": len(right)}
 
 
 @torch.inference_mode()
 def answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: GenerationTask,
     examples: Sequence[Example],
     batch_size: int,
     max_new_tokens: int,
@@ -112,31 +165,73 @@ def answers(
     texts = [""] * len(examples)
     right = done = 0
     with reporter.bar(label, len(examples)) as advance:
-        for indices in _batches([len(ids) for ids in prompts], batch_size):
+        for indices in length_batches([len(ids) for ids in prompts], batch_size):
             ids, mask = _left_padded([prompts[index] for index in indices], padding)
             ids, mask = ids.to(model.device), mask.to(model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(indices, new):
                 texts[index] = text
-                right += task.correct(task.extract(text), examples[index].answer)
+                right += task.correct(task.extract(text, examples[index]), examples[index].answer)
             done += len(indices)
             advance(len(indices), f"{right}/{done} right")
     return texts
 
 
-@torch.inference_mode()
+def likeliest(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    reporter: Reporter,
+    label: str,
+) -> list[str]:
+    """For each example the completion with the highest likelihood among those that end in one of its choices.
+
+    Likelihoods are of all tokens of the completion and the end of the text; choices that are longer get no bonus.
+    """
+    candidates, owners = [], []
+    for index, example in enumerate(examples):
+        stem = example.completion.removesuffix(example.answer)
+        for choice in example.choices:
+            candidates.append(replace(example, completion=stem + choice))
+            owners.append(index)
+    best: dict[int, tuple[float, str]] = {}
+    with reporter.bar(label, len(candidates)) as advance:
+        losses = completion_losses(model, tokenizer, candidates, batch_size=batch_size, advance=advance)
+    for owner, candidate, (loss, _) in zip(owners, candidates, losses):
+        if owner not in best or loss < best[owner][0]:
+            best[owner] = loss, candidate.completion
+    return [best[index][1] for index in range(len(examples))]
+
+
 def held_out_loss(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int
 ) -> tuple[float, int]:
     """Mean negative log-likelihood of the gold completions in nats a token, and the number of tokens."""
+    chosen = [example for example in examples if example.completion.strip()] or examples
+    losses = completion_losses(model, tokenizer, chosen, batch_size=batch_size)
+    tokens = sum(count for _, count in losses)
+    return sum(loss for loss, _ in losses) / tokens, tokens
+
+
+@torch.inference_mode()
+def completion_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    advance: Advance | None = None,
+) -> list[tuple[float, int]]:
+    """Negative log-likelihood in nats of each example's completion, end-of-text token included, and its tokens."""
     model.eval()
-    rows = encode([example for example in examples if example.completion.strip()] or examples, tokenizer)
+    rows = encode(examples, tokenizer)
     ids, labels = rows["input_ids"], rows["labels"]
     lengths = [len(row) for row in ids]
     _, padding = special_ids(tokenizer)
-    total, tokens = 0.0, 0
-    for indices in _batches(lengths, batch_size):
+    losses = [(0.0, 0)] * len(lengths)
+    for indices in length_batches(lengths, batch_size):
         width = max(lengths[index] for index in indices)
         batch = torch.full((len(indices), width), padding)
         target = torch.full((len(indices), width), IGNORED)
@@ -146,16 +241,20 @@ def held_out_loss(
             target[row, : lengths[index]] = torch.tensor(labels[index])
             mask[row, : lengths[index]] = 1
         logits = model(input_ids=batch.to(model.device), attention_mask=mask.to(model.device)).logits
-        counted = target[:, 1:].to(logits.device) != IGNORED  # (batch, width - 1)
+        target = target[:, 1:].to(logits.device)
+        counted = target != IGNORED  # (batch, width - 1)
         # Only completion positions are upcast: all of them in float32 are the largest tensor of the whole run.
         scores = logits[:, :-1][counted].float()  # (tokens, vocabulary)
-        gold = target[:, 1:].to(logits.device)[counted]
-        total += torch.nn.functional.cross_entropy(scores, gold, reduction="sum").item()
-        tokens += gold.numel()
-    return total / tokens, tokens
+        each = torch.nn.functional.cross_entropy(scores, target[counted], reduction="none").double().cpu()
+        counts = counted.sum(1).tolist()
+        for index, part in zip(indices, each.split(counts)):
+            losses[index] = part.sum().item(), len(part)
+        if advance is not None:
+            advance(len(indices))
+    return losses
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first, so that memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), size):

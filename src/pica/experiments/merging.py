@@ -3,11 +3,22 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
-from pica.experiments.models import DTYPES, base_of, load_adapter, load_model, load_tokenizer, locate
+from pica.experiments.assessing import run_of
+from pica.experiments.models import (
+    DTYPES,
+    base_of,
+    load_adapter,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    locate,
+    task_type_of,
+)
 from pica.experiments.recipe import ModelSection
 
 
@@ -32,8 +43,13 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
     files.check_free(target, overwrite=False)
     section = ModelSection(path=base_of(adapter, base), dtype="float32")
     chosen = DTYPES[dtype] if dtype in DTYPES else _stored_dtype(section)
-    tokenizer = load_tokenizer(section)
-    merged = load_adapter(load_model(section), adapter).merge_and_unload()
+    classifies = task_type_of(adapter) == "SEQ_CLS"
+    tokenizer = load_tokenizer(section, generates=not classifies)
+    if classifies:
+        model, _ = load_classifier(section, AutoModelForSequenceClassification, labels=_classes(adapter), seed=0)
+    else:
+        model = load_model(section)
+    merged = load_adapter(model, adapter).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     merged = merged.to(chosen)  # pyright: ignore[reportArgumentType]
     for name, parameter in merged.named_parameters():
@@ -46,6 +62,24 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
         merged.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
     return target
+
+
+def _classes(adapter: Path) -> list[str] | None:
+    """Names of a classifier's outputs, from its run, else as transformers numbers them; None for a single output."""
+    recipe = run_of(adapter)
+    if recipe is not None and recipe.task.labels is not None:
+        return recipe.task.labels
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        heads = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118 -- the file object is no mapping
+        outputs = max((file.get_slice(name).get_shape()[0] for name in heads), default=0)
+    if not outputs:
+        raise AdapterFileError(
+            f"Adapter {str(adapter)!r} is for classification but holds no classifier; train it again."
+        )
+    return None if outputs == 1 else [f"LABEL_{number}" for number in range(outputs)]
+
+
+_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
 def _stored_dtype(section: ModelSection) -> torch.dtype:

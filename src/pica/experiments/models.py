@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import peft
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import pica
 from pica.errors import AdapterFileError, ConfigError, PicaError
@@ -41,28 +49,92 @@ def locate(path: str) -> str:
 
 
 def load_model(section: ModelSection) -> PreTrainedModel:
-    """The frozen base model, in evaluation mode on the CPU.
+    """The frozen base model of a generation task, in evaluation mode on the CPU.
 
     Raises:
         ConfigError: The folder is incomplete, or the hub has no such model or cannot be reached.
     """
+    return _from_pretrained(AutoModelForCausalLM, section, _options(section)).eval()
+
+
+def load_classifier(
+    section: ModelSection, auto_class: Any, *, labels: Sequence[str] | None, seed: int
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with a classification head, in evaluation mode on the CPU.
+
+    Args:
+        section: Which model.
+        auto_class: transformers' class that puts the head on, such as AutoModelForSequenceClassification.
+        labels: Names of the classes, one output each; None: one output, for a regression.
+        seed: Decides the initial values of layers that the model's files do not have; the global generator is left alone.
+
+    Returns:
+        The model, and the names of the modules that are newly made, since they must be trained and stored.
+
+    Raises:
+        ConfigError: As `load_model`, or the files lack weights of the model's body.
+    """
+    options = _options(section) | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if labels is None:
+        options |= {"num_labels": 1, "problem_type": "regression"}
+    else:
+        names = dict(enumerate(labels))
+        options |= {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+            "problem_type": "single_label_classification",
+        }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, found = _from_pretrained(auto_class, section, options)
+    missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    body = f"{model.base_model_prefix}."
+    if lost := sorted(key for key in missing if key.startswith(body) and "pooler" not in key):
+        raise ConfigError(
+            f"Model {section.path!r} lacks {len(lost)} of the weights that {type(model).__name__} needs, such as "
+            f"{lost[0]}; it is another kind of model, or its files are damaged."
+        )
+    # Within the body the smallest module, outside it (heads, poolers) the outermost: PEFT saves a head as one.
+    new = {key.rpartition(".")[0] if key.startswith(body) else key.partition(".")[0] for key in missing}
+    return model.eval(), sorted(new)
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The model's configuration, without its weights.
+
+    Raises:
+        ConfigError: It is not to be had.
+    """
+    return _from_pretrained(AutoConfig, section, {})
+
+
+def _options(section: ModelSection) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": "auto" if section.dtype == "auto" else DTYPES[section.dtype]}
     if section.attention is not None:
         options["attn_implementation"] = section.attention
-    model = _from_pretrained(AutoModelForCausalLM, section, options)
-    return model.eval()
+    return options
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: ModelSection, *, generates: bool = True) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
+    Args:
+        section: Which model.
+        generates: Whether texts are to be generated, which needs an end-of-text token.
+
     Raises:
-        ConfigError: There is none, or it has no end-of-text token.
+        ConfigError: There is none, or it lacks a token that is needed.
     """
     tokenizer = _from_pretrained(AutoTokenizer, section, {})
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"The tokenizer of {section.path!r} has no end-of-text token, so no answer could ever end.")
+    if generates and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"The tokenizer of {section.path!r} has no end-of-text token, so no answer could ever end; the model does not "
+            "generate text."
+        )
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"The tokenizer of {section.path!r} has no padding token, so texts can't form a batch.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -106,6 +178,18 @@ def base_of(adapter: Path, base: str | None = None) -> str:
     if problem := model_problem(recorded):
         raise AdapterFileError(f"The base model of adapter {str(adapter)!r}: {problem} Name it with --base.")
     return recorded
+
+
+def task_type_of(adapter: Path) -> str | None:
+    """PEFT's name for what an adapter's model does, as recorded with it.
+
+    Raises:
+        AdapterFileError: The folder holds no readable adapter_config.json.
+    """
+    try:
+        return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
 
 
 def _from_pretrained(loader: Any, section: ModelSection, options: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """A recipe: everything that decides a training run. The text under each field is its help on the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -9,7 +9,7 @@ class ModelSection:
     """The pre-trained model that is adapted."""
 
     path: str = "embedded"
-    """Folder or hub name of a causal language model; "embedded" is the small model inside this package."""
+    """Folder or hub name of a model; "embedded" is the small language model inside this package."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
@@ -22,22 +22,28 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """Where the problems come from. Sources: "embedded", a .json or .jsonl file, hub:OWNER/NAME[/CONFIG][:SPLIT]."""
+    """Where the problems come from.
+
+    A source is "embedded", a .json, .jsonl, .tsv or .csv file, a folder with train, validation (dev) and test files, or
+    hub:OWNER/NAME[/CONFIG][:SPLIT].
+    """
 
     train: str = "embedded"
     """Source of the training problems."""
     validation: str | None = None
-    """Source of the problems that choose between learning rates; if unset, some are taken out of the training ones."""
+    """Source of the problems that choose between learning rates; if unset, the folder's, or out of the training ones."""
     test: str | None = None
-    """Source of the problems that accuracy is reported on, never used to choose anything; required with files."""
+    """Source of the problems that results are reported on, never used to choose anything; required with files."""
     train_limit: int | None = None
     """Use at most this many training problems."""
-    validation_limit: int = 100
-    """Use, or take out of the training problems, at most this many for validation."""
+    validation_limit: int | None = None
+    """Use, or take out, this many for validation; if unset, all of a file, or a tenth of the training problems."""
     test_limit: int | None = None
-    """Use at most this many test problems."""
+    """Use at most this many test problems; of classification files the seed draws them, of others they are the first."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the task's fields in your files, for instance {question: prompt, solution: target}."""
+    hold_out: bool = False
+    """Take validation problems out also where nothing is chosen by them, so that runs which choose learn from the same."""
     keep_test_problems: bool = False
     """Learn from training problems even if they are test problems too; published sets often overlap."""
     seed: int = 0
@@ -49,7 +55,15 @@ class TaskSection:
     """What is asked and how answers are scored."""
 
     name: str = "arithmetic"
-    """Task: arithmetic or math."""
+    """Task: arithmetic, commonsense, glue, math or sentiment."""
+    subset: str | None = None
+    """glue: which of the eight, for instance mrpc."""
+    labels: list[str] | None = None
+    """Classification: the classes in the order of the model's outputs; those of the training data if unset."""
+    metric: str | None = None
+    """Classification: what comes first: accuracy, f1, matthews; or pearson, spearman, which make it a regression."""
+    scoring: Literal["generation", "likelihood"] = "generation"
+    """commonsense: read the answer out of what the model writes, or take the likeliest of the choices."""
     template: str | None = None
     """Prompt: alpaca, question or plain; the task's own choice if unset."""
     max_new_tokens: int | None = None
@@ -61,9 +75,10 @@ class AdapterSection:
     """The method that adapts the model."""
 
     method: str = "pica"
-    """Method: pica, svft or lora."""
+    """Method: pica, svft, full (the target modules' own weights), or PEFT's lora, rslora, dora, pissa, mica, adalora,
+    vera, randlora, vblora, boft, psoft, ia3, miss."""
     r: int = 32
-    """pica, lora: rank."""
+    """Rank, for methods that have one."""
     target_modules: list[str] | str | None = None
     """Layers to adapt: a list of names, one regular expression, or all-linear; the method's default if unset."""
     exclude_modules: list[str] | str | None = None
@@ -84,9 +99,11 @@ class AdapterSection:
     off_diagonals: int | None = None
     """svft: diagonals on each side of the main one that decide the number of entries; every pattern but plain needs it."""
     lora_alpha: float | None = None
-    """lora: scale numerator; the update is scaled by lora_alpha / r. Twice the rank if unset."""
+    """lora and its kin: numerator of the scale lora_alpha / r; if unset twice the rank (rslora: 16, pissa: r)."""
     lora_dropout: float = 0.0
     """lora: dropout on the adapter's input."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the method's PEFT configuration, for instance {boft_block_size: 8}."""
 
 
 @dataclass
@@ -104,7 +121,9 @@ class TrainerSection:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     learning_rates: list[float] = field(default_factory=list)
-    """Rates to choose from by validation loss, each trained in full; overrides learning_rate."""
+    """Rates to choose from on validation problems, each trained in full; overrides learning_rate."""
+    head_learning_rate: float | None = None
+    """Classification: peak rate of newly made layers (the head); that of the adapter if unset."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Course of the learning rate after warm-up."""
     warmup: float = 0.1
@@ -144,7 +163,7 @@ class BaselineSection:
     r: int = 1
     """Its rank."""
     learning_rates: list[float] = field(default_factory=lambda: [1e-3])
-    """Its learning rates to choose from by validation loss, each trained in full."""
+    """Its learning rates to choose from on validation problems, each trained in full."""
 
 
 @dataclass

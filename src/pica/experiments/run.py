@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ import torch
 import pica
 from pica.errors import ConfigError, OutputError, TrainingError
 from pica.experiments import output as files
-from pica.experiments.adapters import attach, baseline_section, parameter_counts, size_of, title_of
-from pica.experiments.data import encode, load_splits
-from pica.experiments.evaluation import Evaluation, evaluate, held_out_loss
+from pica.experiments.adapters import baseline_section, parameter_counts, size_of, title_of
+from pica.experiments.data import load_splits, with_classes
+from pica.experiments.evaluation import Evaluation, shown_score
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.measuring import machine, versions
-from pica.experiments.models import device, load_adapter, load_model, load_tokenizer
+from pica.experiments.models import device
 from pica.experiments.parsing import dump_recipe, load_recipe
+from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter
 from pica.experiments.training import last_checkpoint, train
@@ -107,6 +108,11 @@ def _guarded(run: "_Run") -> RunResult:
         raise Interrupted(checkpoint=latest, folder=run.folder if begun else None) from None
 
 
+def preference(candidate: Mapping[str, Any]) -> tuple[float, float]:
+    """Orders trained candidates, the best first: by validation score where the task has a cheap one, else by loss."""
+    return -(candidate["validation_score"] or 0.0), candidate["validation_loss"] or 0.0
+
+
 class _Phases:
     """Results of finished phases, kept in a file until the run is complete."""
 
@@ -143,12 +149,12 @@ class _Run:
 
     def execute(self) -> RunResult:
         """Do every phase that is not done yet, and write the results."""
-        recipe = self.recipe
-        if recipe.trainer.threads is not None:
-            torch.set_num_threads(recipe.trainer.threads)
-        self.splits = load_splits(recipe, self.task)
-        self.tokenizer = load_tokenizer(recipe.model)
-        self.rows = encode(self.splits.train, self.tokenizer, max_length=recipe.trainer.max_length)
+        if self.recipe.trainer.threads is not None:
+            torch.set_num_threads(self.recipe.trainer.threads)
+        self.splits = load_splits(self.recipe, self.task)
+        recipe = self.recipe = with_classes(self.recipe, self.splits)
+        self.pipeline = make_pipeline(recipe)
+        self.rows = self.pipeline.encode(self.splits.train)
         counts = {name: len(getattr(self.splits, name)) for name in ("train", "validation", "test")}
         self.reporter.say("Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
         # The adapter is put on before anything is measured: a wrong target must show now, not after minutes.
@@ -183,22 +189,23 @@ class _Run:
         return RunResult(self.folder, metrics)
 
     def _adapted(self, section: AdapterSection) -> peft.PeftModel:
-        return attach(load_model(self.recipe.model), section, seed=self.recipe.trainer.seed)
+        return self.pipeline.adapt(section, seed=self.recipe.trainer.seed)
 
     def _describe(self, model: peft.PeftModel, section: AdapterSection) -> None:
         if section.method in ("pica", "svft"):
             self.reporter.say(str(pica.coverage(model)))
         count = parameter_counts(model)
+        head = f", {count['head']:,} of them in the new head" if count["head"] else ""
         self.reporter.say(
             f"Trainable parameters ({title_of(section)}): {count['trainable']:,} "
-            f"of {count['total']:,} ({count['trainable'] / count['total']:.3%})"
+            f"of {count['total']:,} ({count['trainable'] / count['total']:.3%}){head}"
         )
 
     def _base(self, model: peft.PeftModel | None) -> dict[str, Any]:
         """Measure the model without an adapter; `model` is None only when that has been done."""
         if "base" in self.phases:
             return self.phases["base"]
-        chosen = load_model(self.recipe.model) if model is None else model
+        chosen = self.pipeline.load_base() if model is None else model
         without = chosen.disable_adapter() if isinstance(chosen, peft.PeftModel) else contextlib.nullcontext()
         with without:
             found = self._evaluate(chosen, "Base model: answering")
@@ -208,7 +215,7 @@ class _Run:
     def _fit(
         self, name: str, section: AdapterSection, rates: Sequence[float], model: peft.PeftModel | None
     ) -> dict[str, Any]:
-        """Train with each rate, keep the best by validation loss, and measure it as read back from its file."""
+        """Train with each rate, keep the best on the validation problems, and measure it as read back from its file."""
         if name in self.phases:
             return self.phases[name]
         title = title_of(section)
@@ -228,11 +235,12 @@ class _Run:
         usable = [candidate for candidate in candidates if "failed" not in candidate]
         if not usable:
             raise TrainingError(f"None of the learning rates {list(rates)} trained; add lower ones.")
-        best = min(usable, key=lambda candidate: candidate["validation_loss"] or 0.0)
+        best = min(usable, key=preference)
         if len(rates) > 1:
-            self.reporter.say(f"{title}: learning rate {best['learning_rate']:g} has the lowest validation loss")
+            quality = "lowest validation loss" if best["validation_score"] is None else "best validation score"
+            self.reporter.say(f"{title}: learning rate {best['learning_rate']:g} has the {quality}")
         written = self.checkpoints / f"{name}-lr{best['learning_rate']:g}" / "adapter"
-        adapted = load_adapter(load_model(self.recipe.model), written)
+        adapted = self.pipeline.read(written)
         found = self._evaluate(adapted, f"{title}: answering")
         suffix = "adapter" if name == "adapter" else f"baseline-{section.method}"
         self._report(title, found, f"predictions-{suffix}.jsonl")
@@ -242,7 +250,7 @@ class _Run:
             "method": section.method,
             "title": title,
             **size_of(section),
-            **{key: best[key] for key in ("learning_rate", "parameters", "validation_loss")},
+            **{key: best[key] for key in ("learning_rate", "parameters", "validation_loss", "validation_score")},
             **found.summary(),
             "training": best["training"],
             "file_bytes": (written / "adapter_model.safetensors").stat().st_size,
@@ -255,7 +263,7 @@ class _Run:
         place = self.checkpoints / key
         training = train(
             model,
-            self.tokenizer,
+            self.pipeline,
             self.rows,
             self.recipe.trainer,
             learning_rate=rate,
@@ -264,13 +272,11 @@ class _Run:
             reporter=self.reporter,
             label=label,
         )
-        loss = None
-        if self.splits.validation:
-            batch = self.recipe.trainer.eval_batch_size
-            loss, _ = held_out_loss(model, self.tokenizer, self.splits.validation, batch_size=batch)
+        found = self.pipeline.held_out(model, self.splits.validation) if self.splits.validation else None
         result = {
             "learning_rate": rate,
-            "validation_loss": loss,
+            "validation_loss": found.loss if found else None,
+            "validation_score": found.score if found else None,
             "parameters": parameter_counts(model),
             "training": dataclasses.asdict(training),
         }
@@ -279,23 +285,16 @@ class _Run:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _evaluate(self, model: Any, label: str) -> Evaluation:
-        return evaluate(
-            model.to(device()),
-            self.tokenizer,
-            self.task,
-            self.splits.test,
-            batch_size=self.recipe.trainer.eval_batch_size,
-            max_new_tokens=self.recipe.task.max_new_tokens or self.task.default_max_new_tokens,
-            reporter=self.reporter,
-            label=label,
-        )
+        return self.pipeline.evaluate(model.to(device()), self.splits.test, reporter=self.reporter, label=label)
 
     def _report(self, title: str, found: Evaluation, file: str) -> None:
-        files.write_jsonl(self.folder / file, map(dataclasses.asdict, found.predictions))
+        files.write_jsonl(self.folder / file, found.rows())
         self.reporter.say(
-            f"{title}: accuracy {found.accuracy:.1%} ± {found.stderr:.1%} on {found.examples} test problems, "
-            f"held-out loss {found.loss:.4f}"
+            f"{title}: {found.metric} {shown_score(found.metric, found.score, found.stderr)} on {found.examples} test "
+            f"problems, held-out loss {found.loss:.4f}"
         )
+        for name, group in found.groups.items():
+            self.reporter.say(f"  {name}: {shown_score('accuracy', group['accuracy'], group['stderr'])}")
 
     def _write_curves(self, metrics: dict[str, Any]) -> None:
         """All loss curves in one table; metrics.json keeps their first and last points."""

@@ -1,31 +1,28 @@
 """One training: a model with an adapter, data and settings in; a trained adapter folder and its measurements out."""
 
-import dataclasses
 import json
-import logging
 import math
-import shutil
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import peft
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pica.adapters import saving
 from pica.errors import TrainingError
+from pica.experiments.allocation import RankAllocation
 from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
-from pica.experiments.output import translated_write_errors
 from pica.experiments.recipe import TrainerSection
 from pica.experiments.reporting import Advance, Reporter
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from pica.experiments.pipelines import Pipeline
 
 _STATE = "trainer_state.json"  # the last file that the trainer writes into a checkpoint
 
@@ -51,7 +48,7 @@ class Training:
 
 def train(
     model: peft.PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pipeline: "Pipeline",
     dataset: datasets.Dataset,
     section: TrainerSection,
     *,
@@ -65,8 +62,8 @@ def train(
 
     Args:
         model: Base model with a fresh adapter; trained in place.
-        tokenizer: Its tokenizer.
-        dataset: Columns `input_ids` and `labels`, see `pica.experiments.data.encode`.
+        pipeline: Makes the trainer.
+        dataset: What the pipeline's `encode` gave.
         section: Settings.
         learning_rate: Peak rate (`section` may list several).
         checkpoints: Folder for checkpoints; created when the first one is written.
@@ -79,16 +76,16 @@ def train(
         OutputError: A checkpoint or the adapter can't be written.
         Interrupted: A signal asked to stop; a checkpoint has been written.
     """
-    arguments = _arguments(section, learning_rate, checkpoints)
     resume_from = last_checkpoint(checkpoints)
     with stop_on_signal() as stop:
         watcher = _Watcher(stop)
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            callbacks=[watcher],
+        trainer = pipeline.trainer(
+            model,
+            dataset,
+            section,
+            learning_rate=learning_rate,
+            checkpoints=checkpoints,
+            callbacks=[watcher, *_method_callbacks(model)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -139,31 +136,6 @@ def _readable(state: Path) -> bool:
         return False
 
 
-class _Trainer(SFTTrainer):
-    """TRL's trainer, which also stops at the first loss that is no number and leaves no broken checkpoint."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not math.isfinite(loss.item()):  # the parent has already waited for the device
-            raise TrainingError(
-                f"The loss became {loss.item()} in step {self.state.global_step + 1}; nothing more was written. "
-                f"Lower trainer.learning_rate (now {self.args.learning_rate:g}) or check the model's weights."
-            )
-        return loss
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        try:
-            with translated_write_errors(folder):
-                super()._save_checkpoint(*args, **kwargs)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave out TRL's card: a checkpoint is no model to publish, and PEFT writes one with the adapter."""
-
-
 class _Watcher(TrainerCallback):
     """Times the steps, moves the bar, and stops training with a checkpoint when asked to."""
 
@@ -192,46 +164,12 @@ class _Watcher(TrainerCallback):
             self.advance(0, self._note)
 
 
+def _method_callbacks(model: peft.PeftModel) -> list[TrainerCallback]:
+    """What a method needs from the training loop."""
+    return [RankAllocation()] if model.peft_type == peft.PeftType.ADALORA else []
+
+
 def _no_bar(count: int = 1, note: str = "") -> None: ...
-
-
-def _arguments(section: TrainerSection, learning_rate: float, checkpoints: Path) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=section.batch_size,
-        gradient_accumulation_steps=section.accumulation,
-        learning_rate=learning_rate,
-        lr_scheduler_type=section.schedule,
-        warmup_steps=section.warmup,  # a value below 1 is a share of all steps
-        weight_decay=section.weight_decay,
-        optim=section.optimizer,
-        max_grad_norm=section.max_grad_norm,
-        max_steps=section.max_steps or -1,
-        num_train_epochs=section.epochs,
-        logging_steps=section.log_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would show the last finite loss in place of a NaN
-        save_strategy="steps" if section.save_steps else "no",
-        save_steps=section.save_steps or 500,
-        save_total_limit=1,
-        seed=section.seed,
-        data_seed=section.seed,
-        bf16=section.precision == "bfloat16",
-        fp16=section.precision == "float16",
-        **{_checkpointing_name(): section.gradient_checkpointing},  # pyright: ignore[reportArgumentType] -- a bool field
-        train_sampling_strategy="group_by_length" if section.group_by_length else "random",
-        max_length=section.max_length,
-        dataset_kwargs={"skip_prepare_dataset": True},  # ids and labels are ours already
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def _checkpointing_name() -> str:
-    """What the installed transformers calls recomputing activations. Always set: TRL's own default is on."""
-    names = {field.name for field in dataclasses.fields(SFTConfig)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def _total_steps(section: TrainerSection, rows: int) -> int:

@@ -4,10 +4,27 @@ from difflib import get_close_matches
 
 from pica.errors import ConfigError
 from pica.tasks.arithmetic import ArithmeticTask
-from pica.tasks.base import TEMPLATES, Example, Source, Split, Task, Template
+from pica.tasks.base import (
+    TEMPLATES,
+    AnyExample,
+    ClassificationTask,
+    Example,
+    GenerationTask,
+    LabelledText,
+    Source,
+    Split,
+    Target,
+    Task,
+    Template,
+)
+from pica.tasks.commonsense import CommonsenseTask
+from pica.tasks.glue import GlueTask
 from pica.tasks.math import MathTask
+from pica.tasks.sentiment import SentimentTask
 
-TASKS: dict[str, Task] = {task.name: task for task in (ArithmeticTask(), MathTask())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ArithmeticTask(), CommonsenseTask(), GlueTask(), MathTask(), SentimentTask())
+}
 
 
 def get_task(name: str) -> Task:
@@ -23,4 +40,18 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["TASKS", "TEMPLATES", "Example", "Source", "Split", "Task", "Template", "get_task"]
+__all__ = [
+    "TASKS",
+    "TEMPLATES",
+    "AnyExample",
+    "ClassificationTask",
+    "Example",
+    "GenerationTask",
+    "LabelledText",
+    "Source",
+    "Split",
+    "Target",
+    "Task",
+    "Template",
+    "get_task",
+]

@@ -1,10 +1,11 @@
 """Arithmetic word problems: generated ones that need no file, and instruction files in the LLM-Adapters form."""
 
 import logging
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from pica.errors import DataError
-from pica.tasks.base import Example, Source, Split, make_example
+from pica.tasks.base import Example, Kind, Source, Split, make_example
 from pica.tasks.columns import renamed
 from pica.tasks.numbers import answer_in, same_number, whole_number
 from pica.tasks.records import read_records
@@ -27,8 +28,12 @@ class ArithmeticTask:
     """
 
     name = "arithmetic"
+    kind: Kind = "generation"
+    subsets = ()
+    has_embedded = True
     default_template = "question"
     default_max_new_tokens = 96
+    other_scores: Mapping[str, Callable[[str, str], bool]] = {}
     markers = ("the answer is",)
 
     def load(self, split: Split, source: Source) -> list[Example]:
@@ -41,7 +46,7 @@ class ArithmeticTask:
         fields = renamed(_FIELDS, source.columns)
         examples: list[Example] = []
         unsolved: list[str] = []
-        for record in read_records(source.location)[: source.limit]:
+        for record in read_records(source.location, split)[: source.limit]:
             written = record.text(*fields["answer"])
             answer = whole_number(written)
             if answer is None and split != "train":
@@ -61,7 +66,7 @@ class ArithmeticTask:
             )
         return examples
 
-    def extract(self, text: str) -> str | None:
+    def extract(self, text: str, example: Example | None = None) -> str | None:
         """The number that a generated solution ends in."""
         return answer_in(text, self.markers)
 

@@ -1,31 +1,65 @@
-"""What a task is: prompts with target answers, how to read an answer out of generated text, and when it is right.
+"""What a task is: where its examples come from, and when a model's answer to one is right.
 
-A task is one class that satisfies `Task`; `pica.tasks.TASKS` names them. Nothing here needs torch.
+A task is one class that satisfies `GenerationTask` (the model writes an answer) or `ClassificationTask` (the model has a
+head with one output a class, or one number); `pica.tasks.TASKS` names them. Nothing here needs torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pica.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
+Kind = Literal["generation", "text-classification"]
+"""What a model does for a task; `pica.experiments.pipelines` holds how, one file each."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One problem as the model sees it.
+    """One problem of a generation task as the model sees it.
 
     Attributes:
         prompt: Everything the model is given; no loss is taken on it.
         completion: What it should continue with, without an end-of-text token.
         answer: The gold answer in the form `Task.correct` compares. Empty where a training row has none that can be
             checked; test rows always have one.
+        choices: The answers to choose from, where there is a list of them; the completion then ends in the gold one.
+        group: Which of several data sets it belongs to; results are then given for each, and the mean of them counts.
     """
 
     prompt: str
     completion: str
     answer: str
+    choices: tuple[str, ...] = ()
+    group: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What makes two examples the same problem."""
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One example of a text classification task.
+
+    Attributes:
+        text: The text, or the first of two.
+        label: Name of its class; a number where the task is a regression.
+        pair: The second text, for tasks on two.
+        place: Where it stands ("train.tsv, line 7"), for messages.
+    """
+
+    text: str
+    label: str | float
+    pair: str | None = None
+    place: str = field(default="", compare=False)
+
+    @property
+    def identity(self) -> str:
+        """What makes two examples the same problem."""
+        return self.text if self.pair is None else f"{self.text}\n{self.pair}"
 
 
 @dataclass(frozen=True)
@@ -33,11 +67,13 @@ class Source:
     """Where the examples of one split come from, and how they are turned into prompts.
 
     Attributes:
-        location: "embedded", a `.json` or `.jsonl` file, or `hub:OWNER/NAME[/CONFIG][:SPLIT]`.
+        location: "embedded", a file (see `pica.tasks.records`), a folder, or `hub:OWNER/NAME[/CONFIG][:SPLIT]`.
         limit: Use at most this many examples; None uses all.
-        seed: Decides which problems a generator produces; files ignore it.
+        seed: Decides which problems a generator produces, and which of a classification file's a limit leaves.
         template: A name in `TEMPLATES`; None takes the task's own.
         columns: Field of the task to field of the file, for files that use other names.
+        subset: Which data set of a task that has several.
+        target: What is predicted, for classification tasks.
     """
 
     location: str
@@ -45,16 +81,60 @@ class Source:
     seed: int = 0
     template: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    target: "Target | None" = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a classification task predicts.
+
+    Attributes:
+        labels: Names of the classes in the order of the model's outputs; None: found in the training data.
+        metric: The metric that is reported first and chosen by, one of `METRICS`; it also says
+            whether the task is a regression.
+    """
+
+    labels: tuple[str, ...] | None = None
+    metric: str = "accuracy"
+
+    @property
+    def regression(self) -> bool:
+        """Whether a number is predicted, not a class."""
+        return self.metric in REGRESSION_METRICS
+
+
+CLASS_METRICS = ("accuracy", "f1", "matthews")
+REGRESSION_METRICS = ("pearson", "spearman")
+METRICS = (*CLASS_METRICS, *REGRESSION_METRICS)
+"""Names that `task.metric` takes."""
+
+
+class AnyExample(Protocol):
+    """What every example has, whatever its task."""
+
+    @property
+    def identity(self) -> str:
+        """What makes two examples the same problem, apart from case, spacing and punctuation."""
+        ...
 
 
 class Task(Protocol):
-    """A family of problems with one metric: the share of answers that are right."""
+    """A family of problems. `kind` says how a model deals with them, and which of the protocols below the task satisfies.
+
+    Attributes:
+        name: What recipes call it.
+        kind: How a model deals with its problems.
+        subsets: Data sets to choose from by `Source.subset`; empty where there is nothing to choose.
+        has_embedded: Whether it has problems that need no file.
+    """
 
     name: str
-    default_template: str
-    default_max_new_tokens: int
+    kind: Kind
+    subsets: tuple[str, ...]
+    has_embedded: bool
 
-    def load(self, split: Split, source: Source) -> list[Example]:
+    def load(self, split: Split, source: Source) -> Sequence[AnyExample]:
         """Return the split's examples in a fixed order.
 
         Raises:
@@ -63,12 +143,49 @@ class Task(Protocol):
         """
         ...
 
-    def extract(self, text: str) -> str | None:
-        """Return the answer that a generated text gives, or None when it gives none."""
+
+class GenerationTask(Task, Protocol):
+    """Problems that a causal language model answers in text; the metric is the share of answers that are right.
+
+    Attributes:
+        default_template: Prompt where the recipe names none.
+        default_max_new_tokens: Longest answer where the recipe sets none.
+    """
+
+    default_template: str
+    default_max_new_tokens: int
+
+    @property
+    def other_scores(self) -> Mapping[str, Callable[[str, str], bool]]:
+        """Further ways to score, by name: from a generated text and the gold answer to whether it is right."""
+        ...
+
+    def load(self, split: Split, source: Source) -> list[Example]:
+        """See `Task.load`."""
+        ...
+
+    def extract(self, text: str, example: Example | None = None) -> str | None:
+        """Return the answer that a generated text gives to an example, or None when it gives none."""
         ...
 
     def correct(self, prediction: str | None, gold: str) -> bool:
         """Whether an extracted answer equals the gold one."""
+        ...
+
+
+class ClassificationTask(Task, Protocol):
+    """Examples that each have one label: a class, or a number."""
+
+    def target(self, subset: str | None) -> Target:
+        """What is predicted, as far as the task itself decides it.
+
+        Raises:
+            ConfigError: The task needs a subset and this is none.
+        """
+        ...
+
+    def load(self, split: Split, source: Source) -> list[LabelledText]:
+        """See `Task.load`; labels are checked against `source.target` where that names the classes."""
         ...
 
 
@@ -106,7 +223,16 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def make_example(template: str, question: str, solution: str, *, answer: str, context: str = "") -> Example:
+def make_example(
+    template: str,
+    question: str,
+    solution: str,
+    *,
+    answer: str,
+    context: str = "",
+    choices: tuple[str, ...] = (),
+    group: str = "",
+) -> Example:
     """Render one problem; surrounding white space of question and solution is dropped.
 
     Raises:
@@ -119,4 +245,4 @@ def make_example(template: str, question: str, solution: str, *, answer: str, co
     # Not str.format on the whole: questions may hold braces, and only the template's own fields are to be filled in.
     pattern = chosen.with_context if context else chosen.text
     prompt = pattern.format(question=question, context=context)
-    return Example(prompt=prompt, completion=chosen.lead + solution.strip(), answer=answer)
+    return Example(prompt, chosen.lead + solution.strip(), answer, choices, group)

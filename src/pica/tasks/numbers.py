@@ -47,6 +47,17 @@ def after_marker(text: str, markers: tuple[str, ...]) -> str | None:
     return None
 
 
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` (or `\fbox{...}`), braces matched; None if there is none that is closed."""
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
+        depth = 1
+        for position in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[match.end() : position].strip() or None
+    return None
+
+
 def answer_in(text: str, markers: tuple[str, ...]) -> str | None:
     """The first number after a marker (see `after_marker`); where there is none, the last number of the text.
 

@@ -1,14 +1,28 @@
-"""Records from a data file or a hub data set, each with the place it stands at, so that an error can name it."""
+"""Records from a data file or a hub data set, each with the place it stands at, so that an error can name it.
+
+Files are JSON lists (`.json`), JSON lines (`.jsonl`) and tab- or comma-separated tables (`.tsv`, `.csv`). A folder stands
+for the file in it that is named after the split.
+"""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pica.errors import ConfigError, DataError
+from pica.tasks.base import Split
+from pica.tasks.tables import ENDINGS as TABLES
+from pica.tasks.tables import table_rows
 
+ENDINGS = (".json", ".jsonl", *TABLES)
+KINDS_OF_FILE = "a .json, .jsonl, .tsv or .csv file"
+_STEMS: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%+-]+))?")
 
 
@@ -62,16 +76,46 @@ def check_location(location: str) -> str | None:
         return None if _HUB.fullmatch(location) else f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT]."
     path = Path(location).expanduser()
     if not path.exists():
-        return f"file {location!r} does not exist; give a .json or .jsonl file, hub:OWNER/NAME or embedded."
+        return f"file {location!r} does not exist; give {KINDS_OF_FILE}, a folder, hub:OWNER/NAME or embedded."
     if path.is_dir():
-        return f"{location!r} is a folder; give a .json or .jsonl file."
-    if path.suffix not in (".json", ".jsonl"):
-        return f"{location!r} has an unknown ending; give a .json or .jsonl file."
+        return None
+    if path.suffix not in ENDINGS:
+        return f"{location!r} has an unknown ending; give {KINDS_OF_FILE}."
     return None
 
 
-def read_records(location: str) -> list[Record]:
-    """Read a `.json` list, a `.jsonl` file or a hub data set.
+def split_file(folder: Path, split: Split) -> Path | None:
+    """The file of a folder that is named after a split (`train.jsonl`; `dev.tsv` for validation); None if there is none."""
+    for stem in _STEMS[split]:
+        for ending in ENDINGS:
+            if (folder / f"{stem}{ending}").is_file():
+                return folder / f"{stem}{ending}"
+    return None
+
+
+def split_files(folder: Path, split: Split) -> dict[str, Path]:
+    """The file of a split in each folder inside a folder, by that folder's name, in alphabetical order."""
+    if not folder.is_dir():
+        return {}
+    inner = {path.name: split_file(path, split) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {name: file for name, file in inner.items() if file is not None}
+
+
+def has_split(location: str, split: Split) -> bool:
+    """Whether a location is a folder with a file for this split, its own or in folders inside it."""
+    if location == "embedded" or is_hub(location):
+        return False
+    folder = Path(location).expanduser()
+    return folder.is_dir() and (split_file(folder, split) is not None or bool(split_files(folder, split)))
+
+
+def read_records(location: str, split: Split | None = None, *, names: Collection[str] = ()) -> list[Record]:
+    """Read a file, the file of a split in a folder, or a hub data set.
+
+    Args:
+        location: Where the data is.
+        split: Which file of a folder is meant.
+        names: Column names that tell a table's header from its first row; without a header columns are "1", "2", ...
 
     Raises:
         DataError: It is missing, empty, not UTF-8, not valid JSON, or a row is not an object; with the line number.
@@ -81,6 +125,12 @@ def read_records(location: str) -> list[Record]:
     if is_hub(location):
         return _read_hub(location)
     path = Path(location).expanduser()
+    if path.is_dir():
+        found = split_file(path, split) if split else None
+        if found is None:
+            named = " or ".join(f"{stem}.jsonl" for stem in _STEMS[split]) if split else "data file"
+            raise DataError(f"{location!r} is a folder without a {named} (or .json, .tsv, .csv); give a file.")
+        path = found
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +138,10 @@ def read_records(location: str) -> list[Record]:
         raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason}).") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    rows = _lines(text, path) if path.suffix == ".jsonl" else _array(text, path)
+    if path.suffix in TABLES:
+        rows = table_rows(text, str(path), tabs=path.suffix == ".tsv", names=names)
+    else:
+        rows = _lines(text, path) if path.suffix == ".jsonl" else _array(text, path)
     records = []
     for line, value in rows:
         if not isinstance(value, dict):

@@ -1,0 +1,242 @@
+"""`pica compare`: several methods on one task, side by side."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pica.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pica.experiments.cells import Cell
+    from pica.report.comparison import Summary
+
+DEFAULT = "arithmetic-tiny"
+
+HELP = """usage: pica compare [COMPARISON] [options] [--section.field VALUE ...]
+
+Train several methods on one task with the same data, order, steps and evaluation, each at the best of its learning rates by
+the validation problems, with several seeds; write one report page.
+
+COMPARISON is a YAML file or the name of a built-in comparison ({builtin}).
+Without one it is {default}, which needs no download.
+
+options:
+  -o, --output DIR     folder for results; pica-compare-NAME in the current folder if left out
+  --methods LABELS     only these rows: labels, or their beginnings, separated by ";"
+  --seeds NUMBERS      in place of the comparison's, for instance 0,1,2; the first one chooses the learning rates
+  --workers N          cells at a time, each with its share of the cores (default 1; times are then free of each other)
+  --retry-failed       run cells again that failed
+  --list               show the rows and how many trainings they need, and do nothing
+  --section.field V    set a field of the recipe in every cell, for instance --trainer.max_steps 30
+  --help               show this text
+  --debug              show the full traceback of an error
+
+Finished cells are never run again: the same command goes on where Ctrl-C, a failure or a power cut ended it. A changed
+recipe makes new cells.
+
+examples:
+  pica compare
+  pica compare minilm-sst2 --model.path ./minilm --data.train ./sst2 --workers 2
+  pica compare my-comparison.yaml --methods "PiCa;LoRA r=8" --seeds 0,1,2,3,4
+
+The output folder gets report.html (one file, no network), results.csv, results.json, comparison.yaml and cells/.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, run the grid, write the report, and print the table."""
+    from pica.experiments.comparison import builtin_comparisons, load_comparison
+
+    if {"-h", "--help"} & set(arguments):
+        print(HELP.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT), end="")
+        return 0
+    reference, overrides, options = split_arguments(arguments)
+    workers = _whole(options.get("workers", "1"), "--workers", least=1)
+    seeds = [_whole(text, "--seeds", least=0) for text in _parts(options.get("seeds", ""), ",")]
+
+    from pica.cli.console import quiet_libraries, reporter
+
+    shown = reporter()
+    with shown.console.status("Loading libraries"):
+        quiet_libraries()
+        comparison = load_comparison(reference or DEFAULT, seeds=seeds, overrides=overrides)
+    rows = comparison.selected(_parts(options.get("methods", ""), ";"))
+    trainings = sum(len(row.learning_rates) + len(comparison.seeds) - 1 for row in rows)
+    if options.get("list"):
+        for row in rows:
+            print(f"{row.label:<28} rates {', '.join(f'{rate:g}' for rate in row.learning_rates)}")
+        print(f"{len(rows)} methods x {len(comparison.seeds)} seeds: {trainings} trainings")
+        return 0
+    folder = Path(options.get("output") or f"pica-compare-{comparison.name}").expanduser()
+
+    from pica.experiments.grid import run_grid
+    from pica.report.comparison import write_report
+
+    shown.say(
+        f"Comparison {comparison.name}: {len(rows)} methods, {len(comparison.seeds)} seeds, {trainings} trainings, "
+        f"into {folder}"
+    )
+    with GridDisplay(shown.console, len(rows) * len(comparison.seeds)) as display:
+        run_grid(
+            comparison, rows, folder, workers=workers, watcher=display, retry_failed=bool(options.get("retry_failed"))
+        )
+    summary = write_report(folder)
+    print_summary(summary, folder)
+    return 0 if any(row.done for row in summary.rows) else 2
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
+    """The comparison, the overrides as (field, text), and the options.
+
+    Raises:
+        ConfigError: An option is unknown or has no value, or there are two comparisons.
+    """
+    flags, valued = {"--retry-failed", "--list"}, {"-o", "--output", "--methods", "--seeds", "--workers"}
+    reference: str | None = None
+    overrides: list[tuple[str, Any]] = []
+    options: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.partition("=")
+        if token in flags:
+            options[token.removeprefix("--").replace("-", "_")] = True
+            continue
+        if not token.startswith("-"):
+            if reference is not None:
+                raise ConfigError(f"One comparison at a time: found {reference!r} and {token!r}.")
+            reference = token
+            continue
+        if name not in valued and not (name.startswith("--") and ("." in name or name == "--evaluate_base")):
+            raise ConfigError(
+                f"Unknown option {name}; see pica compare --help. Recipe fields are --section.field VALUE."
+            )
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"Option {name} needs a value.")
+            value = rest.pop(0)
+        if name in valued:
+            options["output" if name == "-o" else name.removeprefix("--")] = value
+        else:
+            overrides.append((name.removeprefix("--"), value))
+    for key, _ in overrides:
+        if key in ("trainer.seed", "trainer.learning_rate", "trainer.learning_rates") or key.startswith("baseline."):
+            raise ConfigError(
+                f"--{key}: is decided for each cell; use --seeds, or learning_rates in the comparison's file."
+            )
+        if key in ("adapter.method", "adapter.r"):
+            raise ConfigError(f"--{key}: is what a comparison's rows differ in; change it in the comparison's file.")
+    return reference, overrides, options
+
+
+class GridDisplay:
+    """The whole grid and each worker's cell, as bars on a terminal, as lines in a log file."""
+
+    def __init__(self, console: Any, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console, self._begun, self._done = console, time.monotonic(), 0
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._all = self._progress.add_task("all cells", total=total, note="")
+        self._tasks: dict[int, Any] = {}
+        self._first_done: int | None = None
+
+    def __enter__(self) -> "GridDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._progress.stop()
+
+    def begun(self, worker: int, cell: "Cell") -> None:
+        """See `Watcher`."""
+        if worker not in self._tasks:
+            self._tasks[worker] = self._progress.add_task("", total=None, note="")
+        self._progress.reset(self._tasks[worker], description=f"  {cell.label}", total=None, note="starting")
+
+    def progress(self, worker: int, label: str, done: int, total: int, note: str) -> None:
+        """See `Watcher`."""
+        step = label.rpartition(": ")[2] if ": " in label else label.rpartition(", ")[2]
+        self._progress.update(self._tasks[worker], completed=done, total=total, note=f"{step}  {note}")
+
+    def ended(self, worker: int, cell: "Cell", record: dict[str, Any]) -> None:
+        """See `Watcher`."""
+        if record["status"] == "failed":
+            self._say(f"{cell.label}: failed: {record['error']}")
+        else:
+            result = record["result"]
+            score = result.get("score", result.get("accuracy"))
+            self._say(f"{cell.label}: {score:.4f} at rate {result['learning_rate']:g}, {record['wall_seconds']:.0f} s")
+        self._progress.update(self._tasks[worker], note="")
+
+    def grid(self, done: int, failed: int, total: int) -> None:
+        """See `Watcher`."""
+        now = time.monotonic()
+        if self._first_done is None:
+            self._first_done = done  # those of earlier runs say nothing about how long the rest takes
+        fresh = done - self._first_done
+        note = f"{failed} failed  " if failed else ""
+        if fresh > 0 and done < total:
+            note += f"about {(now - self._begun) / fresh * (total - done) / 60:.0f} min left"
+        self._progress.update(self._all, completed=done, note=note)
+        if not self._console.is_terminal and done != self._done:
+            self._say(f"{done}/{total} cells, {now - self._begun:.0f} s{', ' + note if note else ''}")
+        self._done = done
+
+    def warn(self, text: str) -> None:
+        """See `Watcher`."""
+        self._say(f"warning: {text}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def print_summary(summary: "Summary", folder: Path) -> None:
+    """The table, and what lies where."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from pica.report.comparison import shown_mean
+
+    table = Table(title=summary.title, title_justify="left", box=box.SIMPLE)
+    for column in ("", "trainable", "rate", summary.metric, "s/training", "peak MiB"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for row in summary.rows:
+        if not row.done:
+            table.add_row(row.label, "", "", "failed" if row.failures else "not run", "", "")
+            continue
+        rate = f"{row.rate:g}" + ("*" if row.edge else "")
+        cells = (f"{row.parameters:,}", rate, shown_mean(summary.metric, row.score))
+        table.add_row(row.label, *cells, f"{row.seconds.mean:.1f}", f"{row.memory.mean:.0f}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("mean ± standard deviation over seeds; * the best rate is at the edge of its grid\n")
+    for row in summary.rows:
+        if row.failures:
+            console.print(f"{row.label}: {len(row.failures)} failed: {row.failures[0]}", markup=False)
+    console.print(f"Report:  {folder / 'report.html'}", markup=False)
+    console.print(f"Numbers: {folder / 'results.csv'}, {folder / 'results.json'}", markup=False)
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def _whole(text: str, option: str, *, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ConfigError(f"{option} {text}: expected a whole number from {least}.")
+    return value

@@ -1,0 +1,35 @@
+"""How each kind of task meets a model. The rest of the package only knows `Pipeline`, and so works for all of them.
+
+A new kind is one file here that satisfies `Pipeline`, a line in `_MAKERS`, and its name in `pica.tasks.base.Kind`. What
+has a classification head shares `classification.py` and brings only its `Inputs`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from pica.experiments.pipelines.base import HeldOut, Pipeline
+from pica.experiments.pipelines.classification import text_classification
+from pica.experiments.pipelines.generation import GenerationPipeline
+from pica.experiments.recipe import Recipe
+from pica.tasks import get_task
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "generation": GenerationPipeline,
+    "text-classification": text_classification,
+}
+
+
+def make_pipeline(recipe: Recipe) -> Pipeline:
+    """The pipeline for a recipe's task; reads the tokenizer, and no model yet.
+
+    Args:
+        recipe: A checked recipe; for a classification task with its classes, see `pica.experiments.data.with_classes`.
+
+    Raises:
+        ConfigError: The model's folder is incomplete, or the hub has no such model or cannot be reached.
+    """
+    task = get_task(recipe.task.name)
+    return _MAKERS[task.kind](recipe, task)
+
+
+__all__ = ["HeldOut", "Pipeline", "make_pipeline"]

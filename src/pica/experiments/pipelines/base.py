@@ -1,0 +1,88 @@
+"""What a kind of task needs of the machinery around a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import peft
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from pica.experiments.evaluation import Evaluation
+from pica.experiments.recipe import AdapterSection, TrainerSection
+from pica.experiments.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What learning rates are chosen by, measured on examples that nothing was learnt from.
+
+    Attributes:
+        loss: As in `Evaluation`; lower is better.
+        score: The task's metric, where it costs no more than the loss; higher is better, and it goes before the loss.
+    """
+
+    loss: float
+    score: float | None = None
+
+
+class Pipeline(Protocol):
+    """From a recipe to a model with an adapter, its inputs, its trainer and its measurements.
+
+    `Any` stands for the task's own kind of example.
+    """
+
+    def load_base(self) -> PreTrainedModel:
+        """The frozen base model, in evaluation mode on the CPU; the same values each time.
+
+        Raises:
+            ConfigError: The model is not to be had.
+        """
+        ...
+
+    def adapt(self, section: AdapterSection, *, seed: int) -> peft.PeftModel:
+        """A base model with a new adapter.
+
+        Raises:
+            ConfigError: The model is not to be had.
+            TargetError: A target matches no layer, or the method refuses the model.
+        """
+        ...
+
+    def read(self, folder: Path) -> peft.PeftModel:
+        """A base model with a saved adapter, in evaluation mode on the CPU.
+
+        Raises:
+            AdapterFileError: The folder holds no adapter, or one that is damaged or belongs to another model.
+        """
+        ...
+
+    def encode(self, examples: Sequence[Any]) -> datasets.Dataset:
+        """What a trainer takes.
+
+        Raises:
+            DataError: Nothing is left to learn from.
+        """
+        ...
+
+    def trainer(
+        self,
+        model: peft.PeftModel,
+        rows: datasets.Dataset,
+        section: TrainerSection,
+        *,
+        learning_rate: float,
+        checkpoints: Path,
+        callbacks: Sequence[TrainerCallback],
+    ) -> Trainer:
+        """A trainer that stops with a `TrainingError` at a loss that is no number, and leaves no broken checkpoint."""
+        ...
+
+    def evaluate(self, model: Any, examples: Sequence[Any], *, reporter: Reporter, label: str) -> Evaluation:
+        """Measure a model, on whatever device it is, on one or more examples; shows a bar called `label`."""
+        ...
+
+    def held_out(self, model: Any, examples: Sequence[Any]) -> HeldOut:
+        """Measure what learning rates are chosen by, on one or more examples."""
+        ...

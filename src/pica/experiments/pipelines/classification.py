@@ -1,0 +1,243 @@
+"""Tasks that a model with a classification head solves: one output a class, or one number."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import peft
+import torch
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback
+
+from pica.errors import ConfigError
+from pica.experiments.adapters import attach, head_parameters
+from pica.experiments.data import target_of
+from pica.experiments.evaluation import Evaluation, length_batches
+from pica.experiments.models import load_adapter, load_classifier, load_tokenizer
+from pica.experiments.pipelines.base import HeldOut
+from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.reporting import Reporter, Silent
+from pica.experiments.trainers import classification_trainer
+from pica.tasks import ClassificationTask, LabelledText, Target
+from pica.tasks.metrics import class_metrics, class_stderr, regression_metrics, regression_stderr
+
+
+class Inputs(Protocol):
+    """What becomes a classifier's input: texts here, other things (images) in files of their own.
+
+    Attributes:
+        auto_class: transformers' class of models for it.
+        task_type: PEFT's name for such a task; None where it has none.
+    """
+
+    auto_class: Any
+    task_type: str | None
+
+    def configure(self, model: PreTrainedModel) -> None:
+        """Put into the model's configuration what its inputs need, such as the padding token."""
+        ...
+
+    def encode(self, examples: Sequence[Any]) -> datasets.Dataset:
+        """One row an example, without its label."""
+        ...
+
+    def lengths(self, rows: datasets.Dataset) -> list[int]:
+        """A size for each row; rows of similar size are measured together."""
+        ...
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch of rows, without labels."""
+        ...
+
+    def describe(self, example: Any) -> dict[str, Any]:
+        """The example as it stands in a predictions file."""
+        ...
+
+
+class TextInputs:
+    """One text or two, cut off at `max_length` tokens (the longer one first)."""
+
+    auto_class = AutoModelForSequenceClassification
+    task_type: str | None = "SEQ_CLS"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.tokenizer = load_tokenizer(recipe.model, generates=False)
+        self._max_length = min(recipe.trainer.max_length, self.tokenizer.model_max_length)
+
+    def configure(self, model: PreTrainedModel) -> None:
+        """A decoder with a head looks for the last token that is no padding."""
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    def encode(self, examples: Sequence[LabelledText]) -> datasets.Dataset:
+        """The tokenizer's columns: `input_ids`, `attention_mask`, and `token_type_ids` where the model has them."""
+        options: Any = {"truncation": True, "max_length": self._max_length}
+        texts: Any = [example.text for example in examples]
+        pairs: Any = [example.pair for example in examples]
+        if None in pairs and any(pairs):  # an empty second text is not the same as none: it has a separator of its own
+            rows = [
+                self.tokenizer(text, **options) if pair is None else self.tokenizer(text, pair, **options)
+                for text, pair in zip(texts, pairs)
+            ]
+            return datasets.Dataset.from_list([dict(row) for row in rows])
+        encoded = self.tokenizer(texts, None if None in pairs else pairs, **options)
+        return datasets.Dataset.from_dict(dict(encoded))
+
+    def lengths(self, rows: datasets.Dataset) -> list[int]:
+        """Tokens of each row."""
+        return [len(ids) for ids in rows["input_ids"]]
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """All rows padded to the longest, (rows, longest) each."""
+        return dict(self.tokenizer.pad([dict(row) for row in rows], return_tensors="pt"))
+
+    def describe(self, example: LabelledText) -> dict[str, Any]:
+        """Its texts."""
+        return {"text": example.text} if example.pair is None else {"text": example.text, "pair": example.pair}
+
+
+def text_classification(recipe: Recipe, task: ClassificationTask) -> "ClassificationPipeline":
+    """The pipeline of a task on texts."""
+    return ClassificationPipeline(recipe, target_of(recipe, task), TextInputs(recipe))
+
+
+class ClassificationPipeline:
+    """See `Pipeline`. Learning rates are chosen by the task's metric, equal ones by the loss.
+
+    Whatever layers the model's files do not have (head, often a pooler) are trained in full and stored with the adapter:
+    made anew on each load they would be others. The base model is measured with them untrained, which is chance.
+    """
+
+    def __init__(self, recipe: Recipe, target: Target, inputs: Inputs) -> None:
+        self._recipe, self._target, self._inputs = recipe, target, inputs
+        if not target.regression and target.labels is None:
+            raise ConfigError("task.labels is not set, and there are no training examples to find the classes in.")
+        self._labels = None if target.regression else target.labels
+
+    def load_base(self) -> PreTrainedModel:
+        """See `Pipeline.load_base`; the head is made by the trainer's seed."""
+        return self._load()[0]
+
+    def load_trained(self) -> PreTrainedModel:
+        """The model of a folder that has a trained head of its own.
+
+        Raises:
+            ConfigError: It has none, or one for another number of classes.
+        """
+        model, new = self._load()
+        if new:
+            raise ConfigError(
+                f"Model {self._recipe.model.path!r} has no trained head for {model.config.num_labels} outputs "
+                f"(it lacks {', '.join(new)}); train one with `pica train`, or give the adapter."
+            )
+        return model
+
+    def adapt(self, section: AdapterSection, *, seed: int) -> peft.PeftModel:
+        """See `Pipeline.adapt`; new layers are trained in full."""
+        model, new = self._load()
+        return attach(model, section, seed=seed, task_type=self._inputs.task_type, modules_to_save=new)
+
+    def read(self, folder: Path) -> peft.PeftModel:
+        """See `Pipeline.read`."""
+        return load_adapter(self.load_base(), folder)
+
+    def encode(self, examples: Sequence[Any]) -> datasets.Dataset:
+        """The inputs' columns and `label`, a class index or a number."""
+        return self._inputs.encode(examples).add_column("label", self._gold(examples))  # pyright: ignore[reportCallIssue]
+
+    def trainer(
+        self,
+        model: peft.PeftModel,
+        rows: datasets.Dataset,
+        section: TrainerSection,
+        *,
+        learning_rate: float,
+        checkpoints: Path,
+        callbacks: Sequence[TrainerCallback],
+    ) -> Trainer:
+        """transformers' `Trainer` with the model's own loss."""
+        return classification_trainer(
+            model,
+            rows,
+            section,
+            learning_rate=learning_rate,
+            checkpoints=checkpoints,
+            callbacks=callbacks,
+            collate=self._collate,
+            head=head_parameters(model),
+        )
+
+    def evaluate(self, model: Any, examples: Sequence[Any], *, reporter: Reporter, label: str) -> Evaluation:
+        """The task's metrics, the loss, and every prediction."""
+        outputs = self._outputs(model, examples, reporter, label)
+        gold = self._gold(examples)
+        metrics, loss = self._measured(outputs, gold)
+        metric = self._target.metric
+        described = [self._inputs.describe(example) for example in examples]
+        if self._labels is None:
+            predicted = outputs[:, 0].tolist()
+            stderr = regression_stderr(metric, predicted, gold)
+            rows = [
+                {**shown, "predicted": value, "gold": right} for shown, value, right in zip(described, predicted, gold)
+            ]
+        else:
+            predicted = outputs.argmax(-1).tolist()
+            stderr = class_stderr(metric, predicted, gold, len(self._labels))
+            rows = [
+                {
+                    **shown,
+                    "predicted": self._labels[index],
+                    "gold": self._labels[right],
+                    "correct": index == right,
+                    "probabilities": dict(zip(self._labels, map(_rounded, shares))),
+                }
+                for shown, index, right, shares in zip(described, predicted, gold, outputs.softmax(-1).tolist())
+            ]
+        return Evaluation(metric, metrics[metric], stderr, metrics, loss, len(examples), None, rows)
+
+    def held_out(self, model: Any, examples: Sequence[Any]) -> HeldOut:
+        """The metric and the loss."""
+        metrics, loss = self._measured(self._outputs(model, examples, Silent(), ""), self._gold(examples))
+        return HeldOut(loss, metrics[self._target.metric])
+
+    def _load(self) -> tuple[PreTrainedModel, list[str]]:
+        recipe, inputs = self._recipe, self._inputs
+        model, new = load_classifier(recipe.model, inputs.auto_class, labels=self._labels, seed=recipe.trainer.seed)
+        inputs.configure(model)
+        return model, new
+
+    def _gold(self, examples: Sequence[Any]) -> list[Any]:
+        if self._labels is None:
+            return [float(example.label) for example in examples]
+        index = {name: number for number, name in enumerate(self._labels)}
+        return [index[str(example.label)] for example in examples]
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self._inputs.collate([{name: value for name, value in row.items() if name != "label"} for row in rows])
+        dtype = torch.float32 if self._labels is None else torch.long
+        return {**batch, "labels": torch.tensor([row["label"] for row in rows], dtype=dtype)}
+
+    @torch.inference_mode()
+    def _outputs(self, model: Any, examples: Sequence[Any], reporter: Reporter, label: str) -> torch.Tensor:
+        """The head's outputs in the examples' order, (examples, outputs), float32 on the CPU."""
+        model.eval()
+        rows = self._inputs.encode(examples)
+        found = torch.empty(len(examples), 1 if self._labels is None else len(self._labels))
+        with reporter.bar(label, len(examples)) as advance:
+            for indices in length_batches(self._inputs.lengths(rows), self._recipe.trainer.eval_batch_size):
+                batch = self._inputs.collate([rows[index] for index in indices])
+                logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
+                found[indices] = logits.float().cpu()
+                advance(len(indices))
+        return found
+
+    def _measured(self, outputs: torch.Tensor, gold: list[Any]) -> tuple[dict[str, float], float]:
+        if self._labels is None:
+            loss = functional.mse_loss(outputs[:, 0], torch.tensor(gold))
+            return regression_metrics(outputs[:, 0].tolist(), gold), loss.item()
+        loss = functional.cross_entropy(outputs, torch.tensor(gold))
+        return class_metrics(outputs.argmax(-1).tolist(), gold, len(self._labels)), loss.item()
+
+
+def _rounded(share: float) -> float:
+    return round(share, 6)

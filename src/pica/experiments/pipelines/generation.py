@@ -1,0 +1,84 @@
+"""Tasks that a causal language model answers in text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from pica.experiments.adapters import attach
+from pica.experiments.data import encode
+from pica.experiments.evaluation import Evaluation, evaluate, held_out_loss
+from pica.experiments.models import load_adapter, load_model, load_tokenizer
+from pica.experiments.pipelines.base import HeldOut
+from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.reporting import Reporter
+from pica.experiments.trainers import generation_trainer
+from pica.tasks import Example, GenerationTask
+
+
+class GenerationPipeline:
+    """See `Pipeline`. Learning rates are chosen by the loss on gold answers: generating them would cost many times more."""
+
+    def __init__(self, recipe: Recipe, task: GenerationTask) -> None:
+        self._recipe, self._task = recipe, task
+        self.tokenizer = load_tokenizer(recipe.model)
+
+    def load_base(self) -> PreTrainedModel:
+        """See `Pipeline.load_base`."""
+        return load_model(self._recipe.model)
+
+    def adapt(self, section: AdapterSection, *, seed: int) -> peft.PeftModel:
+        """See `Pipeline.adapt`."""
+        return attach(self.load_base(), section, seed=seed)
+
+    def read(self, folder: Path) -> peft.PeftModel:
+        """See `Pipeline.read`."""
+        return load_adapter(self.load_base(), folder)
+
+    def encode(self, examples: Sequence[Example]) -> datasets.Dataset:
+        """Columns `input_ids` and `labels`; the loss is on the completions."""
+        return encode(examples, self.tokenizer, max_length=self._recipe.trainer.max_length)
+
+    def trainer(
+        self,
+        model: peft.PeftModel,
+        rows: datasets.Dataset,
+        section: TrainerSection,
+        *,
+        learning_rate: float,
+        checkpoints: Path,
+        callbacks: Sequence[TrainerCallback],
+    ) -> Trainer:
+        """TRL's `SFTTrainer`."""
+        return generation_trainer(
+            model,
+            self.tokenizer,
+            rows,
+            section,
+            learning_rate=learning_rate,
+            checkpoints=checkpoints,
+            callbacks=callbacks,
+        )
+
+    def evaluate(self, model: Any, examples: Sequence[Example], *, reporter: Reporter, label: str) -> Evaluation:
+        """Greedy answers and the loss on the gold ones."""
+        return evaluate(
+            model,
+            self.tokenizer,
+            self._task,
+            examples,
+            batch_size=self._recipe.trainer.eval_batch_size,
+            max_new_tokens=self._recipe.task.max_new_tokens or self._task.default_max_new_tokens,
+            reporter=reporter,
+            label=label,
+            by_likelihood=self._recipe.task.scoring == "likelihood",
+        )
+
+    def held_out(self, model: Any, examples: Sequence[Example]) -> HeldOut:
+        """The loss on the gold answers."""
+        batch = self._recipe.trainer.eval_batch_size
+        loss, _ = held_out_loss(model, self.tokenizer, examples, batch_size=batch)
+        return HeldOut(loss)

@@ -1,0 +1,184 @@
+"""One self-contained HTML page: no network, light and dark, for a phone and for a desk."""
+
+import base64
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import jinja2
+from markupsafe import Markup, escape
+
+from pica._version import __version__
+
+_ASSETS = "assets/report"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        key: Of the row's value.
+        title: Its heading.
+        help: Shown where the pointer rests on the heading.
+        numeric: Aligned to the right and sorted by value.
+    """
+
+    key: str
+    title: str
+    help: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell that shows something else than its sorting value.
+
+    Attributes:
+        text: What is shown; text is escaped, `Markup` is not.
+        value: What the column is sorted by; None comes last in either direction.
+    """
+
+    text: str
+    value: float | str | None = None
+
+
+@dataclass
+class Page:
+    """Sections of HTML, put together by `html`.
+
+    Attributes:
+        title: Of the page.
+        lead: One or two sentences below it.
+        facts: Name and value of what holds for the whole page, such as the model.
+    """
+
+    title: str
+    lead: str = ""
+    facts: Mapping[str, object] = field(default_factory=dict)
+    _sections: list[tuple[str, str, list[Markup]]] = field(default_factory=list)
+    _downloads: list[tuple[str, Markup]] = field(default_factory=list)
+
+    def section(self, heading: str, *blocks: Markup | str) -> None:
+        """Add a section; plain text becomes a paragraph."""
+        parts = [block if isinstance(block, Markup) else paragraph(block) for block in blocks]
+        self._sections.append((heading, _slug(heading), parts))
+
+    def download(self, name: str, text: str, *, kind: Literal["text/csv", "application/json", "text/yaml"]) -> None:
+        """Add a file that the page carries and a reader can save."""
+        data = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        self._downloads.append((name, Markup(f"data:{kind};charset=utf-8;base64,{data}")))
+
+    def html(self) -> str:
+        """The whole page."""
+        folder = resources.files("pica") / _ASSETS
+        style, script, template = (
+            (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html.jinja")
+        )
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        return environment.from_string(template).render(
+            title=self.title,
+            lead=self.lead,
+            facts=self.facts,
+            sections=self._sections,
+            downloads=self._downloads,
+            style=Markup(style),
+            script=Markup(script),
+            version=__version__,
+        )
+
+
+def paragraph(text: str) -> Markup:
+    """Text as a paragraph."""
+    return Markup("<p>{}</p>").format(text)
+
+
+def notice(text: str, kind: Literal["note", "warning"] = "note") -> Markup:
+    """A paragraph that stands out."""
+    label = "Warning" if kind == "warning" else "Note"
+    return Markup('<p class="notice {}" role="note"><strong>{}.</strong> {}</p>').format(kind, label, text)
+
+
+def bullets(items: Iterable[str]) -> Markup:
+    """A list; text is escaped, `Markup` is not."""
+    return Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(item) for item in items))
+
+
+def details(summary: str, *blocks: Markup | str) -> Markup:
+    """Something that opens on a click."""
+    body = Markup("").join(block if isinstance(block, Markup) else paragraph(block) for block in blocks)
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, body)
+
+
+def preformatted(text: str) -> Markup:
+    """Text with its line breaks, in a fixed-width typeface."""
+    return Markup("<pre>{}</pre>").format(text)
+
+
+def table(
+    columns: Sequence[Column],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    caption: str,
+    sortable: bool = True,
+) -> Markup:
+    """A table whose first column names the row; a click on a heading sorts it.
+
+    Args:
+        columns: What is shown.
+        rows: Values by column key: text, a number, None, or a `Cell`.
+        caption: One sentence above it.
+        sortable: Whether headings sort.
+    """
+    heads = []
+    for column in columns:
+        kind = Markup(' class="number"') if column.numeric else ""
+        hint = Markup(' title="{}"').format(column.help) if column.help else ""
+        inner = Markup('<button type="button">{}</button>').format(column.title) if sortable else column.title
+        sort = Markup(' aria-sort="none"') if sortable else ""
+        heads.append(Markup('<th scope="col"{}{}{}>{}</th>').format(kind, hint, sort, inner))
+    lines = []
+    for row in rows:
+        cells = [_cell(row.get(column.key), column, first=index == 0) for index, column in enumerate(columns)]
+        lines.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
+    return Markup(
+        '<div class="table" tabindex="0" role="region" aria-label="{}"><table{}><caption>{}</caption>'
+        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>"
+    ).format(
+        caption,
+        Markup(' class="sortable"') if sortable else "",
+        caption,
+        Markup("").join(heads),
+        Markup("\n").join(lines),
+    )
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """The rows as CSV, empty where a row has no value."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return written.getvalue()
+
+
+def _cell(content: Any, column: Column, *, first: bool) -> Markup:
+    shown, value = (content.text, content.value) if isinstance(content, Cell) else (content, content)
+    shown = "" if shown is None else shown
+    if isinstance(shown, float):
+        shown = f"{shown:.4g}"
+    elif isinstance(shown, int) and not isinstance(shown, bool):
+        shown = f"{shown:,}"
+    sort = "" if value is None else value
+    tag = Markup('th scope="row"') if first else Markup("td")
+    kind = Markup(' class="number"') if column.numeric and not first else ""
+    end = Markup("th") if first else Markup("td")
+    return Markup('<{}{} data-value="{}">{}</{}>').format(tag, kind, escape(str(sort)), shown, end)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,93 @@
+"""`pica compare` and `pica report` through the console script's own function."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pica.experiments.comparison import builtin_comparisons
+
+
+@pytest.fixture
+def comparison(model_folder: Path, tmp_path: Path) -> Path:
+    content = {
+        "name": "tiny",
+        "base": {
+            "model": {"path": str(model_folder)},
+            "data": {"train_limit": 24, "test_limit": 2, "validation_limit": 2},
+            "task": {"max_new_tokens": 2},
+            "adapter": {"target_modules": ["q_proj", "v_proj"]},
+            "trainer": {"max_steps": 2, "batch_size": 4, "threads": 1},
+        },
+        "methods": [
+            {"label": "PiCa r=2", "adapter": {"method": "pica", "r": 2}, "learning_rates": [0.01]},
+            {
+                "label": "BOFT",
+                "adapter": {"method": "boft", "options": {"boft_block_size": 7}},
+                "learning_rates": [0.01],
+            },
+        ],
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_compare_then_report(pica: Callable, comparison: Path, tmp_path: Path):
+    folder = tmp_path / "out"
+    outcome = pica("compare", comparison, "-o", folder, "--trainer.max_steps", "3")
+    assert outcome.status == 0, outcome.err
+    assert "2/2 cells" in outcome.err
+    assert "PiCa r=2" in outcome.out
+    assert "BOFT: 1 failed" in outcome.out, "a method that does not fit the layers is told, not hidden"
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["seeds_done"] for row in rows] == [1, 0]
+    assert (folder / "report.html").is_file()
+    record = json.loads(next((folder / "cells").glob("*.json")).read_text())
+    assert record["recipe"]["trainer"]["max_steps"] == 3
+    page = tmp_path / "page.html"
+    again = pica("report", folder, "-o", page)
+    assert again.status == 0, again.err
+    assert page.read_text() == (folder / "report.html").read_text()
+
+
+def test_list_says_what_would_be_done(pica: Callable, comparison: Path, tmp_path: Path):
+    outcome = pica("compare", comparison, "--seeds", "0,1,2", "--list", "-o", tmp_path / "out")
+    assert outcome.status == 0
+    assert "2 methods x 3 seeds: 6 trainings" in outcome.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such"], "neither a file nor built in"),
+        (["smolm2-arithmetic"], "Did you mean 'smollm2-arithmetic'?"),
+        (["a", "b"], "One comparison at a time"),
+        (["--frobnicate", "1"], "Unknown option --frobnicate"),
+        (["--workers", "none"], "--workers none: expected a whole number from 1"),
+        (["--seeds", "0,x"], "--seeds x: expected a whole number"),
+        (["--trainer.learning_rate", "1"], "is decided for each cell"),
+        (["--adapter.method", "lora"], "is what a comparison's rows differ in"),
+        (["--methods"], "Option --methods needs a value"),
+    ],
+)
+def test_mistakes_are_one_sentence(pica: Callable, arguments: list[str], message: str):
+    outcome = pica("compare", *arguments)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_report_of_something_else(pica: Callable, tmp_path: Path):
+    outcome = pica("report", tmp_path)
+    assert outcome.status == 2
+    assert "no output folder of pica compare" in outcome.err
+
+
+def test_help_lists_the_built_in_comparisons(pica: Callable):
+    outcome = pica("compare", "--help")
+    assert outcome.status == 0
+    assert all(name in outcome.out for name in builtin_comparisons())
