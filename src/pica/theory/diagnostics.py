@@ -1,0 +1,113 @@
+"""What people measure on a pair of weights: captured energy, intruder dimensions, effective and stable rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pica.errors import ConfigError
+from pica.theory.subspaces import Spectrum, as_matrix
+
+INTRUDER_THRESHOLD = 0.5
+"""A singular vector of the fine-tuned weight is an intruder when its cosine with every one of the base stays below this."""
+INTRUDER_TOP = 10
+"""Only so many of the leading singular vectors are asked: in the tail, vectors mix among near ties without meaning."""
+
+
+def direction_energies(update: Tensor, directions: Tensor) -> Tensor:
+    """||dW p_i||^2 for each of the orthonormal rows p_i: (r,).
+
+    Args:
+        update: dW (out, in); transpose it to ask for directions of the output.
+        directions: Orthonormal rows (r, in).
+    """
+    return (as_matrix(update, "update") @ directions.T).square().sum(0)
+
+
+def captured_energy(update: Tensor, directions: Tensor) -> Tensor:
+    """Share of ||dW||_F^2 in the span of the first 1, 2, ..., r rows: (r,), rising, at most 1; zeros for a zero update.
+
+    For directions that have nothing to do with the update the expectation is i / in (see `random_directions`).
+
+    Args:
+        update: dW (out, in).
+        directions: Orthonormal rows (r, in).
+    """
+    total = float(as_matrix(update, "update").square().sum())
+    energies = direction_energies(update, directions)
+    return energies.cumsum(0) / total if total else torch.zeros_like(energies)
+
+
+def rank_for_share(energies: Tensor, share: float, *, total: float | None = None) -> int:
+    """Smallest r whose first r energies hold `share` of the total; one more than there are where none does.
+
+    Args:
+        energies: Non-negative, (k,), in the order of the directions.
+        share: Above 0, at most 1.
+        total: What the share is of; the sum of `energies` if left out.
+    Raises:
+        ConfigError: `share` is out of range.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(f"share={share} must lie above 0 and be at most 1, for instance 0.9.")
+    whole = float(energies.sum()) if total is None else total
+    # rounding in the sum must not ask for directions that hold nothing
+    reached = energies.cumsum(0) >= share * whole * (1 - 1e-12)
+    return int(reached.to(torch.uint8).argmax()) + 1 if bool(reached.any()) else len(energies) + 1
+
+
+def intruder_dimensions(
+    base: Tensor, tuned: Tensor, *, threshold: float = INTRUDER_THRESHOLD, top: int = INTRUDER_TOP
+) -> Tensor:
+    """Places, among the first `top`, of fine-tuned singular vectors that resemble none of the base's.
+
+    The definition of Shuttleworth et al. (arXiv 2410.21228): max_i |<v_i, v*_j>| < threshold, over all i.
+
+    Args:
+        base: Singular vectors of W0 as orthonormal rows (k, n), all of them.
+        tuned: Singular vectors of W* as orthonormal rows in falling order of singular value (k, n).
+        threshold: Cosine, between 0 and 1.
+        top: Number of leading vectors of W* to ask.
+    Returns:
+        Indices j, rising, int64.
+    Raises:
+        ConfigError: `threshold` is out of range.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise ConfigError(f"threshold={threshold} must lie above 0 and be at most 1.")
+    closest = (tuned[:top] @ base.T).abs().max(dim=1).values
+    return (closest < threshold).nonzero().squeeze(1)
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007): 1 to k; 0 for a zero weight.
+
+    Args:
+        values: Singular values, (k,), non-negative.
+    """
+    total = values.sum()
+    if not float(total):
+        return 0.0
+    p = values / total
+    return float(torch.exp(-torch.xlogy(p, p).sum()))
+
+
+def stable_rank(values: Tensor) -> float:
+    """||W||_F^2 / ||W||_2^2: 1 to k; 0 for a zero weight.
+
+    Args:
+        values: Singular values, (k,), non-negative.
+    """
+    largest = values.max()
+    return float((values / largest).square().sum()) if float(largest) else 0.0
+
+
+def spectrum_rank(weight: Tensor | Spectrum, share: float) -> int:
+    """Smallest r whose r largest singular values hold `share` of ||W||_F^2: a rank from the base weight alone.
+
+    Args:
+        weight: W0 (out, in), or its spectrum.
+        share: Above 0, at most 1.
+    """
+    values = weight.values if isinstance(weight, Spectrum) else torch.linalg.svdvals(as_matrix(weight))
+    return max(1, min(len(values), rank_for_share(values.square(), share)))

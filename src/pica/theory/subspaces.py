@@ -1,0 +1,90 @@
+"""Singular subspaces of a weight and the angles between them, in float64.
+
+Layout, here and in all of `pica.theory`: weights are PyTorch's, W (out, in) = A S B^T. The paper writes W0 = W^T, so its
+left singular vectors U are our right ones B (directions of the input), and its right ones V are our left ones A.
+A set of directions is a matrix of orthonormal rows, (r, n).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pica.errors import BasisError, RankError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Thin singular value decomposition of a weight (out, in), W = outputs^T diag(values) inputs, k = min(out, in).
+
+    Attributes:
+        outputs: Left singular vectors as rows, (k, out); the paper's V^T.
+        values: Singular values in falling order, (k,).
+        inputs: Right singular vectors as rows, (k, in); the paper's U^T, whose first r rows are PiCa's basis P.
+    """
+
+    outputs: Tensor
+    values: Tensor
+    inputs: Tensor
+
+
+def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
+    """A weight in float64, without gradient, on its device.
+
+    Raises:
+        BasisError: it is not a matrix, has no entries, or holds NaN or infinity.
+    """
+    if weight.ndim != 2 or not weight.numel():
+        raise BasisError(f"{name}: a matrix (out, in) is needed, got shape {tuple(weight.shape)}.")
+    matrix = weight.detach().to(torch.float64)
+    if not torch.isfinite(matrix).all():
+        raise BasisError(f"{name}: holds NaN or infinity, so nothing can be said of its spectrum.")
+    return matrix
+
+
+def check_rank(rank: int, limit: int) -> None:
+    """Raise `RankError` unless 1 <= rank <= limit."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
+        raise RankError(f"rank={rank} is outside 1..{limit}, which is what this weight allows.")
+
+
+def spectrum(weight: Tensor) -> Spectrum:
+    """Singular value decomposition of a weight (out, in), any float dtype, in float64.
+
+    Where singular values are equal their vectors are only fixed up to a rotation; what comes out is one choice.
+
+    Raises:
+        BasisError: see `as_matrix`.
+    """
+    left, values, right = torch.linalg.svd(as_matrix(weight), full_matrices=False)
+    return Spectrum(left.T, values, right)
+
+
+def sines(one: Tensor, other: Tensor) -> Tensor:
+    """Sines of the principal angles between the spans of orthonormal rows (r, n) and (s, n): (min(r, s),), rising.
+
+    From the part of the smaller set that lies outside the span of the larger, so that small ones are accurate.
+    """
+    small, large = (one, other) if one.shape[0] <= other.shape[0] else (other, one)
+    outside = small - (small @ large.T) @ large  # (r, n)
+    return torch.linalg.svdvals(outside).flip(0).clamp(max=1.0)
+
+
+def principal_angles(one: Tensor, other: Tensor) -> Tensor:
+    """Principal angles in radians between the spans of orthonormal rows (r, n) and (s, n): (min(r, s),), rising.
+
+    Taken from sines and cosines together (Bjoerck and Golub), hence accurate near 0 and near 90 degrees alike.
+    """
+    cosines = torch.linalg.svdvals(one @ other.T).clamp(max=1.0)  # falling
+    return torch.atan2(sines(one, other), cosines)
+
+
+def random_directions(rank: int, width: int, *, seed: int) -> Tensor:
+    """Orthonormal rows (rank, width), uniformly distributed, from a generator of its own."""
+    check_rank(rank, width)
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * torch.sign(torch.diagonal(r))).T  # the signs make the distribution uniform
