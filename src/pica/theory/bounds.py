@@ -64,7 +64,13 @@ class WedinBound:
 
 
 def wedin(
-    base: Tensor | Spectrum, tuned: Tensor | Spectrum, update: Tensor, rank: int, norm: Norm = "spectral"
+    base: Tensor | Spectrum,
+    tuned: Tensor | Spectrum,
+    update: Tensor,
+    rank: int,
+    norm: Norm = "spectral",
+    *,
+    update_values: Tensor | None = None,
 ) -> WedinBound:
     """Lemma 3.1: a small update keeps the principal subspaces.
 
@@ -77,6 +83,7 @@ def wedin(
         update: dW = W* - W0.
         rank: r, 1 <= r <= min(out, in).
         norm: "spectral": of the largest angle. "frobenius": root of the sum of squares over all angles.
+        update_values: Singular values of dW in falling order, where they are known already.
     Raises:
         RankError, BasisError: `rank` or a weight is unusable, or the shapes differ.
     """
@@ -85,7 +92,8 @@ def wedin(
     check_rank(rank, len(before.values))
     top = float(before.values[rank - 1])
     next_before, next_after = (float(s.values[rank]) if rank < len(s.values) else 0.0 for s in (before, after))
-    spectral = float(torch.linalg.matrix_norm(delta, 2))
+    values = torch.linalg.svdvals(delta) if update_values is None else update_values
+    spectral = float(values.max())
     angles = [
         sines(before.inputs[:rank], after.inputs[:rank]),
         sines(before.outputs[:rank], after.outputs[:rank]),
@@ -93,7 +101,7 @@ def wedin(
     if norm == "spectral":
         size, measured, largest = spectral, [float(a.max()) for a in angles], 1.0
     else:
-        size, measured = float(torch.linalg.matrix_norm(delta)), [float(a.norm()) for a in angles]
+        size, measured = float(delta.norm()), [float(a.norm()) for a in angles]
         largest = math.sqrt(min(rank, max(delta.shape) - rank)) if max(delta.shape) > rank else 0.0
     return WedinBound(measured[0], measured[1], size, top - next_after, top - next_before - spectral, largest)
 

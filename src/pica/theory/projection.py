@@ -147,7 +147,15 @@ class ProjectionError:
         return (math.sqrt((math.sqrt(self.optimum) + turn) ** 2 + self.misplaced) + beyond) ** 2
 
 
-def projection_error(base: Tensor | Spectrum, tuned: Tensor | Spectrum, update: Tensor, rank: int) -> ProjectionError:
+def projection_error(
+    base: Tensor | Spectrum,
+    tuned: Tensor | Spectrum,
+    update: Tensor,
+    rank: int,
+    *,
+    update_values: Tensor | None = None,
+    turned: Perturbations | None = None,
+) -> ProjectionError:
     """Theorem 1: the error of projecting dW onto the top-r column space of W0, and everything that bounds it.
 
     Args:
@@ -155,15 +163,18 @@ def projection_error(base: Tensor | Spectrum, tuned: Tensor | Spectrum, update: 
         tuned: W* (out, in), or its spectrum.
         update: dW = W* - W0.
         rank: r, 1 <= r <= min(out, in).
+        update_values: Singular values of dW in falling order, where they are known already.
+        turned: `perturbations(base, tuned)`, where they are known already.
     Raises:
         RankError, BasisError: `rank` or a weight is unusable, or the shapes differ.
     """
     before, after = _spectra(base, tuned)
     delta = as_matrix(update, "update")
     check_rank(rank, len(before.values))
+    values = torch.linalg.svdvals(delta) if update_values is None else update_values
     kept = before.inputs[:rank]
     residual = (delta - (delta @ kept.T) @ kept).square().sum()
-    tail = torch.linalg.svdvals(delta)[rank:].square().sum()
+    tail = values[rank:].square().sum()
 
     change = (after.values - before.values).square()  # (k,), squared singular values of the stretch, in W0's order
     misplaced = change[rank:].sum() - change.sort(descending=True).values[rank:].sum()
@@ -177,6 +188,6 @@ def projection_error(base: Tensor | Spectrum, tuned: Tensor | Spectrum, update: 
         misplaced=max(0.0, float(misplaced)),
         turn=float(turn.norm()),
         turn_beyond=float(beyond.norm()),
-        epsilon=perturbations(before, after).epsilon,
+        epsilon=(turned or perturbations(before, after)).epsilon,
         scale=sum(math.sqrt(side) for side in delta.shape) * float(after.values.norm()),
     )

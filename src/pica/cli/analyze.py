@@ -1,0 +1,113 @@
+"""`pica analyze`: where did fine-tuning move the weights, and what of the paper's claims holds there?"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+EPILOG = """examples:
+  pica analyze ./base ./fine-tuned                      a table by role; page, figures, JSON and CSV in pica-analysis
+  pica analyze ./base out/adapter --rank 64             the adapter may be of any PEFT method that can be merged
+  pica analyze ./base ./fine-tuned --suggest-rank 0.9   smallest ranks whose column space holds 90% of the update
+  pica analyze ./base --suggest-rank 0.9                from the spectra of the base weights alone
+  pica analyze embedded --only q_proj
+
+Weights are read one at a time, never two models. An interrupted analysis goes on when the command is given again.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="pica analyze",
+        description="Hold the paper's claims against a pair of models: how far the update of each linear layer lies in the "
+        "column space of its base weight, and whether that space stayed where it was.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "base", metavar="BASE", help="base model: a folder with safetensors files, a hub name, or embedded"
+    )
+    made.add_argument(
+        "tuned", metavar="FINETUNED", nargs="?", help="fine-tuned model or adapter; without it, only the base's spectra"
+    )
+    made.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("pica-analysis"), help="folder to write")
+    made.add_argument(
+        "--rank", type=int, default=32, metavar="R", help="rank of shares, angles and bounds (default: 32)"
+    )
+    made.add_argument("--only", metavar="REGEX", help="only layers whose path it is found in")
+    made.add_argument(
+        "--suggest-rank", type=float, metavar="SHARE", help="write ranks for a recipe that hold this share, e.g. 0.9"
+    )
+    made.add_argument(
+        "--intruder-threshold", type=float, default=0.5, metavar="C", help="cosine below which one is an intruder (0.5)"
+    )
+    made.add_argument(
+        "--intruder-top", type=int, default=10, metavar="K", help="leading directions asked for intruders (10)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
+    made.add_argument("--overwrite", action="store_true", help="replace an analysis in DIR")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, analyse, write everything, and print the table and what holds."""
+    given = parser().parse_args(arguments)
+
+    from pica.cli.console import quiet_libraries, reporter
+
+    shown = reporter()
+    with shown.console.status("Loading libraries"):
+        from pica.errors import ConfigError, OutputError
+        from pica.experiments.analysis import PROGRESS, Settings, analyse
+        from pica.experiments.ranks import recipe_text, suggest
+        from pica.experiments.weights import linear_weights, open_folder
+        from pica.report.analysis_report import DATA_FILE, console_table, verdict, write
+
+        quiet_libraries()
+    settings = Settings(
+        given.base,
+        given.tuned,
+        given.rank,
+        given.only,
+        given.intruder_threshold,
+        given.intruder_top,
+        given.seed,
+    )
+    settings.check()
+    if given.suggest_rank is not None and not 0 < given.suggest_rank <= 1:
+        raise ConfigError(f"--suggest-rank {given.suggest_rank} must lie above 0 and be at most 1, for instance 0.9.")
+    folder = given.output.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{str(folder)!r} is a file; choose a folder with --output.")
+    ours = (folder / DATA_FILE).is_file() or (folder / PROGRESS).is_file()
+    if folder.is_dir() and any(folder.iterdir()):
+        if not ours:
+            raise OutputError(
+                f"{str(folder)!r} is not empty and holds no analysis; choose another folder with --output."
+            )
+        if given.overwrite:
+            shutil.rmtree(folder)
+        elif (folder / DATA_FILE).is_file():
+            raise OutputError(
+                f"{str(folder)!r} holds an analysis; choose another folder, or replace it with --overwrite."
+            )
+    try:
+        analysis = analyse(settings, folder, reporter=shown)
+    except KeyboardInterrupt:
+        shown.say(f"Interrupted; what was measured is kept in {folder}. The same command goes on from there.")
+        return 130
+    suggestion = recipe = None
+    if given.suggest_rank is not None:
+        suggestion = suggest(analysis, given.suggest_rank)
+        paths = [target.path for target in linear_weights(open_folder(given.base))]
+        recipe = recipe_text(analysis, suggestion, paths)
+    with shown.console.status("Drawing"):
+        written = write(analysis, folder, suggestion=suggestion, recipe=recipe)
+    print(console_table(analysis, suggestion))
+    for sentence in (*verdict(analysis), *analysis.notes):
+        print(f"\n{sentence}")
+    print()
+    for path in written:
+        print(path)
+    return 0

@@ -1,0 +1,336 @@
+"""Weights of two models, read one at a time from their safetensors files.
+
+No model is ever in memory: a folder is an index of which file holds which tensor, and a tensor is read when it is asked for.
+An adapter is put on a skeleton whose weights are mapped from the base model's files, not read, and merged layer by layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pica.adapters.base_model import _model_class
+from pica.errors import AdapterFileError, ConfigError, PicaError
+from pica.experiments.models import locate
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is, and what it is: its file, shape and dtype as safetensors writes it ("F32", "BF16", ...)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class WeightFolder:
+    """A model folder (one file or sharded) as an index of its tensors.
+
+    Attributes:
+        path: The folder.
+        entries: Tensors by name, in the order of the files.
+        config: The model's config.json; empty where there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the headers of all files.
+
+        Raises:
+            ConfigError: The folder holds no safetensors model, or a file of it is missing or damaged.
+        """
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        for file in _files(path):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - no mapping
+                        part = opened.get_slice(name)
+                        self.entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{str(file)!r} cannot be read as safetensors: {error}.") from error
+        self.config: dict[str, Any] = {}
+        if (path / "config.json").is_file():
+            try:
+                self.config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{str(path / 'config.json')!r} cannot be read: {error}.") from error
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype. Its file is mapped, and unmapped once the tensor is gone."""
+        entry = self.entries[name]
+        with safe_open(entry.file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+def open_folder(path: str, revision: str | None = None) -> WeightFolder:
+    """The folder of a model on disk, in this package ("embedded") or on the hub, of which only safetensors are fetched.
+
+    Raises:
+        ConfigError: There is no such model, or it has no safetensors files.
+    """
+    folder = Path(locate(path))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            found = snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+        except Exception as error:  # the hub client's errors have no common base
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"Model {path!r} is no local folder, and fetching it from the hub failed: {reason}"
+            ) from error
+        folder = Path(found)
+    return WeightFolder(folder)
+
+
+def _files(path: Path) -> list[Path]:
+    if (path / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{str(path / INDEX)!r} cannot be read: {error}.") from error
+        files = [path / Path(name).name for name in names]  # a shard lies beside its index, never elsewhere
+    else:
+        files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"Model folder {str(path)!r} holds no safetensors file; load it with transformers and write it again with "
+            "save_pretrained."
+        )
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ConfigError(f"Model folder {str(path)!r} lacks {missing[0]}, which its index names.")
+    return files
+
+
+def skeleton(folder: WeightFolder, model_class: type | None = None) -> nn.Module | None:
+    """The model's modules on the meta device, without weights; None where transformers cannot build it.
+
+    Args:
+        folder: Its configuration names the architecture.
+        model_class: A class of transformers to build instead of the one that the configuration names.
+    """
+    import transformers
+
+    if not folder.config:
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder.path), local_files_only=True)
+        names = config.architectures or ["AutoModel"]
+        chosen = model_class or getattr(transformers, names[0])
+        with torch.device("meta"):
+            build = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
+            return build(config)
+    except Exception:  # whatever an architecture's own code raises: what is left is to go by names
+        return None
+
+
+def renaming(names: Collection[str], others: Collection[str]) -> Callable[[str], str]:
+    """What a tensor or module of one model is called in the other.
+
+    A model saved with a head carries its body's prefix ("bert.encoder..."), and one saved without does not. Of all
+    first components the one is taken that, put before our names or taken off them, makes most names agree.
+    """
+    there = set(others)
+    put = {""} | {other.partition(".")[0] + "." for other in there if "." in other}
+    take = {name.partition(".")[0] + "." for name in names if "." in name}
+    candidates = [("", prefix) for prefix in sorted(put)] + [(prefix, "") for prefix in sorted(take)]
+    off, on = max(candidates, key=lambda pair: len({pair[1] + n.removeprefix(pair[0]) for n in names} & there))
+    return lambda name: on + name.removeprefix(off)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to analyse.
+
+    Attributes:
+        name: Of the base model's tensor.
+        path: Of its module in the base model's files, without ".weight".
+        transposed: Stored as (in, out), as transformers' Conv1D does.
+    """
+
+    name: str
+    path: str
+    transposed: bool = False
+
+
+def linear_weights(folder: WeightFolder) -> list[Target]:
+    """The matrices of linear layers; embeddings and the head over the vocabulary are left out.
+
+    Where transformers cannot build the architecture, every matrix whose name does not speak of an embedding or a head
+    counts.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    matrices = {n: e for n, e in folder.entries.items() if n.endswith(".weight") and len(e.shape) == 2}
+    built = skeleton(folder)
+    if built is None:
+        words = ("embed", "wte", "wpe", "lm_head", "shared.weight")
+        return [Target(n, n.removesuffix(".weight")) for n in matrices if not any(word in n for word in words)]
+    modules = dict(built.named_modules())
+    module_of = renaming([name.removesuffix(".weight") for name in matrices], modules)
+    head = built.get_output_embeddings() if hasattr(built, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    found = []
+    for name in matrices:
+        path = name.removesuffix(".weight")
+        module = modules.get(module_of(path))
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            found.append(Target(name, path, isinstance(module, Conv1D)))
+    return found
+
+
+class Tuned(Protocol):
+    """The fine-tuned side: which of the base's weights it has, and each of them on demand."""
+
+    notes: list[str]
+
+    def has(self, target: Target) -> bool: ...
+
+    def load(self, target: Target) -> Tensor:
+        """The fine-tuned weight, in the layout of the base's file."""
+        ...
+
+
+class TunedFolder:
+    """A fully fine-tuned model folder."""
+
+    def __init__(self, base: WeightFolder, folder: WeightFolder) -> None:
+        self.folder, self.notes = folder, list[str]()
+        self._name = renaming(base.entries, folder.entries)
+        self._base = base
+
+    def has(self, target: Target) -> bool:
+        entry = self.folder.entries.get(self._name(target.name))
+        if entry is None:
+            return False
+        if entry.shape != self._base.entries[target.name].shape:
+            shapes = f"{self._base.entries[target.name].shape} and {entry.shape}"
+            self.notes.append(f"{target.path} has different shapes in the two models, {shapes}; it is left out.")
+            return False
+        return True
+
+    def load(self, target: Target) -> Tensor:
+        return self.folder.load(self._name(target.name))
+
+
+class TunedAdapter:
+    """An adapter of any PEFT method on the base model.
+
+    The base's weights are mapped from its files; the adapter is loaded by PEFT as always, and a layer's fine-tuned weight
+    is what PEFT's own `merge` makes of a float32 copy of it. Memory: the adapter, what its method computes on loading
+    (nothing of a weight's size for LoRA, DoRA, VeRA, LoHa, OFT, ...; the basis, (r, in), of each layer for PiCa; a new
+    base weight for each layer for PiSSA and its kind), and one layer.
+    """
+
+    def __init__(self, base: WeightFolder, adapter: Path) -> None:
+        """Put the adapter on the mapped base model.
+
+        Raises:
+            AdapterFileError: The adapter cannot be loaded on this base, or changes no weight of a linear layer.
+        """
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        import pica
+
+        pica.register()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (adapter / name).is_file():
+                raise AdapterFileError(f"{str(adapter)!r} is no adapter folder: it holds no {name}.")
+        self.notes: list[str] = []
+        try:
+            config = peft.PeftConfig.from_pretrained(str(adapter))
+            model = mapped_model(base, _model_class(str(base.path), config))
+            carried = peft.PeftModel.from_pretrained(model, str(adapter)).eval()  # pyright: ignore[reportArgumentType]
+        except PicaError:
+            raise
+        except Exception as error:  # each method raises what it likes
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise AdapterFileError(
+                f"Adapter {str(adapter)!r} cannot be loaded on {str(base.path)!r}: {lines[0]}"
+            ) from error
+        inner = carried.get_base_model()
+        self._layers = {
+            path: module
+            for path, module in inner.named_modules()
+            if isinstance(module, BaseTunerLayer)
+            and isinstance(getattr(module.get_base_layer(), "weight", None), Tensor)
+        }
+        if not self._layers:
+            raise AdapterFileError(
+                f"Adapter {str(adapter)!r} ({config.peft_type}) changes no weights, so there is no update to analyse."
+            )
+        name_of = renaming([f"{path}.weight" for path in self._layers], base.entries)
+        self._by_name = {name_of(f"{path}.weight"): module for path, module in self._layers.items()}
+        self._method = str(getattr(config.peft_type, "value", config.peft_type))
+
+    def has(self, target: Target) -> bool:
+        return target.name in self._by_name
+
+    def load(self, target: Target) -> Tensor:
+        """What PEFT's merge makes of the layer's weight, in float32.
+
+        Raises:
+            AdapterFileError: The method cannot be merged into this layer.
+        """
+        layer: Any = self._by_name[target.name]
+        weight = layer.get_base_layer().weight
+        mapped = weight.data
+        weight.data = mapped.to(torch.float32, copy=True)  # merging writes in place, and must not write to the file
+        try:
+            with torch.no_grad():
+                layer.merge()
+                return layer.get_base_layer().weight.detach()
+        except Exception as error:
+            raise AdapterFileError(f"{target.path}: {self._method} cannot be merged into it: {error}") from error
+        finally:
+            layer.merged_adapters.clear()
+            if hasattr(layer, "_unmerged_weight"):
+                layer._unmerged_weight = None
+            layer.get_base_layer().weight = nn.Parameter(mapped, requires_grad=False)
+
+
+def mapped_model(folder: WeightFolder, model_class: type) -> nn.Module:
+    """The model with its weights mapped from the files: pages are read when they are touched, and can be dropped.
+
+    Weights that the files lack (a new head) are zero.
+
+    Raises:
+        ConfigError: transformers cannot build the architecture.
+    """
+    built = skeleton(folder, model_class)
+    if built is None:
+        raise ConfigError(
+            f"transformers cannot build the model of {str(folder.path)!r}, so no adapter can be put on it."
+        )
+    wanted = dict(built.named_parameters())
+    name_of = renaming(folder.entries, wanted)
+    state: dict[str, Tensor] = {}
+    for name, entry in folder.entries.items():
+        full = name_of(name)
+        if full in wanted and tuple(wanted[full].shape) == entry.shape:
+            state[full] = folder.load(name)
+    for name, parameter in wanted.items():
+        if name not in state:
+            state[name] = torch.zeros(parameter.shape, dtype=torch.float32)
+    built.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in list(_meta_buffers(built)):
+        owner = built.get_submodule(name.rpartition(".")[0])
+        owner._buffers[name.rpartition(".")[2]] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    if hasattr(built, "tie_weights"):
+        built.tie_weights()  # pyright: ignore[reportCallIssue]
+    return built.eval()
+
+
+def _meta_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            yield name, buffer

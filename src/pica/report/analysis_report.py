@@ -1,0 +1,344 @@
+"""What `pica analyze` leaves: a page, JSON, CSV, figures and suggested ranks; and the verdict in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from pica.experiments import output as files
+from pica.experiments.analysis import (
+    NEAR_ZERO,
+    PROGRESS,
+    Analysis,
+    RoleSummary,
+    curve,
+    near_zero,
+    short_names,
+    summarise,
+)
+from pica.experiments.measuring import versions
+from pica.experiments.ranks import Suggestion
+from pica.report.analysis_figures import plates
+from pica.report.page import Cell, Column, Page, bullets, csv_text, notice, preformatted, table
+
+PAGE_FILE, DATA_FILE, LAYERS_FILE, ROLES_FILE, RANKS_FILE = (
+    "report.html",
+    "analysis.json",
+    "layers.csv",
+    "roles.csv",
+    "rank_pattern.yaml",
+)
+CURVE_POINTS = 64  # of each curve in the JSON file; the ranks are spread evenly and hold the ends
+
+_LAYER_COLUMNS = (
+    *("path", "role", "index", "out", "in", "norm", "effective_rank", "stable_rank", "relative", "rank"),
+    *(
+        "column",
+        "chance",
+        "random",
+        "row",
+        "row_chance",
+        "minor",
+        "best",
+        "update_effective_rank",
+        "update_stable_rank",
+    ),
+    *("angle_mean_in", "angle_max_in", "angle_mean_out", "angle_max_out", "intruders_in", "intruders_out"),
+    *("sine_in", "sine_out", "gap", "wedin_bound"),
+    *("residual", "optimum", "misplaced", "epsilon", "theorem1_bound"),
+)
+
+_TITLES = {
+    "name": ("role", "The layers' common path"),
+    "layers": ("layers", "Layers that changed"),
+    "shape": ("out × in", ""),
+    "relative": ("change", "Frobenius norm of the update over that of the weight"),
+    "column": ("column", "Share of the update's energy in the top-r column space, where PiCa's adapter lives"),
+    "chance": ("chance", "What a random space of that size holds on average: r / in"),
+    "random": ("random", "What seeded random directions held"),
+    "row": ("row", "Share in the top-r row space"),
+    "row_chance": ("chance (row)", "What a random space of that size holds of the output side: r / out"),
+    "minor": ("minor", "Share in the last r directions of the column space"),
+    "best": ("best", "Share in the update's own best r directions (Eckart and Young)"),
+    "angle": ("angle", "Mean principal angle between the top-r column spaces before and after, degrees"),
+    "intruders": ("intruders", "Leading directions after fine-tuning that resemble none before, per layer"),
+    "residual_over_optimum": ("loss/optimum", "Theorem 1: what projection loses, over the least that any r directions lose"),
+    "wedin_informative": ("Wedin says", "Share of all ranks at which the bound of Lemma 3.1 is below 1"),
+    "base_effective_rank": ("eff. rank W", "Effective rank of the base weight"),
+    "base_stable_rank": ("stable rank W", "Stable rank of the base weight"),
+    "update_effective_rank": ("eff. rank dW", "Effective rank of the update"),
+    "update_stable_rank": ("stable rank dW", "Stable rank of the update"),
+    "suggested": ("rank", "Suggested rank"),
+}  # fmt: skip
+
+
+def rows_of(analysis: Analysis, suggestion: Suggestion | None = None) -> list[dict[str, Any]]:
+    """One row a role, for tables: `RoleSummary` with a short name and shape."""
+    summaries = summarise(analysis)
+    names = short_names([s.role for s in summaries])
+    rows = []
+    for s in summaries:
+        row = {**asdict(s), "name": names[s.role], "shape": f"{s.out}×{s.inn}"}
+        if suggestion is not None:
+            rank = suggestion.ranks.get(s.role)
+            row["suggested"] = (
+                rank if rank is not None or s.role not in suggestion.ranks else f">{suggestion.limits[s.role]}"
+            )
+        rows.append(row)
+    return rows
+
+
+def console_table(analysis: Analysis, suggestion: Suggestion | None = None) -> str:
+    """The table per role as plain text."""
+    keys = ["name", "layers", "shape"]
+    if analysis.paired:
+        keys += ["relative", "column", "chance", "row", "row_chance", "minor", "best", "angle", "intruders"]
+    else:
+        keys += ["base_effective_rank", "base_stable_rank"]
+    keys += ["suggested"] if suggestion is not None else []
+    lines = [[_TITLES[key][0] for key in keys]]
+    lines += [[_shown(key, row[key]) for key in keys] for row in rows_of(analysis, suggestion)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if key in ("column", "chance", "random", "row", "row_chance", "minor", "best", "wedin_informative"):
+        return f"{value:.1%}"
+    if key == "relative":
+        return f"{value:.2%}"
+    if key in ("angle", "residual_over_optimum"):
+        return f"{value:.2f}"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def verdict(analysis: Analysis) -> list[str]:
+    """What holds of the paper's claims in this pair of models, one sentence each, with the numbers."""
+    rows = [s for s in summarise(analysis) if s.column is not None]
+    if not rows:
+        return []
+    names = short_names([s.role for s in rows])
+    rank = max(s.rank or 0 for s in rows)
+    angles = [s.angle or 0.0 for s in rows]
+    intruders = sum(len(la.update["intruders"]["in"]) for la in analysis.layers if la.update and la.changed)
+    wedin = sum((s.wedin_informative or 0.0) * s.layers for s in rows) / sum(s.layers for s in rows)
+    advantage = sorted(rows, key=lambda s: (s.column or 0.0) / (s.chance or 1.0))
+    low, high = advantage[0], advantage[-1]
+    above = sum((s.column or 0) > 1.5 * (s.chance or 1) for s in rows)
+    ratios = [s.residual_over_optimum for s in rows if s.residual_over_optimum is not None]
+    near, expected = near_zero(analysis)
+    found = [
+        f"Does the top-{rank} column space stay where it was? Its mean principal angle is {min(angles):.2g} to "
+        f"{max(angles):.2g} degrees by role; {intruders} of the leading directions "
+        f"{'is an intruder' if intruders == 1 else 'are intruders'}. Lemma 3.1 says so beforehand at {wedin:.1%} of all "
+        "ranks; elsewhere the gap between neighbouring singular values is smaller than the update, and its bound excludes "
+        "nothing.",
+        f"Does the update lie in it? It holds {_times(low)} what chance gives in {names[low.role]} ({low.column:.1%} of the "
+        f"energy) and {_times(high)} in {names[high.role]} ({high.column:.1%}); {above} of {len(rows)} roles hold more than "
+        "one and a half times chance.",
+    ]
+    if ratios:
+        found.append(
+            f"Is the projection near the best rank-{rank} approximation (Theorem 1)? By role it loses {min(ratios):.1f} to "
+            f"{max(ratios):.1f} times as much energy."
+        )
+    found.append(
+        f"Are the entries of E_P and E_Q near zero (Figure 2)? {near:.2%} are below {NEAR_ZERO}; of two unrelated weights "
+        f"of these shapes {expected:.2%} would be."
+    )
+    return found
+
+
+def _times(s: RoleSummary) -> str:
+    return f"{(s.column or 0.0) / (s.chance or 1.0):.2f} times"
+
+
+def write(
+    analysis: Analysis, folder: Path, *, suggestion: Suggestion | None = None, recipe: str | None = None
+) -> list[Path]:
+    """Write everything into `folder` and remove the progress file; each file appears whole.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    written = [folder / DATA_FILE, folder / LAYERS_FILE, folder / ROLES_FILE, folder / PAGE_FILE]
+    data = json.dumps(to_json(analysis, suggestion), indent=1, ensure_ascii=False) + "\n"
+    layers = csv_text(layer_rows(analysis), _LAYER_COLUMNS)
+    roles = csv_text([asdict(s) for s in summarise(analysis)], [field.name for field in fields(RoleSummary)])
+    files.write_text(written[0], data)
+    files.write_text(written[1], layers)
+    files.write_text(written[2], roles)
+    if recipe is not None:
+        files.write_text(folder / RANKS_FILE, recipe)
+        written.append(folder / RANKS_FILE)
+    with files.translated_write_errors(folder), files.atomic_folder(folder / "figures") as partial:
+        for plate in plates(analysis):
+            plate.save(partial)
+    written.append(folder / "figures")
+    files.write_text(written[3], page(analysis, suggestion, recipe, layers, roles))
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return written
+
+
+def page(analysis: Analysis, suggestion: Suggestion | None, recipe: str | None, layers: str, roles: str) -> str:
+    """The HTML page."""
+    settings = analysis.settings
+    ranks = [la.update["rank"] for la in analysis.layers if la.update and la.changed]
+    facts: dict[str, object] = {"base model": settings.base}
+    if analysis.paired:
+        facts |= {"fine-tuned": settings.tuned, "r": max(ranks)}
+    facts["layers"] = len(analysis.layers)
+    made = Page(
+        "Where did fine-tuning move the weights?" if analysis.paired else "Spectra of the base weights",
+        lead="The claims of the PiCa paper held against two models."
+        if analysis.paired
+        else "What can be said before any fine-tuning.",
+        facts=facts,
+    )
+    if analysis.paired:
+        made.section("What holds", bullets(verdict(analysis)), *[notice(note) for note in analysis.notes])
+    rows = rows_of(analysis, suggestion)
+    made.section("By role", *_tables(analysis, rows, suggestion))
+    if suggestion is not None and recipe is not None:
+        made.section(
+            "Suggested ranks",
+            f"The smallest rank of each role that holds {suggestion.share:.0%} "
+            + (
+                "of the update's energy in the base weight's column space."
+                if suggestion.source == "update"
+                else "of the base weight's squared singular values; no task was looked at."
+            ),
+            preformatted(recipe),
+        )
+        made.download(RANKS_FILE, recipe, kind="text/yaml")
+    titles = {
+        "energy": "Energy captured",
+        "angles": "Angles",
+        "perturbations": "Perturbations",
+        "spectra": "Singular values",
+    }
+    for plate in plates(analysis):
+        made.section(titles[plate.name], plate.inline())
+    made.download(LAYERS_FILE, layers, kind="text/csv")
+    made.download(ROLES_FILE, roles, kind="text/csv")
+    return made.html()
+
+
+def _tables(analysis: Analysis, rows: Sequence[Mapping[str, Any]], suggestion: Suggestion | None) -> list[Any]:
+    more = ["suggested"] if suggestion is not None else []
+    if not analysis.paired:
+        return [
+            _table(rows, ["name", "layers", "shape", "base_effective_rank", "base_stable_rank", *more], "Base weights.")
+        ]
+    first = [
+        "name",
+        "layers",
+        "shape",
+        "relative",
+        "column",
+        "chance",
+        "random",
+        "row",
+        "row_chance",
+        "minor",
+        "best",
+        *more,
+    ]
+    second = ["name", "angle", "intruders", "residual_over_optimum", "wedin_informative", "base_effective_rank"]
+    second += ["base_stable_rank", "update_effective_rank", "update_stable_rank"]
+    return [
+        _table(rows, first, "Share of the update's energy that r directions hold."),
+        _table(rows, second, "Angles, bounds and ranks."),
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]], keys: list[str], caption: str) -> Any:
+    columns = [Column(key, *_TITLES[key], numeric=key not in ("name", "shape")) for key in keys]
+    cells = []
+    for row in rows:
+        shown = {}
+        for key in keys:
+            value = row[key]
+            shown[key] = Cell(_shown(key, value), value if isinstance(value, (int, float)) else _shown(key, value))
+        cells.append(shown)
+    return table(columns, cells, caption=caption)
+
+
+def layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    """One flat row a layer, for CSV; update columns are empty where a layer is unchanged."""
+    rows = []
+    for layer in analysis.layers:
+        row: dict[str, Any] = {
+            "path": layer.path,
+            "role": layer.role,
+            "index": layer.index,
+            "out": layer.out,
+            "in": layer.inn,
+            "norm": layer.norm,
+            "effective_rank": layer.effective_rank,
+            "stable_rank": layer.stable_rank,
+        }
+        u = layer.update
+        if u is not None and layer.changed:
+            rank = u["rank"]
+            row |= {
+                kind: float(curve([layer], kind)[rank - 1]) for kind in ("column", "random", "row", "minor", "best")
+            }
+            row |= {
+                "relative": u["energy"] ** 0.5 / layer.norm if layer.norm else None,
+                "rank": rank,
+                "chance": rank / layer.inn,
+                "row_chance": rank / layer.out,
+                "update_effective_rank": u["effective_rank"],
+                "update_stable_rank": u["stable_rank"],
+                "sine_in": u["wedin"]["sine_in"],
+                "sine_out": u["wedin"]["sine_out"],
+                "gap": u["wedin"]["gap"],
+                "wedin_bound": u["wedin"]["bound"],
+                "residual": u["theorem1"]["residual"],
+                "optimum": u["theorem1"]["optimum"],
+                "misplaced": u["theorem1"]["misplaced"],
+                "epsilon": u["theorem1"]["epsilon"],
+                "theorem1_bound": u["theorem1"]["bound"],
+            }
+            for side in ("in", "out"):
+                row[f"angle_mean_{side}"] = u["angle_mean"][side]
+                row[f"angle_max_{side}"] = u["angle_max"][side]
+                row[f"intruders_{side}"] = len(u["intruders"][side])
+        rows.append(row)
+    return rows
+
+
+def to_json(analysis: Analysis, suggestion: Suggestion | None = None) -> dict[str, Any]:
+    """Settings, roles with their curves, layers and suggestion, ready for JSON."""
+    roles = []
+    for summary, layers in zip(summarise(analysis), analysis.roles().values()):
+        entry: dict[str, Any] = asdict(summary)
+        if summary.column is not None:
+            kinds = {kind: curve(layers, kind) for kind in ("column", "row", "minor", "random", "best")}
+            shortest = min(map(len, kinds.values()))
+            points = min(CURVE_POINTS, shortest)
+            ranks = sorted({1 + round(i * (shortest - 1) / max(1, points - 1)) for i in range(points)})
+            entry["curves"] = {"r": ranks} | {k: [round(float(v[r - 1]), 6) for r in ranks] for k, v in kinds.items()}
+        roles.append(entry)
+    near, expected = near_zero(analysis) if analysis.paired else (None, None)
+    return {
+        "settings": asdict(analysis.settings),
+        "versions": versions(),
+        "notes": analysis.notes,
+        "verdict": verdict(analysis),
+        "near_zero_entries": {"threshold": NEAR_ZERO, "measured": near, "unrelated": expected},
+        "suggestion": asdict(suggestion) if suggestion else None,
+        "roles": roles,
+        "layers": layer_rows(analysis),
+    }

@@ -1,0 +1,125 @@
+"""`pica analyze` as a user calls it: what it writes, what it prints, what it refuses."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tests.report.browser import check_page
+
+from pica.experiments import analysis as engine
+
+
+@pytest.fixture
+def tuned(model_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        name: t + 0.01 * torch.randn(t.shape, generator=g)
+        for name, t in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_pair_of_models(pica: Callable, model_folder: Path, tuned: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    outcome = pica(
+        "analyze", model_folder, tuned, "-o", out, "--rank", "4", "--suggest-rank", "0.5", "--only", "down|q_proj"
+    )
+    assert outcome.status == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[0].split()[:3] == ["role", "layers", "out"]
+    assert [line.split()[0] for line in lines[1:3]] == ["mlp.down_proj", "self_attn.q_proj"]
+    assert max(len(line) for line in lines[:3]) <= 120
+    assert "times what chance gives" in outcome.out
+
+    data = json.loads((out / "analysis.json").read_text())
+    assert len(data["layers"]) == 4
+    assert data["suggestion"]["ranks"].keys() == {role["role"] for role in data["roles"]}
+    for role in data["roles"]:
+        curve = role["curves"]["column"]
+        assert curve == sorted(curve)
+        assert role["curves"]["r"][0] == 1
+    rows = list(csv.DictReader((out / "layers.csv").read_text().splitlines()))
+    assert len(rows) == 4
+    assert all(0 < float(row["column"]) < 1 and float(row["residual"]) >= float(row["optimum"]) for row in rows)
+    assert len(list(csv.DictReader((out / "roles.csv").read_text().splitlines()))) == 2
+    assert yaml.safe_load((out / "rank_pattern.yaml").read_text())["adapter"]["rank_pattern"].keys() == {
+        "q_proj",
+        "down_proj",
+    }
+    names = {path.name for path in (out / "figures").iterdir()}
+    assert names == {f"{n}.{e}" for n in ("energy", "angles", "perturbations", "spectra") for e in ("png", "svg")}
+    assert all((out / "figures" / n).read_bytes()[:4] == b"\x89PNG" for n in names if n.endswith("png"))
+    page = (out / "report.html").read_text()
+    check_page(page)
+    for text in ("What holds", "Energy captured", "rank_pattern.yaml", "layers.csv"):
+        assert text in page
+    assert not (out / engine.PROGRESS).exists()
+
+
+def test_a_base_alone(pica: Callable, tmp_path: Path):
+    out = tmp_path / "out"
+    outcome = pica("analyze", "embedded", "-o", out, "--suggest-rank", "0.9", "--only", "layers.0.self_attn.q")
+    assert outcome.status == 0, outcome.err
+    assert "eff. rank W" in outcome.out
+    assert {path.name for path in (out / "figures").iterdir()} == {"spectra.png", "spectra.svg"}
+    assert "no task was looked at" in (out / "rank_pattern.yaml").read_text()
+    check_page((out / "report.html").read_text())
+
+
+def test_an_interrupt_says_how_to_go_on(
+    pica: Callable, model_folder: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measure, calls = engine._measure, []
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(engine, "_measure", stop)
+    command = ["analyze", model_folder, tuned, "-o", tmp_path / "out", "--only", "layers.*(o|up)_proj"]
+    outcome = pica(*command)
+    assert outcome.status == 130
+    assert "The same command goes on from there." in outcome.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [engine.PROGRESS]
+    assert pica(*command).status == 0
+    assert len(calls) == 2 + 3
+    again = pica(*command)
+    assert again.status == 2
+    assert "--overwrite" in again.err
+    assert pica(*command[:-1], "layers.1.*up_proj", "--overwrite").status == 0
+    assert len(json.loads((tmp_path / "out" / "analysis.json").read_text())["layers"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--suggest-rank", "90"], "--suggest-rank 90.0 must lie above 0 and be at most 1"),
+        (["--rank", "0"], "--rank 0 must be at least 1"),
+        (["--only", "("], "is no regular expression"),
+        (["--intruder-threshold", "2"], "--intruder-threshold 2.0"),
+    ],
+)
+def test_bad_values(pica: Callable, model_folder: Path, tuned: Path, tmp_path: Path, given: list[str], message: str):
+    outcome = pica("analyze", model_folder, tuned, "-o", tmp_path / "out", *given)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(pica: Callable, model_folder: Path, tuned: Path, tmp_path: Path):
+    outcome = pica("analyze", model_folder, tuned, "-o", model_folder, "--overwrite")
+    assert outcome.status == 2
+    assert "holds no analysis" in outcome.err
+    assert (model_folder / "model.safetensors").is_file()
