@@ -141,6 +141,13 @@ def test_names_decide_where_transformers_knows_no_such_model(tmp_path: Path):
     assert [target.path for target in linear_weights(open_folder(str(tmp_path)))] == ["blocks.0.up"]
 
 
+def test_an_adapter_in_place_of_the_base_is_told(model_folder: Path, tmp_path: Path):
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), METHODS["lora"]())
+    adapted.save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match="is an adapter; give the model it belongs to as BASE"):
+        open_folder(str(tmp_path))
+
+
 def test_refusals(model_folder: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no safetensors file"):

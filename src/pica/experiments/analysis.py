@@ -23,7 +23,16 @@ from pica import theory
 from pica.errors import ConfigError, OutputError
 from pica.experiments import output as files
 from pica.experiments.reporting import Reporter
-from pica.experiments.weights import Target, Tuned, TunedAdapter, TunedFolder, WeightFolder, linear_weights, open_folder
+from pica.experiments.weights import (
+    Target,
+    Tuned,
+    TunedAdapter,
+    TunedFolder,
+    WeightFolder,
+    fetch,
+    linear_weights,
+    open_folder,
+)
 from pica.theory.subspaces import as_matrix
 from pica.tuner.roles import role_of
 
@@ -167,11 +176,10 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter) -> Analysis
 
 
 def _open_tuned(base: WeightFolder, tuned: str) -> Tuned:
-    local = Path(tuned).expanduser()
-    for adapter in (local, local / "adapter"):
-        if (adapter / "adapter_config.json").is_file():
-            return TunedAdapter(base, adapter)
-    return TunedFolder(base, open_folder(tuned))
+    folder = fetch(tuned)
+    if (folder / "adapter_config.json").is_file():
+        return TunedAdapter(base, folder)
+    return TunedFolder(base, WeightFolder(folder))
 
 
 def _measure(base: WeightFolder, tuned: Tuned | None, target: Target, settings: Settings) -> Layer:
@@ -349,7 +357,8 @@ class RoleSummary:
         column, row, minor, random, best: Share of the update's energy in the top-r column space, top-r row space, the last r
             directions of the column space, r seeded random directions, and the update's own best r (Eckart and Young).
         chance, row_chance: r / in and r / out, the expectations for random spaces of the input and the output.
-        angle: Mean principal angle of the top-r column spaces before and after, in degrees.
+        angle, largest_angle: Principal angles of the top-r column spaces before and after, in degrees: their mean, and the
+            largest in any layer.
         intruders: Mean number among the leading directions of the input.
         base_effective_rank, update_effective_rank, update_stable_rank: Means.
         residual_over_optimum: Theorem 1: sum of residuals over sum of optima; None where the optimum is zero.
@@ -372,6 +381,7 @@ class RoleSummary:
     minor: float | None = None
     best: float | None = None
     angle: float | None = None
+    largest_angle: float | None = None
     intruders: float | None = None
     update_effective_rank: float | None = None
     update_stable_rank: float | None = None
@@ -414,6 +424,7 @@ def _summary(role: str, layers: list[Layer]) -> RoleSummary:
         minor=float(curve(changed, "minor")[rank - 1]),
         best=float(curve(changed, "best")[rank - 1]),
         angle=_mean(u["angle_mean"]["in"] for u in updates),
+        largest_angle=max(u["angle_max"]["in"] for u in updates),
         intruders=_mean(len(u["intruders"]["in"]) for u in updates),
         update_effective_rank=_mean(u["effective_rank"] for u in updates),
         update_stable_rank=_mean(u["stable_rank"] for u in updates),

@@ -71,24 +71,38 @@ class WeightFolder:
             return opened.get_tensor(name)
 
 
-def open_folder(path: str, revision: str | None = None) -> WeightFolder:
-    """The folder of a model on disk, in this package ("embedded") or on the hub, of which only safetensors are fetched.
+def fetch(path: str) -> Path:
+    """The folder of a model or adapter on disk, in this package ("embedded") or on the hub, code and pickles left there.
 
     Raises:
-        ConfigError: There is no such model, or it has no safetensors files.
+        ConfigError: There is no such model.
     """
+    for local in (Path(path).expanduser(), Path(path).expanduser() / "adapter"):  # the latter: output of `pica train`
+        if (local / "adapter_config.json").is_file():
+            return local
     folder = Path(locate(path))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            found = snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+            folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
         except Exception as error:  # the hub client's errors have no common base
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"Model {path!r} is no local folder, and fetching it from the hub failed: {reason}"
             ) from error
-        folder = Path(found)
+    return folder
+
+
+def open_folder(path: str) -> WeightFolder:
+    """The weights of a model; see `fetch`.
+
+    Raises:
+        ConfigError: There is no such model, or it has no safetensors files.
+    """
+    folder = fetch(path)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{path!r} is an adapter; give the model it belongs to as BASE, and the adapter after it.")
     return WeightFolder(folder)
 
 

@@ -117,8 +117,8 @@ def plates(analysis: Analysis) -> list[Plate]:
             partial(_draw_angles, analysis=analysis),
             "Mean principal angle, in degrees, between the top-r column spaces of the base and of the fine-tuned weight.",
             "Heat map of principal angles by layer and role.",
-            max(2.4, 1.3 + 0.26 * depth),
-            max(2.4, 1.6 + 0.26 * depth),
+            max(2.4, 1.5 + 0.18 * depth),
+            max(2.4, 1.8 + 0.18 * depth),
         ),
         Plate(
             "perturbations",

@@ -31,7 +31,7 @@ PAGE_FILE, DATA_FILE, LAYERS_FILE, ROLES_FILE, RANKS_FILE = (
     "roles.csv",
     "rank_pattern.yaml",
 )
-CURVE_POINTS = 64  # of each curve in the JSON file; the ranks are spread evenly and hold the ends
+CURVE_POINTS = 64  # of each curve in the JSON file, spread evenly, beside all powers of two
 
 _LAYER_COLUMNS = (
     *("path", "role", "index", "out", "in", "norm", "effective_rank", "stable_rank", "relative", "rank"),
@@ -64,6 +64,7 @@ _TITLES = {
     "minor": ("minor", "Share in the last r directions of the column space"),
     "best": ("best", "Share in the update's own best r directions (Eckart and Young)"),
     "angle": ("angle", "Mean principal angle between the top-r column spaces before and after, degrees"),
+    "largest_angle": ("largest angle", "Largest principal angle in any layer, degrees: the outermost direction turns most"),
     "intruders": ("intruders", "Leading directions after fine-tuning that resemble none before, per layer"),
     "residual_over_optimum": ("loss/optimum", "Theorem 1: what projection loses, over the least that any r directions lose"),
     "wedin_informative": ("Wedin says", "Share of all ranks at which the bound of Lemma 3.1 is below 1"),
@@ -117,7 +118,7 @@ def _shown(key: str, value: Any) -> str:
         return f"{value:.1%}"
     if key == "relative":
         return f"{value:.2%}"
-    if key in ("angle", "residual_over_optimum"):
+    if key in ("angle", "largest_angle", "residual_over_optimum"):
         return f"{value:.2f}"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
@@ -130,6 +131,7 @@ def verdict(analysis: Analysis) -> list[str]:
     names = short_names([s.role for s in rows])
     rank = max(s.rank or 0 for s in rows)
     angles = [s.angle or 0.0 for s in rows]
+    widest = max(s.largest_angle or 0.0 for s in rows)
     intruders = sum(len(la.update["intruders"]["in"]) for la in analysis.layers if la.update and la.changed)
     wedin = sum((s.wedin_informative or 0.0) * s.layers for s in rows) / sum(s.layers for s in rows)
     advantage = sorted(rows, key=lambda s: (s.column or 0.0) / (s.chance or 1.0))
@@ -139,7 +141,8 @@ def verdict(analysis: Analysis) -> list[str]:
     near, expected = near_zero(analysis)
     found = [
         f"Does the top-{rank} column space stay where it was? Its mean principal angle is {min(angles):.2g} to "
-        f"{max(angles):.2g} degrees by role; {intruders} of the leading directions "
+        f"{max(angles):.2g} degrees by role (single directions at its edge turn by up to {widest:.0f}); {intruders} of the "
+        "leading directions "
         f"{'is an intruder' if intruders == 1 else 'are intruders'}. Lemma 3.1 says so beforehand at {wedin:.1%} of all "
         "ranks; elsewhere the gap between neighbouring singular values is smaller than the update, and its bound excludes "
         "nothing.",
@@ -254,7 +257,15 @@ def _tables(analysis: Analysis, rows: Sequence[Mapping[str, Any]], suggestion: S
         "best",
         *more,
     ]
-    second = ["name", "angle", "intruders", "residual_over_optimum", "wedin_informative", "base_effective_rank"]
+    second = [
+        "name",
+        "angle",
+        "largest_angle",
+        "intruders",
+        "residual_over_optimum",
+        "wedin_informative",
+        "base_effective_rank",
+    ]
     second += ["base_stable_rank", "update_effective_rank", "update_stable_rank"]
     return [
         _table(rows, first, "Share of the update's energy that r directions hold."),
@@ -328,7 +339,10 @@ def to_json(analysis: Analysis, suggestion: Suggestion | None = None) -> dict[st
             kinds = {kind: curve(layers, kind) for kind in ("column", "row", "minor", "random", "best")}
             shortest = min(map(len, kinds.values()))
             points = min(CURVE_POINTS, shortest)
-            ranks = sorted({1 + round(i * (shortest - 1) / max(1, points - 1)) for i in range(points)})
+            spread = {1 + round(i * (shortest - 1) / max(1, points - 1)) for i in range(points)}
+            ranks = sorted(
+                spread | {2**i for i in range(shortest.bit_length())}
+            )  # of which the last is at most `shortest`
             entry["curves"] = {"r": ranks} | {k: [round(float(v[r - 1]), 6) for r in ranks] for k, v in kinds.items()}
         roles.append(entry)
     near, expected = near_zero(analysis) if analysis.paired else (None, None)
