@@ -29,7 +29,7 @@ from benchmarks.models import load, title
 from pica.tuner.layer import PicaLinear
 
 COUNTS = [1, 4, 16, 64, 256]
-LORA_LIMIT = 64
+LORA_LIMIT = 16
 
 
 def resident() -> float:
