@@ -72,6 +72,8 @@ def test_list_says_what_would_be_done(pica: Callable, comparison: Path, tmp_path
         (["--trainer.learning_rate", "1"], "is decided for each cell"),
         (["--adapter.method", "lora"], "is what a comparison's rows differ in"),
         (["--methods"], "Option --methods needs a value"),
+        (["--methods", ""], "--methods names nothing"),
+        (["--seeds="], "--seeds names nothing"),
     ],
 )
 def test_mistakes_are_one_sentence(pica: Callable, arguments: list[str], message: str):

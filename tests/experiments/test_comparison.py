@@ -107,7 +107,7 @@ def test_what_is_wrong_with_all_rows_is_said_once(written: Callable[..., str]):
 def test_labels_select_rows(written: Callable[..., str]):
     comparison = load_comparison(written())
     assert [row.label for row in comparison.selected(["lo", "PICA"])] == ["PiCa", "LoRA"]
-    with pytest.raises(ConfigError, match="did you mean 'LoRA'"):
+    with pytest.raises(ConfigError, match="Did you mean 'LoRA'"):
         comparison.selected(["LoR4"])
 
 
@@ -129,5 +129,16 @@ def test_a_changed_data_file_makes_new_cells(written: Callable[..., str], tmp_pa
     for content in ("{}\n", "{}\n{}\n", "{}\n"):
         file.write_text(content)
         comparison = load_comparison(written(), overrides=[("data.train", str(file)), ("data.test", str(file))])
+        keys.append(make_cell(comparison, comparison.rows[0], 0, (0.1,)).key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "dev.jsonl", "test.jsonl", "boolq/test.jsonl"])
+def test_a_changed_file_in_a_data_folder_makes_new_cells(written: Callable[..., str], tmp_path: Path, file: str):
+    folder, keys = tmp_path / "rows", []
+    (folder / "boolq").mkdir(parents=True)
+    for content in ("{}\n", "{}\n{}\n", "{}\n"):
+        (folder / file).write_text(content)
+        comparison = load_comparison(written(), overrides=[("data.train", str(folder)), ("data.test", str(folder))])
         keys.append(make_cell(comparison, comparison.rows[0], 0, (0.1,)).key)
     assert keys[0] == keys[2] != keys[1]

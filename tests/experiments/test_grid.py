@@ -168,3 +168,7 @@ def test_a_folder_of_something_else_is_left_alone(comparison: Callable[..., Comp
     with pytest.raises(OutputError, match="holds no comparison"):
         run(comparison(), folder)
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "comparison.yaml").write_text("name: other")
+    with pytest.raises(OutputError, match="holds the comparison 'other'"):
+        run(comparison(), folder)
+    assert (folder / "comparison.yaml").read_text() == "name: other"

@@ -138,6 +138,15 @@ def test_damaged_files_are_told(folder: Path, name: str):
         summarise(folder)
 
 
+@pytest.mark.parametrize("name", ["comparison.yaml", "cells.json"])
+def test_a_file_that_lacks_a_field_is_told(folder: Path, name: str):
+    content = yaml.safe_load((folder / name).read_text())
+    del content["name" if name == "comparison.yaml" else "workers"]
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="is damaged .it lacks '"):
+        summarise(folder)
+
+
 @needs_browser
 @pytest.mark.parametrize(("width", "shown"), [(1200, "wide"), (500, "narrow")])
 def test_page_fits_a_desk_and_a_phone(folder: Path, tmp_path: Path, width: int, shown: str):

@@ -1,7 +1,7 @@
 """`pica compare`: several methods on one task, side by side."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     reference, overrides, options = split_arguments(arguments)
     workers = _whole(options.get("workers", "1"), "--workers", least=1)
-    seeds = [_whole(text, "--seeds", least=0) for text in _parts(options.get("seeds", ""), ",")]
+    seeds = [_whole(text, "--seeds", least=0) for text in _parts(options, "seeds", ",")]
+    labels = _parts(options, "methods", ";")
 
     from pica.cli.console import quiet_libraries, reporter
 
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     with shown.console.status("Loading libraries"):
         quiet_libraries()
         comparison = load_comparison(reference or DEFAULT, seeds=seeds, overrides=overrides)
-    rows = comparison.selected(_parts(options.get("methods", ""), ";"))
+    rows = comparison.selected(labels)
     trainings = sum(len(row.learning_rates) + len(comparison.seeds) - 1 for row in rows)
     if options.get("list"):
         for row in rows:
@@ -200,8 +201,8 @@ class GridDisplay:
         self._console.print(text, markup=False)
 
 
-def print_summary(summary: "Summary", folder: Path) -> None:
-    """The table, and what lies where."""
+def print_summary(summary: "Summary", folder: Path, page: Path | None = None) -> None:
+    """The table, and what lies where; `page` if it is not report.html in the folder."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -224,12 +225,15 @@ def print_summary(summary: "Summary", folder: Path) -> None:
     for row in summary.rows:
         if row.failures:
             console.print(f"{row.label}: {len(row.failures)} failed: {row.failures[0]}", markup=False)
-    console.print(f"Report:  {folder / 'report.html'}", markup=False)
+    console.print(f"Report:  {page or folder / 'report.html'}", markup=False)
     console.print(f"Numbers: {folder / 'results.csv'}, {folder / 'results.json'}", markup=False)
 
 
-def _parts(text: str, separator: str) -> list[str]:
-    return [part.strip() for part in text.split(separator) if part.strip()]
+def _parts(options: Mapping[str, Any], name: str, separator: str) -> list[str]:
+    found = [part.strip() for part in options.get(name, "").split(separator) if part.strip()]
+    if name in options and not found:  # such as an empty shell variable; it must not mean "all of them"
+        raise ConfigError(f"--{name} names nothing; separate several by {separator!r}, or leave it out.")
+    return found
 
 
 def _whole(text: str, option: str, *, least: int) -> int:

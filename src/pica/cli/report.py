@@ -35,7 +35,5 @@ def run(arguments: Sequence[str]) -> int:
     from pica.report.comparison import write_report
 
     summary = write_report(given.folder, page=given.output)
-    print_summary(summary, given.folder)
-    if given.output is not None:
-        print(f"Page:    {given.output}")
+    print_summary(summary, given.folder, given.output)
     return 0

@@ -27,9 +27,14 @@ from pica.experiments.methods import METHODS
 from pica.experiments.parsing import dump_recipe
 from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Advance
+from pica.tasks import Split
+from pica.tasks.records import split_file, split_files
 
 FORMAT = 1
 """Version of the record; a record of another version is run again."""
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+"""Of a recipe's data."""
 
 _SECONDS_BETWEEN_NOTES = 0.2
 _WITHOUT_EFFECT = {"name", "output"}  # fields of a recipe that say where results go, not what they are
@@ -62,7 +67,7 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
     recipe = with_absolute_paths(comparison.recipe(row, seed, rates))
     content = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _WITHOUT_EFFECT}
     content["trainer"].pop("threads")  # a matter of the machine, as is the number of workers that it follows from
-    content["files"] = {name: _file_digest(getattr(recipe.data, name)) for name in ("train", "validation", "test")}
+    content["files"] = {name: _data_digest(getattr(recipe.data, name)) for name in SPLITS}
     text = json.dumps([FORMAT, content], sort_keys=True)
     return Cell(row, seed, recipe, hashlib.sha256(text.encode()).hexdigest()[:20])
 
@@ -200,11 +205,19 @@ def _curve(run: Path, rate: float) -> list[list[float]]:
         return [[int(row["step"]), float(row["loss"])] for row in rows if float(row["peak_rate"]) == rate]
 
 
-def _file_digest(place: str | None) -> str | None:
-    """Of a data file's content; None for what is no file."""
+def _data_digest(place: str | None) -> Any:
+    """Of a data file's content, or by name of each file that a folder has for a split; None for other places."""
     path = Path(place) if place and place != "embedded" else None
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return None
+    if path.is_file():
+        return _file_digest(path)
+    found = [split_file(path, split) for split in SPLITS]
+    found += [file for split in SPLITS for file in split_files(path, split).values()]
+    return {file.relative_to(path).as_posix(): _file_digest(file) for file in found if file is not None}
+
+
+def _file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
 

@@ -97,10 +97,10 @@ class Comparison:
             found = exact or [row for row in self.rows if row.label.casefold().startswith(label.casefold())]
             if not found:
                 near = get_close_matches(label, [row.label for row in self.rows], n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(
-                    f"--methods: {label!r} is no row of {self.name}; {hint}"
-                    f"It has {', '.join(row.label for row in self.rows)}."
+                    f"--methods: {label!r} is no row of {self.name}.{hint} "
+                    f"Its rows: {'; '.join(row.label for row in self.rows)}."
                 )
             chosen += [row for row in found if row not in chosen]
         return tuple(row for row in self.rows if row in chosen)

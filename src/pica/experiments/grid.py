@@ -12,6 +12,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
 from pica.errors import OutputError
 from pica.experiments import output as files
 from pica.experiments.cells import Cell, failed_record, make_cell, read_record, record_path, run_cell, tail
@@ -122,9 +124,23 @@ def prepare(comparison: Comparison, folder: Path) -> None:
         raise OutputError(
             f"Output folder {str(folder)!r} is not empty and holds no comparison; choose another with --output."
         )
+    if (other := _name_in(marker)) not in (None, comparison.name):
+        raise OutputError(
+            f"Output folder {str(folder)!r} holds the comparison {other!r}, whose page would be replaced; choose another "
+            "with --output."
+        )
     with files.translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     files.write_text(marker, dump_comparison(comparison))
+
+
+def _name_in(marker: Path) -> Any:
+    """Name of the comparison that a folder is of; None if there is none that can be read."""
+    try:
+        content = yaml.safe_load(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content.get("name") if isinstance(content, dict) else None
 
 
 class _Grid:

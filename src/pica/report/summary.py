@@ -121,9 +121,14 @@ def summarise(folder: Path) -> Summary:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         records = [_record(folder, entry) for entry in index["cells"]]
         labels = [row["label"] for row in content["methods"]]
+        name, workers = content["name"], index["workers"]
     except FileNotFoundError:
         raise ConfigError(f"{str(folder)!r} holds no finished cell yet; run pica compare first.") from None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except KeyError as error:
+        raise ConfigError(
+            f"A file in {str(folder)!r} is damaged (it lacks {error}); run pica compare with the folder again."
+        ) from None
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"A file in {str(folder)!r} is damaged ({error}); run pica compare with the folder again."
         ) from None
@@ -132,7 +137,7 @@ def summarise(folder: Path) -> Summary:
     base = next((record["base"] for record in records if record.get("base")), None)
     title, description = (content.get(key) or "" for key in ("title", "description"))
     metric = first["result"].get("metric", "accuracy") if first else "score"
-    return Summary(content["name"], title, description, content, text, metric, rows, base, records, index["workers"])
+    return Summary(name, title, description, content, text, metric, rows, base, records, workers)
 
 
 def summarise_row(label: str, records: Sequence[Mapping[str, Any]]) -> RowSummary:
