@@ -14,7 +14,7 @@ from pica.experiments.interrupts import Interrupted
 from pica.experiments.parsing import dump_recipe, load_recipe
 from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import resume, start, with_absolute_paths
+from pica.experiments.run import preference, resume, start, with_absolute_paths
 
 FILES = ["adapter", "loss_curve.csv", "metrics.json", "predictions-adapter.jsonl", "recipe.resolved.yaml"]
 
@@ -65,6 +65,25 @@ def test_a_run_writes_its_files_and_says_what_it_measured(recipe: Callable[..., 
     said = "\n".join(reporter.said)
     assert "up_proj" in said, "the table of adapted layers"
     assert "Trainable parameters (pica r=4): 384 of" in said
+
+
+@pytest.mark.parametrize("start_from", ["pissa", "olora"])
+def test_the_base_is_measured_as_it_is_where_the_method_changes_it(recipe: Callable[..., Recipe], start_from: str):
+    plain = start(recipe(evaluate_base=True, trainer__max_steps=1), reporter=Silent()).metrics["base"]
+    moved = recipe(
+        evaluate_base=True,
+        trainer__max_steps=1,
+        adapter__method="lora",
+        adapter__options={"init_lora_weights": start_from},
+    )
+    assert start(moved, reporter=Silent(), overwrite=True).metrics["base"]["loss"] == plain["loss"]
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best():
+    losses = [float("nan"), 2.0, float("inf"), 1.0, float("nan")]
+    candidates = [{"validation_score": None, "validation_loss": loss} for loss in losses]
+    assert min(candidates, key=preference)["validation_loss"] == 1.0
+    assert min(reversed(candidates), key=preference)["validation_loss"] == 1.0
 
 
 @pytest.mark.parametrize(

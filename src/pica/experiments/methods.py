@@ -157,6 +157,14 @@ def trained_in_full(section: AdapterSection) -> bool:
     return section.method == "full"
 
 
+def changes_base(section: AdapterSection) -> bool:
+    """Whether the method may change the base weights when it is put on, so that turned off it leaves another model.
+
+    PEFT's initialisations with a name may: PiSSA and others take what the adapter starts from out of the frozen weight.
+    """
+    return isinstance(getattr(configuration(section), "init_lora_weights", True), str)
+
+
 def _full(section: AdapterSection, library: Any) -> "peft.PeftConfig":
     """A PEFT adapter that is nothing but complete copies of the target modules.
 

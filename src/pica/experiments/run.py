@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pica.experiments.data import load_splits, with_classes
 from pica.experiments.evaluation import Evaluation, shown_score
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.measuring import machine, versions
+from pica.experiments.methods import changes_base
 from pica.experiments.models import device
 from pica.experiments.parsing import dump_recipe, load_recipe
 from pica.experiments.pipelines import make_pipeline
@@ -109,8 +111,12 @@ def _guarded(run: "_Run") -> RunResult:
 
 
 def preference(candidate: Mapping[str, Any]) -> tuple[float, float]:
-    """Orders trained candidates, the best first: by validation score where the task has a cheap one, else by loss."""
-    return -(candidate["validation_score"] or 0.0), candidate["validation_loss"] or 0.0
+    """Orders trained candidates, the best first: by validation score where the task has a cheap one, else by loss.
+
+    A value that is no number comes last: compared as it is, it would win or lose by its place in the list.
+    """
+    score, loss = -(candidate["validation_score"] or 0.0), candidate["validation_loss"] or 0.0
+    return math.inf if math.isnan(score) else score, math.inf if math.isnan(loss) else loss
 
 
 class _Phases:
@@ -202,10 +208,10 @@ class _Run:
         )
 
     def _base(self, model: peft.PeftModel | None) -> dict[str, Any]:
-        """Measure the model without an adapter; `model` is None only when that has been done."""
+        """Measure the model without an adapter; `model` carries one that can be turned off, if there is a model yet."""
         if "base" in self.phases:
             return self.phases["base"]
-        chosen = self.pipeline.load_base() if model is None else model
+        chosen = self.pipeline.load_base() if model is None or changes_base(self.recipe.adapter) else model
         without = chosen.disable_adapter() if isinstance(chosen, peft.PeftModel) else contextlib.nullcontext()
         with without:
             found = self._evaluate(chosen, "Base model: answering")
