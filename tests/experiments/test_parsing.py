@@ -117,6 +117,18 @@ def test_settings_that_do_not_fit_svft_are_named(tmp_path: Path, adapter, messag
 
 
 @pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ("{method: svft, projection: random}", "adapter.projection = 'random': only method pica has it"),
+        ("{method: lora, projection: minor}", "adapter.projection = 'minor': only method pica has it"),
+        ("{method: pica, pattern: banded}", "adapter.pattern = 'banded': only method svft has it"),
+    ],
+)
+def test_settings_of_another_method_are_not_passed_over(tmp_path: Path, adapter: str, message: str):
+    assert message in "\n".join(problems_of(f"adapter: {adapter}", tmp_path))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "is empty"),

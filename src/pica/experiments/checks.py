@@ -91,6 +91,10 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         yield f"adapter.share = {adapter.share}: a number of consecutive layers must be at least 1."
     if isinstance(adapter.share, str) and adapter.share not in ("role", "none"):
         yield f"adapter.share = {adapter.share!r}: must be role, none, a whole number or a mapping of regex to group."
+    if adapter.projection != "principal" and adapter.method != "pica":
+        yield f"adapter.projection = {adapter.projection!r}: only method pica has it; leave it out."
+    if adapter.pattern != "plain" and adapter.method != "svft":
+        yield f"adapter.pattern = {adapter.pattern!r}: only method svft has it; leave it out."
     if adapter.method == "svft" and adapter.pattern != "plain" and adapter.off_diagonals is None:
         yield f"adapter.pattern = {adapter.pattern!r}: needs adapter.off_diagonals, for instance 16."
     if adapter.method == "svft" and adapter.rank_pattern:
