@@ -100,3 +100,16 @@ def test_nothing_left_to_learn_from_is_an_error(recipe: Callable, tmp_path: Path
     train = rows(tmp_path, "train.json", 4)
     with pytest.raises(DataError, match="data.train: no problems are left"):
         load_splits(recipe(data__train=train, data__test=train), ARITHMETIC)
+
+
+def test_a_limit_beside_held_out_rows_draws_from_the_whole_of_a_sorted_file(
+    recipe: Callable[..., Recipe], tmp_path: Path
+):
+    file = tmp_path / "sorted.tsv"
+    file.write_text("text\tlabel\n" + "".join(f"row {n}\t{n // 50}\n" for n in range(100)))
+    data = {"data__train": str(file), "data__test": str(file), "data__train_limit": 20, "data__hold_out": True}
+    made = recipe(task__name="sentiment", task__max_new_tokens=None, **data)
+    splits = load_splits(made, get_task("sentiment"))
+    assert len(splits.validation) == 4
+    assert {example.label for example in splits.train} == {"0", "1"}
+    assert len(splits.train) > 10
