@@ -1,6 +1,6 @@
 """SmolLM2-135M on real word problems: PiCa beside LoRA, each at the best of at least three learning rates.
 
-    python -m benchmarks.real_input --model ~/.cache/pica-models/smollm2-135m --data ../shared/data
+    python -m benchmarks.real_input --model ./smollm2-135m --data ./data
 
 Each cell is one `pica train` with a shipped recipe. Learning rates are chosen by the loss on problems taken out of the
 training file, accuracy and loss are then measured once on the test file. A finished cell is not run again.
@@ -52,6 +52,7 @@ def run_cell(task: str, method: str, given: argparse.Namespace) -> dict[str, Any
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
         metrics["curve"] = [row for row in csv.DictReader(file) if row["run"] == "adapter"]
+    metrics["model"] = Path(metrics["model"]).name  # where it lies on this machine is nobody's business
     return metrics
 
 

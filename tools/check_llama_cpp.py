@@ -1,6 +1,6 @@
 """Serve exported adapters with llama.cpp and compare logits and greedy text with transformers on the same base model.
 
-    python tools/check_llama_cpp.py --llama-python VENV/bin/python --model ~/.cache/pica-models/smollm2-135m
+    python tools/check_llama_cpp.py --llama-python VENV/bin/python --model ./smollm2-135m
 
 VENV is an environment with llama-cpp-python (it compiles llama.cpp; a compiler and cmake are needed), and may lack all
 else: it runs this file too, as a child process that reads token ids and writes logits. Two tiny random models are used,

@@ -1,7 +1,7 @@
 """Full fine-tuning of two small models with transformers' Trainer: what `docs/theory-in-practice.md` is measured on.
 
-    python tools/fine_tune_fully.py sst2 --model ./all-MiniLM-L6-v2 --data ../shared/data/sst2 --output OUT
-    python tools/fine_tune_fully.py arithmetic --model ./SmolLM2-135M --data ../shared/data/arithmetic --output OUT
+    python tools/fine_tune_fully.py sst2 --model ./all-MiniLM-L6-v2 --data ./data/sst2 --output OUT
+    python tools/fine_tune_fully.py arithmetic --model ./SmolLM2-135M --data ./data/arithmetic --output OUT
 
 Every weight is trained, in float32, from a fixed seed; no adapter is involved. OUT takes the fine-tuned model and
 `fine_tuning.json`: settings, versions, and the quality before and after on problems that were not trained on.
