@@ -12,9 +12,9 @@ import pytest
 from pica.errors import ConfigError, OutputError, TargetError, TrainingError
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.parsing import dump_recipe, load_recipe
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipe import Recipe, with_absolute_paths
 from pica.experiments.reporting import Silent
-from pica.experiments.run import preference, resume, start, with_absolute_paths
+from pica.experiments.run import preference, resume, start
 
 FILES = ["adapter", "loss_curve.csv", "metrics.json", "predictions-adapter.jsonl", "recipe.resolved.yaml"]
 

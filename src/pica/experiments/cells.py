@@ -25,7 +25,7 @@ from pica.experiments.comparison import Comparison, Row
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.methods import METHODS
 from pica.experiments.parsing import dump_recipe
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipe import Recipe, with_absolute_paths
 from pica.experiments.reporting import Advance
 from pica.tasks import Split
 from pica.tasks.records import split_file, split_files
@@ -70,21 +70,6 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
     content["files"] = {name: _data_digest(getattr(recipe.data, name)) for name in SPLITS}
     text = json.dumps([FORMAT, content], sort_keys=True)
     return Cell(row, seed, recipe, hashlib.sha256(text.encode()).hexdigest()[:20])
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """As `pica.experiments.run.with_absolute_paths`, which would bring torch into the process that only watches."""
-
-    def absolute(place: str | None) -> str | None:
-        path = Path(place).expanduser() if place else None
-        return str(path.resolve()) if path and place != "embedded" and path.exists() else place
-
-    data = {name: absolute(getattr(recipe.data, name)) for name in ("train", "validation", "test")}
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, path=absolute(recipe.model.path)),
-        data=dataclasses.replace(recipe.data, **data),
-    )
 
 
 def record_path(folder: Path, key: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pica.errors import ConfigError
-from pica.experiments.parsing import change_recipe, load_recipe, section_names
+from pica.experiments.parsing import change_recipe, load_recipe, read_named, section_names
 from pica.experiments.recipe import Recipe
 
 _TOP = ("name", "title", "description", "seeds", "learning_rates", "base", "methods", "ablations")
@@ -126,7 +126,7 @@ def load_comparison(
     Raises:
         ConfigError: Lists what is wrong with the file, with the shared recipe or with a row.
     """
-    given = _read(reference)
+    given = read_named("Comparison", reference, builtin_comparisons(), "fields such as 'base:' and 'methods:'")
     wrong = [f"{key}: no such field; a comparison has {', '.join(_TOP)}." for key in given if key not in _TOP]
     base = _base(given.get("base"), wrong) | dict(overrides)
     grid = _rates(given.get("learning_rates"), "learning_rates", wrong) if "learning_rates" in given else ()
@@ -170,33 +170,6 @@ def dump_comparison(comparison: Comparison) -> str:
         ],
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
-
-
-def _read(reference: str) -> dict[str, Any]:
-    path, builtin = Path(reference).expanduser(), builtin_comparisons()
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Comparison {reference!r} cannot be read: {error}.") from None
-    elif reference in builtin:
-        text = builtin[reference]
-    else:
-        near = get_close_matches(reference, builtin, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"Comparison {reference!r} is neither a file nor built in. {hint}Built in: {', '.join(builtin)}."
-        )
-    try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ConfigError(f"Comparison {reference!r}{where}: not valid YAML, {what}.") from None
-    if not isinstance(given, dict):
-        raise ConfigError(f"Comparison {reference!r}: expected fields such as 'base:' and 'methods:'.")
-    return given
 
 
 def _base(given: Any, wrong: list[str]) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def load_recipe(reference: str | None, overrides: Sequence[tuple[str, Any]] = ()
     Raises:
         ConfigError: Lists all problems: unknown fields, wrong types, values out of range, files that do not exist.
     """
-    name, given = ("the command line", {}) if reference is None else _read(reference)
+    name, given = "the command line", {}
+    if reference is not None:
+        name, given = repr(reference), read_named("Recipe", reference, builtin_recipes(), "sections such as 'model:'")
     values, mistakes = _flatten(given)
     for key, value in overrides:
         if mistake := _unknown(key):
@@ -95,33 +97,41 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True, width=110)
 
 
-def _read(reference: str) -> tuple[str, Mapping[str, Any]]:
-    """Name and top-level mapping of a recipe."""
+def read_named(what: str, reference: str, builtin: Mapping[str, str], wanted: str) -> dict[str, Any]:
+    """Top-level mapping of a YAML file, or of a built-in one.
+
+    Args:
+        what: What it is, for messages: "Recipe".
+        reference: A file's path, or a name in `builtin`.
+        builtin: {name: text}.
+        wanted: What its fields look like, for messages.
+    Raises:
+        ConfigError: It is neither, cannot be read, or holds no mapping.
+    """
     path = Path(reference).expanduser()
-    builtin = builtin_recipes()
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Recipe {reference!r} cannot be read: {error}.") from None
+            raise ConfigError(f"{what} {reference!r} cannot be read: {error}.") from None
     elif reference in builtin:
         text = builtin[reference]
     else:
         near = get_close_matches(reference, builtin, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"Recipe {reference!r} is neither a file nor built in. {hint}Built in: {', '.join(builtin)}.")
+        raise ConfigError(f"{what} {reference!r} is neither a file nor built in. {hint}Built in: {', '.join(builtin)}.")
     try:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ConfigError(f"Recipe {reference!r}{where}: not valid YAML, {what}.") from None
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{what} {reference!r}{where}: not valid YAML, {problem}.") from None
     if given is None:
-        raise ConfigError(f"Recipe {reference!r} is empty.")
+        raise ConfigError(f"{what} {reference!r} is empty.")
     if not isinstance(given, dict):
-        raise ConfigError(f"Recipe {reference!r}: expected sections such as 'model:', found {type(given).__name__}.")
-    return repr(reference), given
+        raise ConfigError(f"{what} {reference!r}: expected {wanted}, found {type(given).__name__}.")
+    return given
 
 
 def _flatten(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

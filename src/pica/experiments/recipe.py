@@ -1,6 +1,7 @@
 """A recipe: everything that decides a training run. The text under each field is its help on the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -188,3 +189,18 @@ class Recipe:
     """Trainer."""
     baseline: BaselineSection = field(default_factory=BaselineSection)
     """Baseline."""
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """A copy whose local places are found from any folder, so that a run can be resumed and evaluated from anywhere."""
+
+    def absolute(place: str | None) -> str | None:
+        path = Path(place).expanduser() if place else None
+        return str(path.resolve()) if path and place != "embedded" and path.exists() else place
+
+    data = {name: absolute(getattr(recipe.data, name)) for name in ("train", "validation", "test")}
+    return replace(
+        recipe,
+        model=replace(recipe.model, path=absolute(recipe.model.path)),
+        data=replace(recipe.data, **data),
+    )

@@ -29,7 +29,7 @@ from pica.experiments.methods import changes_base
 from pica.experiments.models import device
 from pica.experiments.parsing import dump_recipe, load_recipe
 from pica.experiments.pipelines import make_pipeline
-from pica.experiments.recipe import AdapterSection, Recipe
+from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
 from pica.experiments.training import last_checkpoint, train
 from pica.tasks import get_task
@@ -68,21 +68,6 @@ def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> Run
     folder = default_output(recipe)
     files.check_free(folder, overwrite=overwrite)
     return _guarded(_Run(with_absolute_paths(recipe), folder, reporter, resuming=False))
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """A copy whose local places are found from any folder, so that a run can be resumed and evaluated from anywhere."""
-
-    def absolute(place: str | None) -> str | None:
-        path = Path(place).expanduser() if place else None
-        return str(path.resolve()) if path and place != "embedded" and path.exists() else place
-
-    data = {name: absolute(getattr(recipe.data, name)) for name in ("train", "validation", "test")}
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, path=absolute(recipe.model.path)),
-        data=dataclasses.replace(recipe.data, **data),
-    )
 
 
 def resume(folder: Path, *, reporter: Reporter) -> RunResult:
