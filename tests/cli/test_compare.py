@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.experiments.tiny_vision import write_pictures, write_tiny_vision
 
 from pica.experiments.comparison import builtin_comparisons
 
@@ -93,3 +94,42 @@ def test_help_lists_the_built_in_comparisons(pica: Callable):
     outcome = pica("compare", "--help")
     assert outcome.status == 0
     assert all(name in outcome.out for name in builtin_comparisons())
+
+
+def test_pictures_are_compared_like_texts(pica: Callable, tmp_path: Path):
+    """VTAB's protocol with two methods: rates chosen on held-out pictures, then trained on all, then put together."""
+    write_tiny_vision(tmp_path / "vit")
+    for name, count, offset in (("train", 24, 0), ("val", 8, 50), ("test", 10, 100)):
+        write_pictures(tmp_path / "data" / name, count, offset=offset)
+    content = {
+        "name": "pictures",
+        "base": {
+            "model": {"path": str(tmp_path / "vit")},
+            "data": {"train": str(tmp_path / "data"), "refit": True},
+            "task": {"name": "vtab", "subset": "patch_camelyon"},
+            "trainer": {"max_steps": 4, "batch_size": 8, "log_steps": 1, "threads": 1},
+        },
+        "methods": [
+            {"label": "PiCa", "adapter": {"method": "pica", "r": 8}, "learning_rates": [0.001, 0.01]},
+            {
+                "label": "LoRA",
+                "adapter": {"method": "lora", "r": 2, "target_modules": ["q_proj"]},
+                "learning_rates": [0.01],
+            },
+        ],
+    }
+    path = tmp_path / "pictures.yaml"
+    path.write_text(yaml.safe_dump(content))
+    folder = tmp_path / "out"
+    outcome = pica("compare", path, "-o", folder)
+    assert outcome.status == 0, outcome.err
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [(row["seeds_done"], row["metric"], row["head_parameters"]) for row in rows] == [(1, "accuracy", 66)] * 2
+    records = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
+    for record in records:
+        assert [step for step, _ in record["curve"]] == [1, 2, 3, 4], "the final training's curve and no other"
+        refit = len(record["result"]["candidates"]) > 1
+        assert record["result"].get("refit", False) == refit == (record["label"] == "PiCa")
+    outcome = pica("report", "--vtab", folder)
+    assert outcome.status == 0, outcome.err
+    assert "LoRA" in outcome.out

@@ -10,9 +10,11 @@ import torch
 import yaml
 from tests.experiments.tiny import write_tiny_llama
 from tests.experiments.tiny_encoder import reviews, write_tiny_bert
-from tests.tuner.test_counts import DEBERTA_V3_BASE, GEMMA_2B, GEMMA_7B, LLAMA_3_8B, on_meta
+from tests.experiments.tiny_vision import VIT, write_pictures, write_tiny_vision
+from tests.tuner.test_counts import DEBERTA_V3_BASE, GEMMA_2B, GEMMA_7B, LLAMA_3_8B, VIT_B_16, on_meta
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     DebertaV2Config,
     DebertaV2Model,
@@ -50,6 +52,7 @@ _MINIATURES: dict[str, PretrainedConfig] = {
     "google/gemma-7b": GemmaConfig(**_DECODER, num_key_value_heads=4, head_dim=16),
     "meta-llama/Meta-Llama-3-8B": LlamaConfig(**_DECODER, num_key_value_heads=1),
     "microsoft/deberta-v3-base": DebertaV2Config(**_SMALL, **_DEBERTA_V3),
+    "google/vit-base-patch16-224-in21k": VIT,
 }
 PUBLISHED = {
     "gemma-2b-metamathqa": (GEMMA_2B, 5_373_952),
@@ -61,6 +64,7 @@ PUBLISHED = {
     "gemma-2b-commonsense": (GEMMA_2B, 5_373_952),
     "gemma-7b-commonsense": (GEMMA_7B, 5_111_808),
     **{f"deberta-v3-base-{name}": (DEBERTA_V3_BASE, 110_592) for name in GlueTask.subsets},
+    "vit-b16-vtab": (VIT_B_16, 442_368),
 }
 # Those that differ from another one in numbers only need not be run each time.
 _TWINS = {
@@ -79,6 +83,8 @@ def placeholders(name: str, folder: Path) -> list[tuple[str, Any]]:
     data.write_text("[]")
     given = yaml.safe_load(builtin_recipes()[name])
     (folder / "config.json").write_text("{}")
+    if "test" not in given["data"]:  # the training folder's, and here there is none
+        given["data"]["test"] = REQUIRED
     return [
         (f"{section}.{key}", str(folder if section == "model" else data))
         for section in ("model", "data")
@@ -97,6 +103,8 @@ def miniature(path: str, folder: Path) -> str:
     if isinstance(config, DebertaV2Config):
         write_tiny_bert(folder)
         DebertaV2Model(config).save_pretrained(folder)
+    elif config is VIT:
+        write_tiny_vision(folder)
     else:
         write_tiny_llama(folder)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -106,6 +114,12 @@ def miniature(path: str, folder: Path) -> str:
 
 def write_data(task: str, subset: str | None, folder: Path) -> str:
     """A folder with a train and a test file of the task's form."""
+    if task == "vtab":
+        write_pictures(folder / "pictures", 40)
+        listed = [f"{path.relative_to(folder)} {number}" for number, path in enumerate(folder.rglob("*.png"))]
+        for name, lines in (("train800", listed[:20]), ("val200", listed[20:30]), ("test", listed[30:])):
+            (folder / f"{name}.txt").write_text("\n".join(lines))
+        return str(folder)
     for split, offset in (("train", 0), ("test", 50)):
         rows: list[dict[str, Any]] = []
         for number in range(offset, offset + (30 if split == "train" else 4)):
@@ -166,7 +180,7 @@ def test_every_recipe_trains_two_steps_and_evaluates_in_miniature(name: str, tmp
         "trainer.max_length": 200,
         "output": str(tmp_path / "out"),
     }
-    if task["name"] not in ("glue", "sentiment"):
+    if task["name"] not in ("glue", "sentiment", "vtab"):
         changes["task.max_new_tokens"] = 3
     if len(given["trainer"].get("learning_rates", [])) > 1:
         changes["trainer.learning_rates"] = given["trainer"]["learning_rates"][:1]
@@ -187,6 +201,10 @@ def test_a_papers_recipe_trains_as_many_parameters_as_the_paper_says(name: str, 
         with torch.device("meta"):
             base = AutoModelForSequenceClassification.from_config(config)
         model = peft.get_peft_model(base, peft_config(recipe.adapter, task_type="SEQ_CLS"))
+    elif recipe.task.name == "vtab":
+        with torch.device("meta"):
+            vit = AutoModelForImageClassification.from_config(config)
+        model = peft.get_peft_model(vit, peft_config(recipe.adapter, task_type=None))
     else:
         model = peft.get_peft_model(on_meta(config), peft_config(recipe.adapter))
     assert coverage(model).trainable == count

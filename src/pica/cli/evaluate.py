@@ -23,8 +23,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", metavar="MODEL", help="a model, an adapter folder, or the output folder of pica train")
     made.add_argument("--base", metavar="MODEL", help="base model of the adapter, if not the one it records")
-    made.add_argument("--task", help="arithmetic, commonsense, glue, math or sentiment; an adapter's run knows its own")
-    made.add_argument("--subset", help="glue: which of the eight, for instance mrpc")
+    made.add_argument(
+        "--task",
+        help="arithmetic, commonsense, glue, images, math, sentiment or vtab; an adapter's run knows its own",
+    )
+    made.add_argument("--subset", help="glue: which of the eight; vtab: which of the nineteen")
     made.add_argument(
         "--labels", nargs="+", metavar="NAME", help="classes in the order of the outputs, if no run knows them"
     )
@@ -38,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "--columns", type=_mapping, metavar="MAP", help="names of the task's fields in the file, '{text: review}'"
     )
     made.add_argument("--limit", type=_positive, metavar="N", help="use the first N problems")
+    made.add_argument("--skip-unreadable", action="store_true", help="leave pictures out that cannot be decoded")
     made.add_argument(
         "--scoring",
         choices=("generation", "likelihood"),

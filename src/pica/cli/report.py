@@ -7,6 +7,7 @@ from pathlib import Path
 EPILOG = """examples:
   pica report pica-compare-arithmetic-tiny
   pica report pica-compare-minilm-sst2 -o minilm.html
+  pica report --vtab pica-vtab-* -o vtab.csv
 """
 
 
@@ -19,9 +20,18 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("folder", type=Path, help="output folder of pica compare")
+    made.add_argument("folder", type=Path, nargs="+", help="output folder of pica compare")
     made.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="the page; report.html in the folder if left out"
+        "--vtab",
+        action="store_true",
+        help="the folders are runs or comparisons on sets of VTAB-1K: give the means of its groups",
+    )
+    made.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the page, report.html in the folder if left out; with --vtab a .csv file",
     )
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return made
@@ -29,11 +39,43 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and write."""
-    given = parser().parse_args(arguments)
+    made = parser()
+    given = made.parse_args(arguments)
+    if given.vtab:
+        return _vtab(given.folder, given.output)
+    if len(given.folder) > 1:
+        made.error("one folder at a time, but with --vtab")
+    given.folder = given.folder[0]
 
     from pica.cli.compare import print_summary
     from pica.report.comparison import write_report
 
     summary = write_report(given.folder, page=given.output)
     print_summary(summary, given.folder, given.output)
+    return 0
+
+
+def _vtab(folders: Sequence[Path], output: Path | None) -> int:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from pica.report.vtab import read_vtab, write_vtab
+
+    methods = read_vtab(folders)
+    table = Table(title="VTAB-1K, top-1", title_justify="left", box=box.SIMPLE)
+    table.add_column("", no_wrap=True)
+    for name in ("sets", *methods[0].means):
+        table.add_column(name, justify="right", no_wrap=True)
+    for method in methods:
+        means = ("-" if mean is None else f"{mean:.1%}" for mean in method.means.values())
+        table.add_row(method.label, f"{len(method.scores)}", *means)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(
+        "A mean is only given where all its sets are there. All sets counts each set the same, all groups each group."
+    )
+    if output is not None:
+        write_vtab(methods, output)
+        console.print(f"Numbers: {output}", markup=False)
     return 0

@@ -15,8 +15,7 @@ from pica.experiments.pipelines import make_pipeline
 from pica.experiments.pipelines.classification import ClassificationPipeline
 from pica.experiments.recipe import DataSection, ModelSection, Recipe
 from pica.experiments.reporting import Reporter
-from pica.tasks import get_task
-from pica.tasks.records import check_location
+from pica.tasks import get_task, location_problem
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Request:
     data: str | None = None
     columns: dict[str, str] | None = None
     limit: int | None = None
+    skip_unreadable: bool = False
     scoring: str | None = None
     template: str | None = None
     max_new_tokens: int | None = None
@@ -61,7 +61,7 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
     recipe = _recipe(request, adapter)
     task = get_task(recipe.task.name)
     data = recipe.data.test or recipe.data.train
-    if problem := check_location(data):
+    if problem := location_problem(task, data):
         raise ConfigError(f"--data: {problem}")
     examples = list(task.load("test", source(recipe, "test", limit=recipe.data.test_limit)))
     recipe = _with_labels(recipe, examples, adapter)
@@ -111,6 +111,8 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
         recipe.data = dataclasses.replace(recipe.data, test_limit=request.limit)
     if request.columns:
         recipe.data = dataclasses.replace(recipe.data, columns=request.columns)
+    if request.skip_unreadable:
+        recipe.data = dataclasses.replace(recipe.data, skip_unreadable=True)
     recipe.trainer = dataclasses.replace(recipe.trainer, eval_batch_size=request.batch_size)
     return recipe
 

@@ -187,7 +187,9 @@ def _curve(run: Path, rate: float) -> list[list[float]]:
     """[step, loss] of the chosen rate's training."""
     with open(run / "loss_curve.csv", encoding="utf-8", newline="") as file:
         rows: Iterator[Mapping[str, str]] = csv.DictReader(file)
-        return [[int(row["step"]), float(row["loss"])] for row in rows if float(row["peak_rate"]) == rate]
+        chosen = [row for row in rows if float(row["peak_rate"]) == rate]
+    final = [row for row in chosen if row["run"].endswith("-refit")] or chosen
+    return [[int(row["step"]), float(row["loss"])] for row in final]
 
 
 def _data_digest(place: str | None) -> Any:

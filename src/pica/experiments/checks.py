@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pica.experiments.methods import METHODS
 from pica.experiments.recipe import Recipe
-from pica.tasks import TASKS, TEMPLATES
+from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS
-from pica.tasks.records import KINDS_OF_FILE, check_location, has_split
+from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
+from pica.tasks.records import KINDS_OF_FILE
 
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
@@ -128,18 +129,19 @@ def _places(recipe: Recipe) -> Iterator[str]:
         yield "model.path is not set: give a model folder or a hub name with --model.path."
     elif problem := model_problem(recipe.model.path):
         yield f"model.path: {problem}"
+    task = TASKS.get(recipe.task.name)
+    files = KINDS_OF_PICTURES if task is not None and task.kind == "image-classification" else KINDS_OF_FILE
     for name in ("train", "validation", "test"):
         location = getattr(recipe.data, name)
         if location == REQUIRED:
-            yield f"data.{name} is not set: give {KINDS_OF_FILE}, a folder or hub:OWNER/NAME with --data.{name}."
-        elif location is not None and (problem := check_location(location)):
+            yield f"data.{name} is not set: give {files}, a folder or hub:OWNER/NAME with --data.{name}."
+        elif location is not None and (problem := location_problem(task, location)):
             yield f"data.{name}: {problem}"
-    if recipe.data.train != "embedded" and recipe.data.test is None and not has_split(recipe.data.train, "test"):
+    if recipe.data.train != "embedded" and recipe.data.test is None and not has_split(task, recipe.data.train, "test"):
         yield (
             "data.test is required when data.train is a file or has no test file in it: results are never reported on "
             "training problems."
         )
-    task = TASKS.get(recipe.task.name)
     if task is not None and not task.has_embedded and "embedded" in (recipe.data.train, recipe.data.test):
         yield f"task {task.name} has no embedded problems: set data.train and data.test to files, folders or hub names."
 
@@ -154,6 +156,10 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         yield f"task.subset = {given.subset!r}: unknown subset{known}"
     if given.scoring == "likelihood" and task.name != "commonsense":
         yield f"task.scoring = likelihood needs problems with choices, which task {task.name} has not; leave it out."
+    if task.kind != "image-classification" and recipe.data.skip_unreadable:
+        yield f"data.skip_unreadable is for pictures, and task {task.name} has none; leave it out."
+    if task.kind == "image-classification" and recipe.trainer.group_by_length:
+        yield "trainer.group_by_length is for texts: all pictures are the same size to a model; leave it out."
     if task.kind == "generation":
         for name in ("labels", "metric"):
             if getattr(given, name) is not None:
@@ -169,9 +175,10 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         if getattr(given, name) is not None:
             yield f"task.{name} is for tasks that generate text, and {task.name} does not; leave it out."
     if recipe.model.path == "embedded":
+        instance = "a ViT" if task.kind == "image-classification" else "an encoder such as BERT"
         yield (
             f"model.path: the embedded model is a language model for arithmetic; name one for task {task.name}, for "
-            "instance an encoder such as BERT, with --model.path."
+            f"instance {instance}, with --model.path."
         )
 
 

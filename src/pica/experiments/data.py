@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pica.errors import DataError
 from pica.experiments.recipe import Recipe
-from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task
+from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.labelled import check_labels, checked_target, classes_of
-from pica.tasks.records import has_split
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,7 @@ def source(recipe: Recipe, split: Split, *, limit: int | None) -> Source:
         recipe.data.columns,
         recipe.task.subset,
         None if task.kind == "generation" else target_of(recipe, task),  # pyright: ignore[reportArgumentType]
+        recipe.data.skip_unreadable,
     )
 
 
@@ -75,10 +75,10 @@ def with_classes(recipe: Recipe, splits: Splits) -> Recipe:
 
 
 def needs_validation(recipe: Recipe) -> bool:
-    """Whether a recipe chooses anything, asks for validation problems, or names them."""
+    """Whether a recipe chooses anything, learns from validation problems in the end, asks for them, or names them."""
     chooses = len(recipe.trainer.learning_rates) > 1
     chooses |= recipe.baseline.method is not None and len(recipe.baseline.learning_rates) > 1
-    return chooses or recipe.data.hold_out or recipe.data.validation is not None
+    return chooses or recipe.data.hold_out or recipe.data.refit or recipe.data.validation is not None
 
 
 def load_splits(recipe: Recipe, task: Task) -> Splits:
@@ -93,7 +93,7 @@ def load_splits(recipe: Recipe, task: Task) -> Splits:
     """
     data = recipe.data
     validation: list[Any] = []
-    own_source = data.validation is not None or data.train == "embedded" or has_split(data.train, "validation")
+    own_source = data.validation is not None or data.train == "embedded" or has_split(task, data.train, "validation")
     if needs_validation(recipe) and own_source:
         validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit)))
     if needs_validation(recipe) and not own_source:

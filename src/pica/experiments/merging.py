@@ -4,7 +4,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
@@ -14,6 +21,8 @@ from pica.experiments.models import (
     base_of,
     load_adapter,
     load_classifier,
+    load_config,
+    load_image_processor,
     load_model,
     load_tokenizer,
     locate,
@@ -23,7 +32,7 @@ from pica.experiments.recipe import ModelSection
 
 
 def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = "auto") -> Path:
-    """Write the merged model and its tokenizer to `target`, a folder that transformers loads without pica.
+    """Write the merged model and its tokenizer or image processor to `target`, a folder for transformers without pica.
 
     The sum W + dW is formed in float32 and rounded once.
 
@@ -43,11 +52,14 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
     files.check_free(target, overwrite=False)
     section = ModelSection(path=base_of(adapter, base), dtype="float32")
     chosen = DTYPES[dtype] if dtype in DTYPES else _stored_dtype(section)
-    classifies = task_type_of(adapter) == "SEQ_CLS"
-    tokenizer = load_tokenizer(section, generates=not classifies)
-    if classifies:
+    if _sees_pictures(adapter, section):
+        processor = load_image_processor(section)
+        model, _ = load_classifier(section, AutoModelForImageClassification, labels=_classes(adapter), seed=0)
+    elif task_type_of(adapter) == "SEQ_CLS":
+        processor = load_tokenizer(section, generates=False)
         model, _ = load_classifier(section, AutoModelForSequenceClassification, labels=_classes(adapter), seed=0)
     else:
+        processor = load_tokenizer(section)
         model = load_model(section)
     merged = load_adapter(model, adapter).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
@@ -60,8 +72,16 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
             target.rmdir()  # empty, as checked
     with files.atomic_folder(target) as partial:
         merged.save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
+        processor.save_pretrained(str(partial))
     return target
+
+
+def _sees_pictures(adapter: Path, section: ModelSection) -> bool:
+    """Whether an adapter classifies pictures. PEFT has no task type for that, so that its model must tell."""
+    if task_type_of(adapter) is not None:
+        return False
+    kind = type(load_config(section))
+    return kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _classes(adapter: Path) -> list[str] | None:
@@ -79,7 +99,7 @@ def _classes(adapter: Path) -> list[str] | None:
     return None if outputs == 1 else [f"LABEL_{number}" for number in range(outputs)]
 
 
-_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "head.weight", "head.fc.weight")
 
 
 def _stored_dtype(section: ModelSection) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -90,7 +91,8 @@ def load_classifier(
         model, found = _from_pretrained(auto_class, section, options)
     missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     body = f"{model.base_model_prefix}."
-    if lost := sorted(key for key in missing if key.startswith(body) and "pooler" not in key):
+    inner = _head_within(model)
+    if lost := sorted(key for key in missing if key.startswith(body) and not key.startswith(inner)):
         raise ConfigError(
             f"Model {section.path!r} lacks {len(lost)} of the weights that {type(model).__name__} needs, such as "
             f"{lost[0]}; it is another kind of model, or its files are damaged."
@@ -98,6 +100,16 @@ def load_classifier(
     # Within the body the smallest module, outside it (heads, poolers) the outermost: PEFT saves a head as one.
     new = {key.rpartition(".")[0] if key.startswith(body) else key.partition(".")[0] for key in missing}
     return model.eval(), sorted(new)
+
+
+def _head_within(model: PreTrainedModel) -> tuple[str, ...]:
+    """Beginnings of names within the body whose weights may be made anew: a pooler's, and the head of a timm model."""
+    names = [name for name, _ in model.named_modules() if "pooler" in name]
+    if timm := getattr(model, "timm_model", None):
+        heads = timm.get_classifier()
+        heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+        names += [name for name, module in model.named_modules() if any(module is head for head in heads)]
+    return tuple(f"{name}." for name in names)
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
@@ -137,6 +149,17 @@ def load_tokenizer(section: ModelSection, *, generates: bool = True) -> PreTrain
             raise ConfigError(f"The tokenizer of {section.path!r} has no padding token, so texts can't form a batch.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_image_processor(section: ModelSection) -> Any:
+    """What makes pictures into a model's input.
+
+    That with Pillow is taken where there is a choice: its pixels do not depend on whether torchvision is installed.
+
+    Raises:
+        ConfigError: The model has none.
+    """
+    return _from_pretrained(AutoImageProcessor, section, {"backend": "pil"})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:

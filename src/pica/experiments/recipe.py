@@ -26,7 +26,7 @@ class DataSection:
     """Where the problems come from.
 
     A source is "embedded", a .json, .jsonl, .tsv or .csv file, a folder with train, validation (dev) and test files, or
-    hub:OWNER/NAME[/CONFIG][:SPLIT].
+    hub:OWNER/NAME[/CONFIG][:SPLIT]. For pictures a file may also be .txt, .parquet or .arrow, and a folder may hold folders.
     """
 
     train: str = "embedded"
@@ -45,6 +45,10 @@ class DataSection:
     """Names of the task's fields in your files, for instance {question: prompt, solution: target}."""
     hold_out: bool = False
     """Take validation problems out also where nothing is chosen by them, so that runs which choose learn from the same."""
+    refit: bool = False
+    """Train once more with the chosen learning rate, on training and validation problems together, and report on that."""
+    skip_unreadable: bool = False
+    """Pictures: leave those out that cannot be decoded, with a warning that names them, instead of refusing the data."""
     keep_test_problems: bool = False
     """Learn from training problems even if they are test problems too; published sets often overlap."""
     seed: int = 0
@@ -56,9 +60,9 @@ class TaskSection:
     """What is asked and how answers are scored."""
 
     name: str = "arithmetic"
-    """Task: arithmetic, commonsense, glue, math or sentiment."""
+    """Task: arithmetic, commonsense, glue, images, math, sentiment or vtab."""
     subset: str | None = None
-    """glue: which of the eight, for instance mrpc."""
+    """glue: which of the eight, for instance mrpc; vtab: which of the nineteen, for instance cifar."""
     labels: list[str] | None = None
     """Classification: the classes in the order of the model's outputs; those of the training data if unset."""
     metric: str | None = None

@@ -215,7 +215,9 @@ class _Run:
             key = f"{name}-lr{rate:g}"
             if key not in self.phases:
                 try:
-                    self._try(key, section, rate, model or self._adapted(section), f"{title}, rate {rate:g}")
+                    everything = self.recipe.data.refit and len(rates) == 1  # nothing to choose: at once on all
+                    label = f"{title}, rate {rate:g}"
+                    self._try(key, section, rate, model or self._adapted(section), label, everything=everything)
                 except TrainingError as error:
                     if len(rates) == 1:
                         raise
@@ -230,7 +232,15 @@ class _Run:
         if len(rates) > 1:
             quality = "lowest validation loss" if best["validation_score"] is None else "best validation score"
             self.reporter.say(f"{title}: learning rate {best['learning_rate']:g} has the {quality}")
-        written = self.checkpoints / f"{name}-lr{best['learning_rate']:g}" / "adapter"
+        key = f"{name}-lr{best['learning_rate']:g}"
+        final = best
+        if self.recipe.data.refit and len(rates) > 1:
+            key = f"{name}-refit"
+            if key not in self.phases:
+                label = f"{title}, rate {best['learning_rate']:g}, validation problems too"
+                self._try(key, section, best["learning_rate"], self._adapted(section), label, everything=True)
+            final = self.phases[key]
+        written = self.checkpoints / key / "adapter"
         adapted = self.pipeline.read(written)
         found = self._evaluate(adapted, f"{title}: answering")
         suffix = "adapter" if name == "adapter" else f"baseline-{section.method}"
@@ -243,19 +253,29 @@ class _Run:
             **size_of(section),
             **{key: best[key] for key in ("learning_rate", "parameters", "validation_loss", "validation_score")},
             **found.summary(),
-            "training": best["training"],
+            "training": final["training"],
             "file_bytes": (written / "adapter_model.safetensors").stat().st_size,
             "candidates": candidates,
+            **({"refit": True} if final is not best else {}),
         }
         return self.phases.done(name, result)
 
-    def _try(self, key: str, section: AdapterSection, rate: float, model: peft.PeftModel, label: str) -> None:
-        """One full training."""
+    def _try(
+        self,
+        key: str,
+        section: AdapterSection,
+        rate: float,
+        model: peft.PeftModel,
+        label: str,
+        *,
+        everything: bool = False,
+    ) -> None:
+        """One full training; with `everything` on the validation problems too, which then measure nothing."""
         place = self.checkpoints / key
         training = train(
             model,
             self.pipeline,
-            self.rows,
+            self.pipeline.encode([*self.splits.train, *self.splits.validation]) if everything else self.rows,
             self.recipe.trainer,
             learning_rate=rate,
             checkpoints=place,
@@ -263,7 +283,8 @@ class _Run:
             reporter=self.reporter,
             label=label,
         )
-        found = self.pipeline.held_out(model, self.splits.validation) if self.splits.validation else None
+        measures = self.splits.validation and not everything
+        found = self.pipeline.held_out(model, self.splits.validation) if measures else None
         result = {
             "learning_rate": rate,
             "validation_loss": found.loss if found else None,
@@ -298,7 +319,14 @@ class _Run:
                 candidate["training"] |= {"first_loss": curve[0]["loss"], "last_loss": curve[-1]["loss"]}
                 peak = {"run": name, "method": metrics[name]["method"], "peak_rate": candidate["learning_rate"]}
                 rows += [peak | point for point in curve]
-            if name in metrics:
+            if metrics.get(name, {}).get("refit"):
+                training = metrics[name]["training"]
+                curve = training.pop("curve")
+                training |= {"first_loss": curve[0]["loss"], "last_loss": curve[-1]["loss"]}
+                refit = {"run": f"{name}-refit", "method": metrics[name]["method"]}
+                refit["peak_rate"] = metrics[name]["learning_rate"]
+                rows += [refit | point for point in curve]
+            elif name in metrics:
                 chosen = metrics[name]["learning_rate"]
                 same = (c for c in metrics[name]["candidates"] if c["learning_rate"] == chosen)
                 metrics[name]["training"] = next(same)["training"]

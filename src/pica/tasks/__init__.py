@@ -10,6 +10,7 @@ from pica.tasks.base import (
     ClassificationTask,
     Example,
     GenerationTask,
+    Labelled,
     LabelledText,
     Source,
     Split,
@@ -20,10 +21,24 @@ from pica.tasks.base import (
 from pica.tasks.commonsense import CommonsenseTask
 from pica.tasks.glue import GlueTask
 from pica.tasks.math import MathTask
+from pica.tasks.pictures import LabelledPicture, has_pictures
+from pica.tasks.pictures import location_problem as picture_location_problem
+from pica.tasks.records import check_location
+from pica.tasks.records import has_split as has_records
 from pica.tasks.sentiment import SentimentTask
+from pica.tasks.vtab import ImagesTask, VtabTask
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ArithmeticTask(), CommonsenseTask(), GlueTask(), MathTask(), SentimentTask())
+    task.name: task
+    for task in (
+        ArithmeticTask(),
+        CommonsenseTask(),
+        GlueTask(),
+        ImagesTask(),
+        MathTask(),
+        SentimentTask(),
+        VtabTask(),
+    )
 }
 
 
@@ -40,6 +55,18 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
+def location_problem(task: Task | None, location: str) -> str | None:
+    """What is wrong with a data location for a task, as far as can be told without reading it; None if nothing is."""
+    pictures = task is not None and task.kind == "image-classification"
+    return picture_location_problem(location) if pictures else check_location(location)
+
+
+def has_split(task: Task | None, location: str, split: Split) -> bool:
+    """Whether a location is a folder that holds this split."""
+    pictures = task is not None and task.kind == "image-classification"
+    return has_pictures(location, split) if pictures else has_records(location, split)
+
+
 __all__ = [
     "TASKS",
     "TEMPLATES",
@@ -47,6 +74,8 @@ __all__ = [
     "ClassificationTask",
     "Example",
     "GenerationTask",
+    "Labelled",
+    "LabelledPicture",
     "LabelledText",
     "Source",
     "Split",
@@ -54,4 +83,6 @@ __all__ = [
     "Task",
     "Template",
     "get_task",
+    "has_split",
+    "location_problem",
 ]

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from pica.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
-Kind = Literal["generation", "text-classification"]
+Kind = Literal["generation", "text-classification", "image-classification"]
 """What a model does for a task; `pica.experiments.pipelines` holds how, one file each."""
 
 
@@ -74,6 +74,7 @@ class Source:
         columns: Field of the task to field of the file, for files that use other names.
         subset: Which data set of a task that has several.
         target: What is predicted, for classification tasks.
+        skip_unreadable: Leave pictures out that cannot be decoded, with a warning, instead of refusing the data.
     """
 
     location: str
@@ -83,6 +84,7 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     subset: str | None = None
     target: "Target | None" = None
+    skip_unreadable: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,20 @@ class GenerationTask(Task, Protocol):
         ...
 
 
+class Labelled(AnyExample, Protocol):
+    """What every example of a classification task has."""
+
+    @property
+    def label(self) -> str | float:
+        """Name of its class; a number where the task is a regression."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        ...
+
+
 class ClassificationTask(Task, Protocol):
     """Examples that each have one label: a class, or a number."""
 
@@ -184,7 +200,7 @@ class ClassificationTask(Task, Protocol):
         """
         ...
 
-    def load(self, split: Split, source: Source) -> list[LabelledText]:
+    def load(self, split: Split, source: Source) -> Sequence[Labelled]:
         """See `Task.load`; labels are checked against `source.target` where that names the classes."""
         ...
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from pica.errors import ConfigError, DataError
-from pica.tasks.base import LabelledText, Source, Split, Target
+from pica.tasks.base import Labelled, LabelledText, Source, Split, Target
 from pica.tasks.columns import renamed
 from pica.tasks.records import Record, read_records
 
@@ -42,14 +42,19 @@ def read_labelled(
     for record in records:
         text = record.text(*accepted["text"], filled=False)
         second = record.text(*accepted["pair"], required=bool(pair), filled=False) if pair is not False else None
-        label = _label(record, accepted["label"], target, names)
+        label = label_of(record, accepted["label"], target, names)
         examples.append(LabelledText(text, label, second if pair else second or None, record.place))
     if target.labels is not None:
         check_labels(examples, target.labels, split)
     return examples
 
 
-def _label(record: Record, accepted: Sequence[str], target: Target, names: Mapping[str, str]) -> str | float:
+def label_of(record: Record, accepted: Sequence[str], target: Target, names: Mapping[str, str]) -> str | float:
+    """A row's label, as a class or as a number.
+
+    Raises:
+        DataError: It is missing, or is no number where the target is one, or is GLUE's mark of a secret one.
+    """
     written = record.text(*accepted).strip()
     label = names.get(written, written)
     if target.regression:
@@ -67,7 +72,7 @@ def _label(record: Record, accepted: Sequence[str], target: Target, names: Mappi
     return label
 
 
-def classes_of(train: Sequence[LabelledText]) -> tuple[str, ...]:
+def classes_of(train: Sequence[Labelled]) -> tuple[str, ...]:
     """The classes that training examples have, numbers by value and names by alphabet.
 
     Raises:
@@ -77,7 +82,8 @@ def classes_of(train: Sequence[LabelledText]) -> tuple[str, ...]:
     for example in train:
         counts[str(example.label)] = counts.get(str(example.label), 0) + 1
     first = str(train[0].label)
-    if counts[first] == 1 and len(train) > 3 and all(count > 1 for name, count in counts.items() if name != first):
+    alone = counts[first] == 1 and len(train) > 3 and isinstance(train[0], LabelledText)
+    if alone and all(count > 1 for name, count in counts.items() if name != first):
         raise DataError(
             f"{train[0].place}: label {first!r} is the only one of its kind in the training data. If that row is a header, "
             "name its columns with data.columns, for instance {text: review, label: stars}; if it is not, set task.labels."
@@ -97,7 +103,7 @@ def classes_of(train: Sequence[LabelledText]) -> tuple[str, ...]:
 _MOST_CLASSES = 1000
 
 
-def check_labels(examples: Sequence[LabelledText], labels: Sequence[str], what: str) -> None:
+def check_labels(examples: Sequence[Labelled], labels: Sequence[str], what: str) -> None:
     """Check that every label is one of the classes.
 
     Raises:

@@ -123,7 +123,8 @@ def read_records(location: str, split: Split | None = None, *, names: Collection
     if problem := check_location(location):
         raise DataError(problem[0].upper() + problem[1:])
     if is_hub(location):
-        return _read_hub(location)
+        rows = load_hub(location)
+        return [Record(dict(row), f"{location}, row {number}") for number, row in enumerate(rows, start=1)]
     path = Path(location).expanduser()
     if path.is_dir():
         found = split_file(path, split) if split else None
@@ -197,18 +198,22 @@ def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         raise fail(skip(position + 1), "text after the end of the list")
 
 
-def _read_hub(location: str) -> list[Record]:
-    """All rows of one split of a hub data set (default split: train)."""
+def load_hub(location: str) -> Any:
+    """One split of a hub data set (default split: train).
+
+    Raises:
+        DataError: It cannot be had.
+        ConfigError: The location is not of the right form.
+    """
     import datasets
 
     match = _HUB.fullmatch(location)
     if match is None:
         raise ConfigError(f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT].")
     try:
-        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
     except Exception as error:  # the library raises many kinds; all mean that the data could not be had
         raise DataError(f"{location}: could not be loaded ({type(error).__name__}: {error}).") from error
-    return [Record(dict(row), f"{location}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _kind(value: Any) -> str:

@@ -10,17 +10,19 @@ from typing import Any
 from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.pipelines.classification import text_classification
 from pica.experiments.pipelines.generation import GenerationPipeline
+from pica.experiments.pipelines.images import image_classification
 from pica.experiments.recipe import Recipe
 from pica.tasks import get_task
 
 _MAKERS: dict[str, Callable[..., Any]] = {
     "generation": GenerationPipeline,
     "text-classification": text_classification,
+    "image-classification": image_classification,
 }
 
 
 def make_pipeline(recipe: Recipe) -> Pipeline:
-    """The pipeline for a recipe's task; reads the tokenizer, and no model yet.
+    """The pipeline for a recipe's task; reads the tokenizer or the image processor, and no model yet.
 
     Args:
         recipe: A checked recipe; for a classification task with its classes, see `pica.experiments.data.with_classes`.

@@ -1,0 +1,82 @@
+"""VTAB-1K's group means from the folders of runs and comparisons."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pica.cli import main
+from pica.errors import ConfigError
+from pica.report.vtab import read_vtab
+from pica.tasks.vtab import GROUPS
+
+
+def write_run(folder: Path, subset: str, score: float, task: str = "vtab") -> Path:
+    """What a finished run leaves that a report needs."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.resolved.yaml").write_text(yaml.safe_dump({"task": {"name": task, "subset": subset}}))
+    result = {"title": "pica r=64", "accuracy": score}
+    (folder / "metrics.json").write_text(json.dumps({"adapter": result, "baseline": result | {"title": "lora r=8"}}))
+    return folder
+
+
+def write_comparison(folder: Path, subset: str, scores: list[float]) -> Path:
+    """Two seeds of one method as `pica compare` records them."""
+    (folder / "cells").mkdir(parents=True)
+    content = {"name": "c", "base": {"task": {"name": "vtab", "subset": subset}}, "methods": [{"label": "pica r=64"}]}
+    (folder / "comparison.yaml").write_text(yaml.safe_dump(content))
+    cells = [{"key": str(seed), "label": "pica r=64", "seed": seed, "status": "done"} for seed, _ in enumerate(scores)]
+    (folder / "cells.json").write_text(json.dumps({"cells": cells, "workers": 1}))
+    for seed, score in enumerate(scores):
+        result = {
+            "method": "pica",
+            "learning_rate": 0.01,
+            "metric": "accuracy",
+            "score": score,
+            "stderr": 0.1,
+            "loss": 1.0,
+            "parameters": {"trainable": 10, "head": 2},
+            "candidates": [{"learning_rate": 0.01}],
+            "training": {"seconds": 1.0, "step_seconds": 0.1, "peak_memory": {"host": 1.0}},
+            "file_bytes": 3,
+        }
+        record = {"status": "done", "family": "pica", "result": result, "base": None}
+        (folder / "cells" / f"{seed}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_runs_and_comparisons_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folders = [
+        write_run(tmp_path / name, name, 0.25 + 0.5 * (name in GROUPS["specialised"]))
+        for group in GROUPS.values()
+        for name in group
+        if name != "svhn"
+    ]
+    folders.append(write_comparison(tmp_path / "c", "svhn", [0.5, 1.0]))
+    assert main(["report", "--vtab", *map(str, folders), "-o", str(tmp_path / "t.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "pica r=64" in shown
+    with (tmp_path / "t.csv").open() as file:
+        pica, lora = csv.DictReader(file)
+    assert float(pica["svhn"]) == 0.75
+    assert float(pica["natural"]) == pytest.approx((6 * 0.25 + 0.75) / 7)
+    assert (float(pica["specialised"]), float(pica["structured"])) == (0.75, 0.25)
+    assert float(pica["all sets"]) == pytest.approx((14 * 0.25 + 5 * 0.75) / 19)
+    assert (lora["svhn"], lora["natural"], lora["all sets"]) == ("", "", ""), "the comparison had no LoRA"
+    assert float(lora["structured"]) == 0.25
+
+
+def test_folders_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first, twice = write_run(tmp_path / "a", "dtd", 0.5), write_run(tmp_path / "b", "dtd", 0.5)
+    with pytest.raises(ConfigError, match=r"a' and '.*b' both have pica r=64 on dtd"):
+        read_vtab([first, twice])
+    with pytest.raises(ConfigError, match="is of task glue, not vtab"):
+        read_vtab([write_run(tmp_path / "c", "mrpc", 0.5, task="glue")])
+    (twice / "metrics.json").unlink()
+    assert main(["report", "--vtab", str(twice)]) == 2
+    assert "holds no metrics.json: it is no finished run" in capsys.readouterr().err
+    (first / "metrics.json").write_text("[")
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_vtab([first])
