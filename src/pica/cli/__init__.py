@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": "write model and adapter as one plain model folder",
     "export": "write a PiCa adapter as a LoRA that serving engines load",
     "import": "read an adapter of the authors' reference implementation",
+    "plan": "what an adapter would cost on a model of any size, from its config alone",
     "analyze": "where fine-tuning moved the weights, and what of the theory holds there",
     "verify": "check an adapter's files, and that it belongs to its base model",
     "cache": "what the cache of solved bases takes; clear empties it",

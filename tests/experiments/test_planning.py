@@ -1,0 +1,326 @@
+"""Plans against the real thing: files, parameters, bases, the cache, and measured memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    T5Config,
+    ViTConfig,
+)
+
+from pica import PicaConfig
+from pica.basis.cache import cache_use
+from pica.errors import ConfigError, PicaError
+from pica.experiments.planning import Question, basis_seconds, build, estimate, solver_rates
+from pica.experiments.tracing import Allocations
+from pica.tuner.layer import PicaLinear
+
+CONFIGS: dict[str, tuple[str, PreTrainedConfig]] = {
+    "llama": (
+        "LlamaForCausalLM",
+        LlamaConfig(
+            vocab_size=96,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+    ),
+    "gpt2": ("GPT2LMHeadModel", GPT2Config(vocab_size=96, n_embd=96, n_layer=2, n_head=4, n_positions=64)),
+    "bert": (
+        "BertForSequenceClassification",
+        BertConfig(
+            vocab_size=96,
+            hidden_size=96,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        T5Config(vocab_size=96, d_model=96, d_kv=24, d_ff=128, num_layers=2, num_heads=4),
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        ViTConfig(
+            hidden_size=96,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+        ),
+    ),
+}
+
+
+def folder_of(place: Path, kind: str, config: PreTrainedConfig) -> str:
+    config.architectures = [kind]
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = 0
+    config.save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("r", [4, 300])
+def test_counts_and_bytes_are_those_of_the_real_adapter(name: str, r: int, tmp_path: Path, monkeypatch):
+    kind, config = CONFIGS[name]
+    plan = estimate(Question(folder_of(tmp_path, kind, config), r=r, batches=(1,), lengths=(4,)))
+    monkeypatch.setenv("PICA_CACHE_DIR", str(tmp_path / "cache"))
+    model = getattr(transformers, kind)(config)
+    assert plan.model_parameters == sum(p.numel() for p in model.parameters())
+    assert plan.memory[0].weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    adapted = peft.get_peft_model(model, PicaConfig(r=r))
+    layers = [m for m in adapted.modules() if isinstance(m, PicaLinear)]
+    assert plan.parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert sum(g.layers for g in plan.groups) == len(layers)
+    projectors = [layer.projector("principal") for layer in layers]
+    assert plan.basis_bytes == sum(p.nbytes for p in projectors if p is not None)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    assert plan.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    headers = cache_use().bytes - plan.cache_bytes
+    assert 0 <= headers <= 600 * cache_use().entries
+    assert (plan.r, plan.kind, plan.dtype) == (r, kind, "float32")
+
+
+def test_lora_beside_it_is_the_real_lora(tmp_path: Path):
+    kind, config = CONFIGS["llama"]
+    plan = estimate(Question(folder_of(tmp_path, kind, config), r=16, lora_rank=7, batches=(1,), lengths=(4,)))
+    own, equal, chosen = plan.memory
+    assert (own.method, chosen.rank) == ("PiCa", 7)
+    for entry in (equal, chosen):
+        model = peft.get_peft_model(
+            getattr(transformers, kind)(config),
+            peft.LoraConfig(r=entry.rank, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
+        )
+        assert entry.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert entry.basis == 0
+        assert (entry.adapter, entry.optimizer) == (4 * entry.parameters, 8 * entry.parameters)
+    step = equal.parameters / equal.rank
+    assert abs(equal.parameters - own.parameters) <= step / 2 or equal.rank == 1
+
+
+@pytest.mark.parametrize(("budget", "in_bytes"), [(9_000, False), (608, False), (40_000, True), (9_000, True)])
+def test_the_rank_for_a_budget_is_the_largest_that_fits(budget: int, in_bytes: bool, tmp_path: Path):
+    folder = folder_of(tmp_path, *CONFIGS["llama"])
+    asked: dict[str, Any] = {"batches": (1,), "lengths": (4,)}
+    found = estimate(Question(folder, budget=budget, budget_in_bytes=in_bytes, **asked))
+    more = estimate(Question(folder, r=found.r + 1, **asked))
+
+    def taken(plan) -> int:
+        return plan.adapter_bytes if in_bytes else plan.parameters
+
+    assert taken(found) <= budget < taken(more)
+
+
+def test_a_budget_beyond_the_model_gives_all_directions_and_one_below_it_is_refused(tmp_path: Path):
+    folder = folder_of(tmp_path, *CONFIGS["llama"])
+    asked: dict[str, Any] = {"batches": (1,), "lengths": (4,)}
+    assert estimate(Question(folder, budget=10**9, **asked)).r == 128
+    with pytest.raises(ConfigError, match=r"too small: already r=1 takes 576\b"):
+        estimate(Question(folder, budget=100, **asked))
+
+
+def test_half_precision_halves_weights_and_basis_but_not_the_matrices(tmp_path: Path):
+    folder = folder_of(tmp_path, *CONFIGS["llama"])
+    full, half = (estimate(Question(folder, dtype=d, batches=(1,), lengths=(4,))) for d in ("float32", "bfloat16"))
+    rotary = 4 * sum(b.numel() for b in build(CONFIGS["llama"][1], torch.float32).buffers())
+    assert half.memory[0].weights - rotary == (full.memory[0].weights - rotary) / 2
+    assert half.basis_bytes == full.basis_bytes / 2
+    assert half.memory[0].adapter == full.memory[0].adapter == 4 * full.parameters
+    assert half.adapter_bytes == full.adapter_bytes
+
+
+def test_a_model_far_larger_than_the_machine_is_planned(tmp_path: Path):
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=4,  # of 126: the others are alike, and this is a test
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        dtype="bfloat16",
+    )
+    plan = estimate(Question(folder_of(tmp_path, "LlamaForCausalLM", config), r=64, batches=(1,), lengths=(4096,)))
+    assert plan.model_parameters > 15e9
+    assert plan.parameters == 64 * (16384 + 1024 + 1024 + 53248 + 16384)
+    assert plan.basis_bytes == 4 * 2 * 64 * (16384 + 1024 + 1024 + 16384 + 16384)
+    hidden = 2 * 4096 * 16384  # bytes of one state
+    activations = plan.memory[0].steps[0].activations
+    assert activations is not None
+    assert 4 * 10 * hidden < activations < 4 * 60 * hidden + 12 * 4096 * 128256
+
+
+def test_allocations_are_those_that_live_at_once():
+    weight = torch.ones(100, 100)
+    with Allocations({weight.untyped_storage()._cdata}) as counted:
+        first = weight * 2  # 40,000 bytes
+        view = first.T
+        del first
+        second = view + 1
+        del view
+        third = second[:1].clone()  # 400
+        del second, third
+    assert counted.peak == 80_000
+    assert counted.live == 0
+
+
+def test_a_step_that_depends_on_values_leaves_a_note_and_the_rest(tmp_path: Path):
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    plan = estimate(Question(folder_of(tmp_path, "MixtralForCausalLM", config), batches=(1,), lengths=(8,)))
+    assert plan.memory[0].steps[0].total is None
+    assert any("no estimate of activations" in note for note in plan.notes)
+    assert plan.parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "--r must be 1 or more, got 0"),
+        ({"batches": ()}, "--batch must be 1 or more, got nothing"),
+        ({"lengths": (4000,)}, "--length 4000 is more than the 2048 positions"),
+        ({"target_modules": ["q_prj"]}, "q_proj"),
+        ({"model": "/nowhere/model"}, "does not exist"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
+    values: dict[str, Any] = {"model": folder_of(tmp_path, *CONFIGS["llama"])} | changes
+    with pytest.raises(PicaError, match=message):
+        estimate(Question(**values))
+
+
+def test_a_family_without_defaults_asks_for_targets(tmp_path: Path):
+    config = transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=96)
+    config.save_pretrained(tmp_path)
+    plan = estimate(Question(str(tmp_path), target_modules=["dense_h_to_4h"], batches=(1,), lengths=(4,)))
+    assert plan.kind == "BloomForCausalLM"
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, image_size=32)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no default targets for 'convnext'.*--target-modules"):
+        estimate(Question(str(tmp_path), batches=(1,)))
+
+
+def test_the_time_of_a_basis_grows_as_the_solver_does():
+    each, gram, eigen = solver_rates()
+    assert each > 0
+    assert gram + eigen > 0
+    assert basis_seconds(512, 512) < basis_seconds(2048, 512) + eigen < basis_seconds(2048, 2048)
+
+
+# ---- measured ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A training whose memory is dominated by what the plan counts."""
+
+    kind: str
+    config: PreTrainedConfig
+    method: str = "pica"
+    batch: int = 6
+    length: int = 256
+    dtype: str = "float32"
+    checkpointing: bool = False
+
+
+def _llama(**changes: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
+    return LlamaConfig(**{**sizes, "num_attention_heads": 6, "num_key_value_heads": 2, **changes})
+
+
+CASES = {
+    "llama": Case("LlamaForCausalLM", _llama()),
+    "llama, LoRA": Case("LlamaForCausalLM", _llama(), method="lora"),
+    "llama, checkpointing": Case("LlamaForCausalLM", _llama(), checkpointing=True),
+    "llama, mostly weights": Case("LlamaForCausalLM", _llama(vocab_size=65536, hidden_size=576), batch=1, length=16),
+    "gpt2": Case("GPT2LMHeadModel", GPT2Config(vocab_size=4096, n_embd=384, n_layer=4, n_head=6)),
+    "bert": Case(
+        "BertForSequenceClassification",
+        BertConfig(
+            vocab_size=8192, hidden_size=384, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=6
+        ),
+    ),
+    "t5": Case(
+        "T5ForConditionalGeneration",
+        T5Config(vocab_size=4096, d_model=256, d_kv=64, d_ff=1024, num_layers=3, num_heads=4),
+        batch=4,
+    ),
+    "vit": Case(
+        "ViTForImageClassification",
+        ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=6),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory_is_within_15_percent_of_what_is_measured(tmp_path: Path):
+    asked, planned = [], []
+    for number, case in enumerate(CASES.values()):
+        folder = folder_of(tmp_path / str(number), case.kind, case.config)
+        question = Question(
+            folder,
+            r=32,
+            lora_rank=32,
+            batches=(case.batch,),
+            lengths=(case.length,),
+            dtype=case.dtype,
+            checkpointing=case.checkpointing,
+        )
+        name = "PiCa" if case.method == "pica" else "LoRA"
+        (memory,) = [m for m in estimate(question).memory if (m.method, m.rank) == (name, 32)]
+        planned.append(memory.steps[0].total)
+        asked.append(
+            {
+                "folder": folder,
+                "method": case.method,
+                "r": 32,
+                "batch": case.batch,
+                "length": case.length,
+                "dtype": case.dtype,
+                "checkpointing": case.checkpointing,
+            }
+        )
+    # every tensor above 64 KiB then goes back to the system at once, so that what is resident is what lives
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "PICA_CACHE_DIR": ""}
+    script = Path(__file__).with_name("measured_peak.py")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    sizes = {name: (plan >> 20, found >> 20) for name, plan, found in zip(CASES, planned, measured)}  # MiB
+    assert {name: both for name, both in sizes.items() if not 0.85 <= both[0] / both[1] <= 1.15} == {}, sizes
