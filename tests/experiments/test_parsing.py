@@ -178,6 +178,7 @@ def test_built_in_recipe_is_valid_but_for_the_places_that_only_the_user_knows(na
     data = tmp_path / "data.json"
     data.write_text("[]")
     given = yaml.safe_load(builtin_recipes()[name])
+    given["data"].setdefault("test", checks.REQUIRED if given["data"].get("train") == checks.REQUIRED else None)
     places = [
         (f"{section}.{key}", str(tmp_path if section == "model" else data))
         for section in ("model", "data")

@@ -137,7 +137,11 @@ def _places(recipe: Recipe) -> Iterator[str]:
             yield f"data.{name} is not set: give {files}, a folder or hub:OWNER/NAME with --data.{name}."
         elif location is not None and (problem := location_problem(task, location)):
             yield f"data.{name}: {problem}"
-    if recipe.data.train != "embedded" and recipe.data.test is None and not has_split(task, recipe.data.train, "test"):
+    if (
+        recipe.data.train not in ("embedded", REQUIRED)
+        and recipe.data.test is None
+        and not has_split(task, recipe.data.train, "test")
+    ):
         yield (
             "data.test is required when data.train is a file or has no test file in it: results are never reported on "
             "training problems."
