@@ -18,7 +18,7 @@ def test_a_folder_with_nothing_but_a_config(pica: Callable, model_folder: Path, 
     assert "LlamaForCausalLM" in lines[0]
     assert lines[2].split() == ["group", "layers", "in", "out", "r", "parameters", "basis"]
     assert lines[3].split()[:4] == ["model-layers-N-self_attn-q_proj-32", "2", "32", "32"]
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines[1:])) <= 120  # the first names the folder, however deep it lies
     for step in ("batch 1 x 8", "batch 2 x 16"):
         assert f"{step}: total" in outcome.out
     assert "LoRA r=3" in outcome.out
