@@ -184,7 +184,7 @@ def fuzz(saved: tuple[bytes, bytes], folder: Path, count: int) -> Counter[str]:
     pristine = make_base()
     expected = pristine(x)
 
-    @seed(int(os.environ.get("PICA_FUZZ_SEED", "0")))  # the same inputs each time, unless others are asked for
+    @seed(int(os.environ.get("PICA_FUZZ_SEED", "0")))  # the same each time, unless others are asked for
     @settings(
         max_examples=count,
         deadline=None,

@@ -77,6 +77,24 @@ def test_a_refused_adapter_leaves_the_active_one_active_without_a_peft_model(bas
     assert torch.equal(base(IDS).logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("misfit", "message"),
+    [
+        (
+            {"trainable_token_indices": {"default": []}},
+            "'default' in modules_to_save .* matches the adapter's own matrices",
+        ),
+        ({"modules_to_save": ["lm_head", ""]}, "'' in modules_to_save .* matches the adapter's own matrices"),
+        ({"trainable_token_indices": {"self_attn": [0]}}, "PEFT cannot train that way .*: 'self_attn'"),
+    ],
+)
+def test_modules_that_cannot_be_trained_beside_the_adapter_are_named(base: PreTrainedModel, misfit: Any, message: str):
+    before = anatomy(base)
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(base, PicaConfig(r=2, **misfit))
+    assert anatomy(base) == before
+
+
 @pytest.mark.parametrize("task_type", [TaskType.CAUSAL_LM, "SEQ_2_SEQ_LM"])
 def test_a_task_type_that_generates_needs_a_model_that_does(task_type: str):
     base = nn.Sequential(nn.Linear(4, 4))

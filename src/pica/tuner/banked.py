@@ -21,7 +21,13 @@ from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.roles import Group
 from pica.tuner.state import remap_state, select_state, withdraw
-from pica.tuner.targets import DEFAULT_TARGETS, check_targets, check_task_type
+from pica.tuner.targets import (
+    DEFAULT_TARGETS,
+    check_further_modules,
+    check_targets,
+    check_task_type,
+    further_modules,
+)
 from pica.tuner.undo import all_or_nothing
 
 
@@ -91,10 +97,21 @@ class BankedModel(BaseTuner):
     ) -> None:
         """PEFT's injection, with the bank's `requires_grad` flags kept. `state_dict` is not needed: the config decides."""
         _check_name(adapter_name)
+        further = further_modules(self.peft_config[adapter_name])
+        check_further_modules(further, f"{self.bank_name}.{adapter_name}")
         self._plan = None
         try:
             with all_or_nothing(model, adapter_name):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if not further or isinstance(error, PicaError):
+                raise
+            # PEFT wraps whatever module the names match, and finds out on the way that it cannot
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"modules_to_save or trainable_token_indices name modules that PEFT cannot train that way ({what}): "
+                f"{', '.join(map(repr, further))}."
+            ) from error
         finally:
             self._plan = None
         bank = get_bank(self.model, self.bank_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -85,6 +85,28 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
         names = sorted({p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit()})
         raise UnmatchedTargetError(
             f"Target modules {{{', '.join(map(repr, missing))}}} not found in the base model. {_near(missing, names)}"
+        )
+
+
+def further_modules(config: PeftConfig) -> list[str]:
+    """Names of the modules that PEFT itself is to train beside the adapter, in full or some of their rows."""
+    indices = getattr(config, "trainable_token_indices", None)
+    rows = list(indices) if isinstance(indices, Mapping) else [] if indices is None else ["the input embedding"]
+    return [*(getattr(config, "modules_to_save", None) or []), *rows]
+
+
+def check_further_modules(names: Iterable[str], slot: str) -> None:
+    """Raise `ConfigError` where a name would have PEFT wrap the adapter's own matrices, as it wraps all that ends so.
+
+    Args:
+        names: As `further_modules` gives them.
+        slot: Path of the adapter's matrices in the base model.
+    """
+    bank = slot.partition(".")[0]
+    if wrong := [n for n in names if slot.endswith(n) or bank.endswith(n)]:
+        raise ConfigError(
+            f"{', '.join(map(repr, wrong))} in modules_to_save or trainable_token_indices matches the adapter's own "
+            f"matrices ({slot!r}); give more of the module's path, or the adapter another name."
         )
 
 
