@@ -163,3 +163,14 @@ def test_pickled_weights_are_refused_unless_asked_for(folder: Path, monkeypatch:
     refused(folder.parent / "pickled", AdapterFileError, "adapter_model.bin, a pickled file.*PICA_ALLOW_TORCH_FILES=1")
     monkeypatch.setenv("PICA_ALLOW_TORCH_FILES", "1")
     assert torch.equal(PeftModel.from_pretrained(make_base(), folder.parent / "pickled")(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"modules_to_save": ["0"]}, "'0'"), ({"trainable_token_indices": {"0": [1]}}, "'trainable_token_indices'")],
+)
+def test_weights_that_the_configuration_promises_are_missed_before_the_model_is_touched(
+    folder: Path, fields: dict[str, Any], named: str
+):
+    edit(folder, **fields)
+    refused(folder, AdapterFileError, f"holds no weights for {named}")

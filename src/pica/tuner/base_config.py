@@ -126,7 +126,12 @@ class BankedConfig(PeftConfig):
         assert isinstance(config, cls)
         if local:
             # PEFT sets `inference_mode` when it saves an adapter; without it this may be a configuration on its own
-            check_weights_file(folder, saved_adapter=config.inference_mode)
+            check_weights_file(
+                folder,
+                saved_adapter=config.inference_mode,
+                modules=config.modules_to_save or (),
+                token_rows=bool(config.trainable_token_indices),
+            )
         return config
 
     def to_dict(self) -> dict:

@@ -13,10 +13,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pica.errors import AdapterFileError
+from pica.tuner.bank import BANK_NAMES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Pickled by torch. PEFT would read it (with weights_only=True), and saves one where it is asked to.
 _TORCH_WEIGHTS = "adapter_model.bin"
+# PEFT names both for each classifier, whichever the model has.
+_HEADS = ("classifier", "score")
 ALLOW_TORCH_WEIGHTS = "PICA_ALLOW_TORCH_FILES"
 
 
@@ -44,14 +47,20 @@ def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict
     return found
 
 
-def check_weights_file(folder: Path, *, saved_adapter: bool) -> None:
+def check_weights_file(
+    folder: Path, *, saved_adapter: bool, modules: Collection[str] = (), token_rows: bool = False
+) -> None:
     """Check that the weights beside a configuration are there and that their file is whole: every tensor lies within it.
+
+    PEFT looks for the weights of further modules when the adapter is in the model already, and would leave it there.
 
     Args:
         folder: A local adapter folder.
         saved_adapter: Whether an adapter was saved there, not only a configuration.
+        modules: The configuration's `modules_to_save`.
+        token_rows: Whether it has `trainable_token_indices`.
     Raises:
-        AdapterFileError: they are missing, or the file is damaged or cut short.
+        AdapterFileError: they are missing, also those of `modules`, or the file is damaged or cut short.
     """
     path = folder / WEIGHTS
     if not path.exists():
@@ -72,6 +81,15 @@ def check_weights_file(folder: Path, *, saved_adapter: bool) -> None:
         raise AdapterFileError(f"{str(path)!r} is damaged or cut short ({error}); copy the adapter again.") from error
     if not names:
         raise AdapterFileError(f"{str(path)!r} holds no tensors; copy the adapter again, or save it again.")
+    further = [name for name in names if BANK_NAMES.isdisjoint(name.split("."))]
+    absent = [m for m in modules if m not in _HEADS and not any(f"{m}." in name for name in further)]
+    if token_rows and not any("trainable_tokens" in name for name in further):
+        absent.append("trainable_token_indices")
+    if saved_adapter and absent:
+        raise AdapterFileError(
+            f"{str(path)!r} holds no weights for {', '.join(map(repr, absent))}, which {CONFIG} names; the file is "
+            "incomplete, or the configuration is another adapter's."
+        )
 
 
 def _names(value: object) -> bool:
