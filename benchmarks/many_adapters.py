@@ -104,11 +104,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="folder, or a name in benchmarks/models.py")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--most", type=int, default=COUNTS[-1], help="adapters at most (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="up to 16 adapters of each method")
     parser.add_argument("--name", default="many_adapters", help="of the result files")
     given = parser.parse_args(argv)
     dtype, result = getattr(torch, given.dtype), describe_machine()
-    limit = 16 if given.quick else COUNTS[-1]
+    limit = 16 if given.quick else given.most
     rows, load_rows = [], []
     for method in ("PiCa r=32", "LoRA r=1", "LoRA r=32"):
         most = min(limit, limit if method.startswith("PiCa") else LORA_LIMIT)
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         found = {"prefill": mixed(model, counts, 32, repetitions), "decode": mixed(model, counts, 1, repetitions)}
         size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".a0." in n) / 2**20
         result[method] = found | {"one_more": more, "own_mib": size}
-        for count in COUNTS:
+        for count in (n for n in COUNTS if n <= limit):
             shares = [f"{1 / found[kind][count]['ratio']:.2f}" if count in counts else "–" for kind in found]
             rows.append([method, count, *shares])
         del model
