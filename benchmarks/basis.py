@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         found = measure(used, rank, blocks, repetitions, warmup=1)
         memory = max(beyond_gram(*s, rank) for s in used)
         result[name] = found | {"beyond_gram_mib": memory, "shapes": used, "rank": rank, "blocks": blocks}
-        rows.append([f"{name}, {blocks} block(s)", rank, f"{found['ratio']['ratio']:.3f}", f"{memory:.0f}"])
+        rows.append([f"{name}, {blocks} block(s)", rank, f"{found['ratio']['ratio']:.3f}", f"{max(0.0, memory):.0f}"])
     markdown = f"Bases of q k v up down, random weights, {result['machine']['cores']} cores.\n\n" + table(
         ["weights", "r", "time / full SVD", "peak MiB beyond the Gram matrix"], rows
     )
