@@ -27,13 +27,10 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(models.SHAPES, "tiny", TINY)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     small = {
-        name: make
-        for name, make in {
-            "PiCa r=8": methods.CONFIGS["PiCa r=8"],
-            "PiCa r=32": methods.CONFIGS["PiCa r=8"],
-            "LoRA r=1": methods.CONFIGS["LoRA r=1"],
-            "LoRA r=32": methods.CONFIGS["LoRA r=8"],
-        }.items()
+        "PiCa r=8": methods.CONFIGS["PiCa r=8"],
+        "PiCa r=32": methods.CONFIGS["PiCa r=8"],
+        "LoRA r=1": methods.CONFIGS["LoRA r=1"],
+        "LoRA r=32": methods.CONFIGS["LoRA r=8"],
     }
     monkeypatch.setattr(methods, "CONFIGS", small)
     monkeypatch.setattr(many_adapters, "CONFIGS", small)

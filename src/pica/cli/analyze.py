@@ -54,17 +54,14 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, analyse, write everything, and print the table and what holds."""
     given = parser().parse_args(arguments)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import loading
 
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
+    with loading() as shown:
         from pica.errors import ConfigError, OutputError
         from pica.experiments.analysis import PROGRESS, Settings, analyse
         from pica.experiments.ranks import recipe_text, suggest
         from pica.experiments.weights import linear_weights, open_folder
         from pica.report.analysis_report import DATA_FILE, console_table, verdict, write
-
-        quiet_libraries()
     settings = Settings(
         given.base,
         given.tuned,

@@ -102,3 +102,12 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+
+
+@contextmanager
+def loading() -> Iterator[ConsoleReporter]:
+    """A reporter for a command, which shows that the libraries imported in the block take their seconds."""
+    made = reporter()
+    with made.console.status("Loading libraries"):
+        yield made
+        quiet_libraries()

@@ -61,13 +61,10 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, evaluate and print."""
     given = parser().parse_args(arguments)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import loading
 
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
+    with loading() as shown:
         from pica.experiments.assessing import Request, assess
-
-        quiet_libraries()
     options = {name: value for name, value in vars(given).items() if name != "json"}
     found = assess(Request(**options), reporter=shown)
     summary = {"model": found.model, "task": found.task, "data": found.data, **found.result.summary()}

@@ -52,10 +52,9 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, export and print the known error, the measured one, and how to serve the result."""
     given = parser().parse_args(arguments)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import loading
 
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
+    with loading() as shown:
         import pica
         from pica.adapters.lora_export import ExportPlan, export_lora
         from pica.adapters.lora_folder import error_table
@@ -63,7 +62,6 @@ def run(arguments: Sequence[str]) -> int:
         from pica.experiments.models import locate
 
         pica.register()
-        quiet_libraries()
     adapter = require_adapter(given.adapter.expanduser())
 
     def show(plan: ExportPlan) -> None:

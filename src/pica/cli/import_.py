@@ -38,10 +38,9 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, import and say where."""
     given = parser().parse_args(arguments)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import loading
 
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
+    with loading() as shown:
         import pica
         from pica.adapters.base_model import load_base_model
         from pica.adapters.folders import check_replaceable, new_folder
@@ -50,7 +49,6 @@ def run(arguments: Sequence[str]) -> int:
         from pica.tuner.config import PicaConfig
 
         pica.register()
-        quiet_libraries()
     output = given.output.expanduser()
     check_replaceable(output, overwrite=given.overwrite)
     saved = read_reference(given.folder)

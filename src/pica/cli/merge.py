@@ -36,14 +36,11 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, merge and say where."""
     given = parser().parse_args(arguments)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import loading
 
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
+    with loading() as shown:
         from pica.experiments.assessing import require_adapter
         from pica.experiments.merging import merge
-
-        quiet_libraries()
     adapter = require_adapter(given.adapter.expanduser())
     with shown.console.status("Merging"):
         merge(adapter, given.output.expanduser(), base=given.base, dtype=given.dtype)

@@ -50,13 +50,10 @@ def run(arguments: Sequence[str]) -> int:
     folder = Path(options["resume"]).expanduser() if options["resume"] else None
     recipe = None if folder else load_recipe(reference, overrides)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import loading
 
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
+    with loading() as shown:
         from pica.experiments.run import default_output, resume, start
-
-        quiet_libraries()
     if recipe is None or options["resume"] is not None:
         folder = folder or default_output(recipe)  # pyright: ignore[reportArgumentType]
         shown.say(f"Resuming {folder}")

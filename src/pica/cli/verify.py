@@ -31,17 +31,15 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, check and print the table."""
     given = parser().parse_args(arguments)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import loading
 
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
+    with loading() as shown:
         import pica
         from pica.adapters.verify import verify
         from pica.experiments.assessing import find_adapter
         from pica.experiments.models import base_of, locate
 
         pica.register()
-        quiet_libraries()
     path = given.adapter.expanduser()
     adapter = find_adapter(path) or path
     base = None
