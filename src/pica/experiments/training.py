@@ -33,7 +33,8 @@ class Training:
 
     Attributes:
         steps: Optimizer steps.
-        seconds: Wall time of this process's share of the steps, and of nothing else.
+        seconds: Wall time of the steps that this process made, and of nothing else; processor time where it has one thread and no
+            accelerator, so that it does not depend on what else the machine does.
         step_seconds: Median time of a step, the first two left out; None for fewer than three steps.
         peak_memory: Highest memory use in MiB, see `PeakMemory`.
         curve: Points with step, epoch, loss, learning_rate, grad_norm.
@@ -142,6 +143,9 @@ class _Watcher(TrainerCallback):
     def __init__(self, stop: StopRequest) -> None:
         self.stop, self.times, self.advance = stop, list[float](), _no_bar
         self._begun, self._note = 0.0, ""
+        # One thread on a processor: its own time is the step's, whatever else the machine does meanwhile.
+        alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
+        self._clock = time.process_time if alone else time.perf_counter
 
     advance: Advance
 
@@ -150,10 +154,10 @@ class _Watcher(TrainerCallback):
             self.advance(state.global_step, "resumed")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun = time.perf_counter()
+        self._begun = self._clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter() - self._begun)
+        self.times.append(self._clock() - self._begun)
         self.advance(1, self._note)
         if self.stop.made and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
