@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import scipy.linalg
-import scipy.linalg.blas
 import torch
 from torch import Tensor
 
+from pica.basis._lapack import add_lower_gram, eigenvectors
 from pica.basis._precision import full_precision
 from pica.basis.orient import direction_signs
 from pica.errors import BasisError, ConfigError, RankError
@@ -199,7 +198,7 @@ def _gram(w: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     for part in _slices(w, summed_dim, dtype):
         rows = part if side == "in" else part.T  # (summed, kept): total += rows^T rows
         if on_cpu:
-            _add_lower_gram(total, rows)
+            add_lower_gram(total, rows)
         else:
             total.addmm_(rows.T, rows)
     return total
@@ -215,24 +214,6 @@ def _slices(w: Tensor, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
         yield part.to(dtype).contiguous()
 
 
-def _add_lower_gram(total: Tensor, rows: Tensor) -> None:
-    """total += rows^T rows in its lower triangle, (n, n): half the work of a general product.
-
-    Args:
-        total: Row-major. BLAS sees its transpose, and so the upper triangle.
-        rows: (k, n) or a transposed (n, k) in memory; BLAS takes both without a copy.
-    """
-    c = total.numpy().T
-    (update,) = scipy.linalg.blas.get_blas_funcs(("syrk",), (c,))
-    if rows.is_contiguous():
-        a, transposed = rows.numpy().T, 0  # (n, k) column-major: a a^T
-    else:
-        a, transposed = rows.T.numpy().T, 1  # (k, n) column-major: a^T a
-    result = update(1.0, a, beta=1.0, c=c, trans=transposed, lower=0, overwrite_c=1)
-    if not np.shares_memory(result, c):
-        total.copy_(torch.from_numpy(result.T))
-
-
 def _leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Tensor, str]:
     """(count, n) eigenvectors as rows, of the largest eigenvalues in falling order (or smallest in rising order).
 
@@ -241,16 +222,8 @@ def _leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Ten
     n = gram.shape[0]
     if gram.device.type == "cpu" and 2 * count <= n:
         # LAPACK's MRRR for a part of the spectrum: up to three times faster than all of it, and orthogonal in clusters.
-        window = [0, count - 1] if smallest else [n - count, n - 1]
-        _, vectors = scipy.linalg.eigh(
-            gram.numpy().T,  # column-major, as LAPACK wants it: no copy
-            lower=False,
-            subset_by_index=window,
-            driver="evr",
-            check_finite=False,
-            overwrite_a=True,
-        )
-        rows, solver = torch.from_numpy(np.ascontiguousarray(vectors.T)), "subset eigh"
+        first = 0 if smallest else n - count
+        rows, solver = eigenvectors(gram, first, first + count - 1), "subset eigh"
     else:
         _, all_vectors = torch.linalg.eigh(gram, UPLO="L")
         rows, solver = (all_vectors[:, :count] if smallest else all_vectors[:, n - count :]).T, "eigh"

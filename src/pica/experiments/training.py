@@ -33,8 +33,8 @@ class Training:
 
     Attributes:
         steps: Optimizer steps.
-        seconds: Wall time of the steps that this process made, and of nothing else; processor time where it has one thread and no
-            accelerator, so that it does not depend on what else the machine does.
+        seconds: Wall time of the steps that this process made, and of nothing else; processor time where it has one thread
+            and no accelerator, so that it does not depend on what else the machine does.
         step_seconds: Median time of a step, the first two left out; None for fewer than three steps.
         peak_memory: Highest memory use in MiB, see `PeakMemory`.
         curve: Points with step, epoch, loss, learning_rate, grad_norm.

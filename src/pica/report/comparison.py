@@ -297,8 +297,8 @@ def _protocol(summary: Summary, rows: Sequence[RowSummary]) -> list[Markup | str
             else "."
         ),
         f"Peak memory is {memory}.",
-        "Seconds are those of the optimizer steps of the chosen rate's training, without loading and evaluation (the processor's, "
-        "where a cell has one thread and no accelerator).",
+        "Seconds are those of the optimizer steps of the chosen rate's training, without loading and evaluation "
+        "(the processor's, where a cell has one thread and no accelerator).",
         "Full fine-tuning trains all weights of the target modules, not embeddings or norms. Its frozen originals stay in "
         "memory, which makes its memory higher than it need be.",
     ]
