@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -40,16 +41,32 @@ SHAPES: dict[str, PretrainedConfig] = {
 }
 
 
-def load(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """The model in a folder, or one with random weights in the shapes of `SHAPES[name]`; the same weights each time."""
+FEW_WORDS = 1024
+"""Vocabulary of a model that is cut to some of its layers, so that the layers are what is timed."""
+
+
+def load(name: str, dtype: torch.dtype, device: str = "cpu", layers: int | None = None) -> PreTrainedModel:
+    """The model in a folder, or one with random weights in the shapes of `SHAPES[name]`; the same weights each time.
+
+    Args:
+        layers: So many layers of the shapes and a vocabulary of `FEW_WORDS`; None for the whole model.
+    """
     if name in SHAPES:
         torch.manual_seed(0)
+        config = copy.deepcopy(SHAPES[name])
+        if layers is not None:
+            config.update({"num_hidden_layers": layers, "vocab_size": FEW_WORDS})
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if layers is not None:
+        raise SystemExit(f"--layers is for the shapes {', '.join(SHAPES)}, not for a model in a folder.")
     model = AutoModelForCausalLM.from_pretrained(Path(name).expanduser(), dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     return model.to(torch.device(device))  # pyright: ignore[reportArgumentType] - transformers' wrapper hides torch's signature
 
 
-def title(name: str) -> str:
-    return f"{name} shapes, random weights" if name in SHAPES else Path(name).expanduser().name
+def title(name: str, layers: int | None = None) -> str:
+    if name not in SHAPES:
+        return Path(name).expanduser().name
+    part = f"{layers} of its layers and {FEW_WORDS:,} words, " if layers else ""
+    return f"{name} shapes, {part}random weights"
