@@ -122,8 +122,8 @@ def _compare_layers(
         )
     worst = 0.0
     for path, module in lora.items():
-        a = cast(Tensor, module.lora_A["default"].weight)  # (r, in)
-        b = cast(Tensor, module.lora_B["default"].weight)  # (out, r)
+        a = cast(Tensor, module.lora_A["default"].weight).flatten(1)  # (r, in)
+        b = cast(Tensor, module.lora_B["default"].weight).flatten(1)  # (out, r)
         dtype = torch.promote_types(a.dtype, torch.float32)
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(a.shape[1], _PROBES, generator=generator).to(device=a.device, dtype=dtype)

@@ -308,10 +308,15 @@ def _tensors(
     tensors = {}
     for path, layer in layers.items():
         a, b = layer_factors(layer, name, spectra[path], plan.rank, plan.dtype)
-        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, b
+        ones = (1,) * layer.kernel_dims  # of a convolution both factors are convolutions too
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = (
+            a.view(*a.shape, *ones),
+            b.view(*b.shape, *ones),
+        )
     for shape in plan.filled:
-        tensors[f"{shape.path}.lora_A.weight"] = torch.zeros(plan.rank, shape.in_features, dtype=plan.dtype)
-        tensors[f"{shape.path}.lora_B.weight"] = torch.zeros(shape.out_features, plan.rank, dtype=plan.dtype)
+        ones = (1,) * shape.kernel_dims
+        tensors[f"{shape.path}.lora_A.weight"] = torch.zeros(plan.rank, shape.in_features, *ones, dtype=plan.dtype)
+        tensors[f"{shape.path}.lora_B.weight"] = torch.zeros(shape.out_features, plan.rank, *ones, dtype=plan.dtype)
     return tensors
 
 

@@ -11,17 +11,19 @@ from torch import nn
 
 from pica.adapters.engines import SIBLINGS
 from pica.tuner.layer import features_of
+from pica.tuner.pointwise import is_pointwise
 from pica.tuner.roles import role_of
 from pica.tuner.targets import is_supported
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer of the base model: its path and sizes."""
+    """A linear layer of the base model: its path and sizes, and of a convolution the dimensions of its kernel."""
 
     path: str
     out_features: int
     in_features: int
+    kernel_dims: int = 0
 
 
 def base_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -44,7 +46,8 @@ def linear_shapes(root: nn.Module) -> dict[str, LinearShape]:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if is_supported(base):
             in_features, out_features = features_of(base)
-            shapes[path] = LinearShape(path, out_features, in_features)
+            kernel_dims = len(base.kernel_size) if is_pointwise(base) else 0
+            shapes[path] = LinearShape(path, out_features, in_features, kernel_dims)
     return shapes
 
 

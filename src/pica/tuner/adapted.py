@@ -16,10 +16,11 @@ from pica.basis.fingerprint import Alignment, LayerPrint, Mode
 from pica.errors import AdapterFileError, BasisError
 from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.mixed import MixedBatch
+from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """A frozen linear layer (or Conv1D) y = W x + b, to which adapters add updates of W.
+    """A frozen linear layer (or Conv1D, or 1x1 convolution) y = W x + b, to which adapters add updates of W.
 
     A method says what an update is: its coordinates of the input, the product with its parameters, the change of the
     weight, and how its frozen basis is held against a fingerprint.
@@ -41,6 +42,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base_layer)
         self.in_features, self.out_features = features_of(base_layer)
         self.is_transposed = isinstance(base_layer, Conv1D)
+        # trailing dimensions of its weight, each of size 1: (out, in, 1, 1) of a Conv2d
+        self.kernel_dims = len(base_layer.kernel_size) if is_pointwise(base_layer) else 0
 
     # ---- what a method defines ---------------------------------------------------------------------------------
 
@@ -129,6 +132,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first."
             )
         weight = weight.to(device)
+        if self.kernel_dims:
+            return weight.flatten(1)
         return weight.T if self.is_transposed else weight
 
     def compute_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -149,10 +154,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if self._bank[0].unverified:
             verify_loaded(self._bank[0])
         delta = self.weight_update(adapter)
+        if self.kernel_dims:
+            return delta.reshape(*delta.shape, *[1] * self.kernel_dims)
         return delta.T if self.is_transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return not self.kernel_dims  # PEFT's conversion knows matrices only; `pica.export_lora` does these too
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight: summed in float32 (or better), rounded once.
@@ -224,10 +231,19 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if self.merged or not names:
             return y
         in_place = self._may_overwrite(y)
-        h_of = self.coordinates_of(x, y, names)  # all of them before any update is added
+        result = y
+        if self.kernel_dims:
+            x, result = self._as_positions(x, y)
+        h_of = self.coordinates_of(x, result, names)  # all of them before any update is added
         for name in names:
-            y = self.add_update(y, h_of[name], name, in_place=in_place)
-        return y
+            result = self.add_update(result, h_of[name], name, in_place=in_place)
+        return as_images(result, y) if self.kernel_dims else result
+
+    def _as_positions(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A convolution's input and output as (N, places, channels)."""
+        base = self.get_base_layer()
+        assert is_pointwise(base)
+        return read_positions(base, x), as_positions(base, y)
 
     def _may_overwrite(self, y: Tensor) -> bool:
         """Whether the base layer's output is ours alone: a fresh tensor that no hook has seen."""
@@ -251,9 +267,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         y = self.base_layer(x, *args, **kwargs)
-        return self.add_mixed(
-            x, y, adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
-        )
+        batch = adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
+        if not self.kernel_dims:
+            return self.add_mixed(x, y, batch)
+        places, found = self._as_positions(x, y)
+        result = as_images(self.add_mixed(places, found, batch), y)
+        return result if result.stride() == y.stride() else torch.empty_like(y).copy_(result)
 
     # ---- PEFT's housekeeping -----------------------------------------------------------------------------------
 

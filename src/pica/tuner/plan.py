@@ -18,7 +18,7 @@ from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear, features_of, projection_key
 from pica.tuner.roles import Group, Member, plan_groups
-from pica.tuner.targets import is_supported
+from pica.tuner.targets import is_supported, refusal
 
 if TYPE_CHECKING:
     from pica.tuner.banked import BankedModel
@@ -113,7 +113,7 @@ def target_layers(
     """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies.
 
     Raises:
-        TargetError: one is neither a linear layer nor one that is `adapted` already.
+        TargetError: one is neither a layer that can be adapted nor one that is `adapted` already.
     """
     matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
     inside: tuple[str, ...] = ()
@@ -126,9 +126,5 @@ def target_layers(
             continue
         assert isinstance(module, nn.Module)  # for the type checker, which loses it above
         if not (isinstance(module, adapted) or is_supported(module)):
-            raise TargetError(
-                f"Target module {path} ({type(module).__name__}) is not supported: {adapted.method} adapts linear layers "
-                "(torch.nn.Linear, transformers' Conv1D, quantised linear layers). Leave it out of target_modules, "
-                "or name it in exclude_modules."
-            )
+            raise TargetError(refusal(adapted.method, path, module))
         yield path, module

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pica.errors import ConfigError, TargetError
 from pica.tuner.bank import PicaBank
+from pica.tuner.pointwise import is_pointwise, why_not_pointwise
 
 _DECODER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 _ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -58,13 +59,23 @@ class UnmatchedTargetError(TargetError, NoMatchingPeftModuleError):
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether PiCa can adapt this base layer: a linear layer of some kind, quantised or not, or a Conv1D."""
+    """Whether PiCa can adapt this base layer: a linear layer of some kind, quantised or not, or one with kernel 1."""
     from peft.utils.quantization_utils import resolve_quantization_backend
 
-    if isinstance(module, (nn.Linear, Conv1D)):
+    if isinstance(module, (nn.Linear, Conv1D)) or is_pointwise(module):
         return True
     backend = resolve_quantization_backend(module)
     return backend is not None and backend.layer_type == "linear"
+
+
+def refusal(method: str, path: str, module: nn.Module) -> str:
+    """Why a layer that was named cannot be adapted, and what to do."""
+    what = f"Target module {path} ({type(module).__name__}) is not supported: {method} adapts linear layers "
+    way_out = "Leave it out of target_modules, or name it in exclude_modules."
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        why = why_not_pointwise(module)
+        return f"{what}and convolutions with kernel 1, one group and no padding, and {why}. {way_out}"
+    return f"{what}(torch.nn.Linear, transformers' Conv1D, 1x1 convolutions, quantised linear layers). {way_out}"
 
 
 def check_targets(config: PeftConfig, model: nn.Module) -> None:

@@ -21,6 +21,11 @@ def coordinates(source: Tensor, projector: Tensor, shift: Tensor | None = None) 
     """
     if source.dtype != projector.dtype and not torch.is_autocast_enabled(source.device.type):
         projector = projector.to(source.dtype)
+    if _lies_by_columns(source):
+        columns = projector.T.expand(len(source), -1, -1)  # (N, in, r), one matrix N times
+        if shift is None:
+            return torch.bmm(source, columns)
+        return torch.baddbmm(-shift.to(projector.dtype), source, columns)
     return F.linear(source, projector, None if shift is None else -shift.to(projector.dtype))
 
 
@@ -36,9 +41,16 @@ def add_product(y: Tensor, h: Tensor, matrix: Tensor, *, in_place: bool = False)
         in_place: Whether y's memory may be overwritten: the caller knows that nobody else holds it.
     """
     h, matrix = h.to(y.dtype), matrix.to(y.dtype)
+    if _lies_by_columns(y):
+        return torch.baddbmm(y.mT, matrix.expand(len(y), -1, -1), h.mT).mT  # lies as y does
     if in_place:
         return _AddProductInPlace.apply(y, h, matrix)  # pyright: ignore[reportReturnType] - untyped in torch
     return torch.addmm(_rows(y), _rows(h), matrix.T).view_as(y)
+
+
+def _lies_by_columns(tensor: Tensor) -> bool:
+    """Whether (N, tokens, n) is a transposed view, as of an image's channels: flattening its tokens would copy it."""
+    return tensor.ndim == 3 and not tensor.is_contiguous() and tensor.mT.is_contiguous()
 
 
 def _rows(tensor: Tensor) -> Tensor:
