@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pica.errors import ConfigError
+from pica.errors import ConfigError, TargetError
 from pica.experiments.adapters import attach, parameter_counts, peft_config
 from pica.experiments.comparison import load_comparison
 from pica.experiments.methods import METHODS
@@ -30,7 +30,10 @@ def test_each_method_learns_and_reads_back(method: str, model_folder: Path, tmp_
     base = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     with torch.no_grad():
         untouched = base(IDS).logits
-    model = attach(base, section(method), seed=0)
+    if method == "head":
+        model = attach(base, section(method, target_modules=None), seed=0, modules_to_save=["up_proj"])
+    else:
+        model = attach(base, section(method), seed=0)
     assert parameter_counts(model)["trainable"] > 0
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     trained = [value for value in model.parameters() if value.requires_grad]
@@ -71,6 +74,15 @@ def test_full_beside_a_head_counts_the_head_alone_as_head(model_folder: Path):
     assert parameter_counts(model)["head"] == sum(value.numel() for value in heads) > 0
 
 
+def test_head_trains_new_layers_alone_and_refuses_a_model_without_any(model_folder: Path):
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    expected = sum(value.numel() for name, value in base.named_parameters() if ".k_proj." in name)
+    with pytest.raises(TargetError, match="this model has none"):
+        attach(base, section("head", target_modules=None), seed=0)
+    model = attach(base, section("head", target_modules=None), seed=0, modules_to_save=["k_proj"])
+    assert parameter_counts(model) == {**parameter_counts(model), "trainable": expected, "head": 0}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -78,6 +90,7 @@ def test_full_beside_a_head_counts_the_head_alone_as_head(model_folder: Path):
         (section("lora", options={"target_modules": ["x"]}), "method lora has no option 'target_modules'"),
         (section("full", options={"r": 3}), "method full has no option 'r'; it takes none."),
         (section("full", target_modules="all-linear"), "method full needs a list of module names"),
+        (section("head"), "adapter.target_modules: method head has no such setting"),
         (section("vera", rank_pattern={"q_proj": 2}), "adapter.rank_pattern: method vera has no such setting"),
         (section("svft", pattern="banded"), "off_diagonals"),
         (section("lora", options={"bias": "all", "use_dora": True, "lora_bias": True}), "method lora refuses"),

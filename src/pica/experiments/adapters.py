@@ -57,6 +57,11 @@ def attach(
         TargetError: A target matches no layer, or the method refuses the model.
     """
     pica.register()
+    if section.method == "head" and not modules_to_save:
+        raise TargetError(
+            "Method head trains newly made layers only, and this model has none: it generates text, or comes with a trained "
+            "head for as many classes."
+        )
     set_seed(seed)
     try:
         adapted = peft.get_peft_model(model, peft_config(section, task_type=task_type, modules_to_save=modules_to_save))
@@ -65,7 +70,8 @@ def attach(
     except ValueError as error:
         raise TargetError(f"Method {section.method} cannot be put on this model: {error}") from error
     assert isinstance(adapted, peft.PeftModel)
-    adapted.head_modules = list(modules_to_save)  # pyright: ignore[reportArgumentType] -- an attribute of ours
+    # what method head trains is not beside its parameters: they are its parameters
+    adapted.head_modules = [] if section.method == "head" else list(modules_to_save)  # pyright: ignore[reportArgumentType] -- an attribute of ours
     return adapted
 
 

@@ -111,8 +111,10 @@ METHODS: dict[str, Method] = {
     "ia3": Method("IA3", "IA3Config", "other", rank=None, values=_ia3),
     "miss": Method("MiSS", "MissConfig", "other"),
     "full": Method("full fine-tuning", "LoraConfig", "full", rank=None),
+    "head": Method("head only", "LoraConfig", "other", rank=None),
 }
-"""By the name that `adapter.method` takes. `full` trains all weights of the target modules and nothing else."""
+"""By the name that `adapter.method` takes. `full` trains all weights of the target modules and nothing else, `head` only the
+layers that the model's files do not have."""
 
 
 def configuration(section: AdapterSection) -> "peft.PeftConfig":
@@ -131,6 +133,8 @@ def configuration(section: AdapterSection) -> "peft.PeftConfig":
         raise ConfigError(f"Method {section.method} needs {method.config}, which this installation does not have.")
     if section.method == "full":
         return _full(section, peft)
+    if section.method == "head":
+        return _head(section, peft)
     fields = {field.name for field in dataclasses.fields(known) if field.init}
     given: Values = {
         "target_modules": section.target_modules,
@@ -177,6 +181,15 @@ def _full(section: AdapterSection, library: Any) -> "peft.PeftConfig":
         if getattr(section, name):
             raise ConfigError(f"adapter.{name}: method full has no such setting; leave it unset.")
     return library.LoraConfig(r=1, target_modules=_DUMMY_TARGET, modules_to_save=list(section.target_modules))
+
+
+def _head(section: AdapterSection, library: Any) -> "peft.PeftConfig":
+    """A PEFT adapter that is nothing but the layers that are newly made, which the caller names."""
+    _check_options(section, set())
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "rank_pattern"):
+        if getattr(section, name):
+            raise ConfigError(f"adapter.{name}: method head has no such setting; leave it unset.")
+    return library.LoraConfig(r=1, target_modules=_DUMMY_TARGET)
 
 
 def _check_options(section: AdapterSection, allowed: set[str]) -> None:

@@ -80,8 +80,8 @@ class AdapterSection:
     """The method that adapts the model."""
 
     method: str = "pica"
-    """Method: pica, svft, full (the target modules' own weights), or PEFT's lora, rslora, dora, pissa, mica, adalora,
-    vera, randlora, vblora, boft, psoft, ia3, miss."""
+    """Method: pica, svft, full (the target modules' own weights), head (new layers only), or PEFT's lora, rslora, dora,
+    pissa, mica, adalora, vera, randlora, vblora, boft, psoft, ia3, miss."""
     r: int = 32
     """Rank, for methods that have one."""
     target_modules: list[str] | str | None = None
