@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from pica.tuner.bank import BANK_NAME
+from pica.tuner.bank import BANK_NAME, get_bank
 from pica.tuner.banked import BankedModel
+from pica.tuner.combining import check_combination, config_of_combination, fill_combination
 from pica.tuner.config import PicaConfig
-from pica.tuner.layer import PicaLinear
+from pica.tuner.layer import PicaLinear, verify_loaded
+from pica.tuner.meaning import take_fingerprint
 from pica.tuner.plan import Plan
 from pica.tuner.roles import Group
 
@@ -23,6 +28,51 @@ class PicaModel(BankedModel):
 
     def _make_plan(self, peft_config: PicaConfig) -> Plan:
         return Plan(self, peft_config)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+    ) -> None:
+        """Add an adapter that combines others: M is the weighted sum of theirs, and so is the update, exactly.
+
+        Call it on the PeftModel, which hands it on, as with PEFT's LoRA. The adapters may have different ranks; they have
+        to share matrices between the same layers and to use the same bases. The new adapter has the rank of the largest,
+        and is not activated.
+
+        Args:
+            adapters: Names of adapters of this model.
+            weights: One for each; negative ones take an adapter away.
+            adapter_name: Name of the new adapter.
+            combination_type: "linear", or, leaving out entries, one of PEFT's "magnitude_prune", "ties", "dare_linear"
+                (random entries: set torch's seed) and "dare_ties".
+            density: Share of entries kept, in (0, 1]; for all but "linear".
+
+        Raises:
+            ConfigError: an adapter is unknown, the name is taken, or the adapters cannot be added up; nothing has changed then.
+        """
+        bank = get_bank(self.model, self.bank_name)
+        chief = check_combination(bank, adapters, weights, adapter_name, combination_type, density)
+        assert bank is not None
+        verify_loaded(bank)  # an adapter that a loader has just written is combined as what it means
+        configs = cast("dict[str, PicaConfig]", self.peft_config)
+        save_basis = any(configs[name].save_basis for name in adapters)
+        configs[adapter_name] = config_of_combination(configs[chief], save_basis=save_basis)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            configs.pop(adapter_name, None)
+            raise
+        slot = bank.matrices(adapter_name)
+        for layer in slot.layers.values():
+            assert isinstance(layer, PicaLinear)
+            layer.pica_projection[adapter_name] = layer.pica_projection[chief]  # one that a file brought, perhaps
+        if (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
+            slot.set_fingerprint(fingerprint)
+        fill_combination(bank, adapters, weights, adapter_name, combination_type, density)
 
     def _initial_matrix(
         self, group: Group, peft_config: PicaConfig, dtype: torch.dtype, device: torch.device
