@@ -2,126 +2,118 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from tests.families import FAMILIES, config_of, inputs_of, make
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import pica
-from pica import PicaConfig
+from pica import PicaConfig, SvftConfig
+from pica.errors import ExportError, TargetError
+from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.defaults import DEFAULT_TARGETS
 
-WIDTH: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER: dict[str, Any] = {
-    "vocab_size": 64,
-    "intermediate_size": 48,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    **WIDTH,
-}
-GROUPED = {**DECODER, "num_key_value_heads": 2}
-HEADED = {**GROUPED, "head_dim": 8}
-GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-
-# class of the model: settings of its configuration
-MODELS: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": GROUPED,
-    "MistralForCausalLM": GROUPED,
-    "GemmaForCausalLM": HEADED,
-    "Gemma2ForCausalLM": HEADED,
-    "Gemma3ForCausalLM": HEADED,
-    "Qwen2ForCausalLM": GROUPED,
-    "Qwen3ForCausalLM": HEADED,
-    "SmolLM3ForCausalLM": GROUPED,
-    "GraniteForCausalLM": GROUPED,
-    "Olmo2ForCausalLM": GROUPED,
-    "StableLmForCausalLM": GROUPED,
-    "PhiForCausalLM": GROUPED,
-    "MixtralForCausalLM": {**GROUPED, "num_local_experts": 2},
-    "OPTForCausalLM": {
-        "vocab_size": 64,
-        "ffn_dim": 48,
-        "word_embed_proj_dim": 32,
-        "max_position_embeddings": 32,
-        **WIDTH,
-    },
-    "BloomForCausalLM": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "FalconForCausalLM": {"vocab_size": 64, **WIDTH},
-    "MptForCausalLM": {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32},
-    "GPT2LMHeadModel": GPT,
-    "GPTJForCausalLM": {**GPT, "rotary_dim": 4},
-    "CodeGenForCausalLM": {**GPT, "rotary_dim": 4},
-    "GPTBigCodeForCausalLM": GPT,
-    "GPTNeoXForCausalLM": DECODER,
-    "BertForMaskedLM": DECODER,
-    "RobertaForMaskedLM": {**DECODER, "max_position_embeddings": 40},
-    "ElectraForMaskedLM": {**DECODER, "embedding_size": 32},
-    "DebertaV2ForMaskedLM": DECODER,
-    "T5ForConditionalGeneration": {
-        "vocab_size": 64,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_heads": 4,
-    },
-    "BartForConditionalGeneration": {
-        "vocab_size": 64,
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "max_position_embeddings": 32,
-    },
-}
-IDS = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(1))
+# what no default may touch: routers, gates of shared experts, heads, and what a language model sees or hears with
+LEFT_ALONE = re.compile(r"(router|shared_expert_gate|lm_head|vision_tower|vision_model|visual|multi_modal)")
+SEES = {"clip", "siglip", "sam"}  # whose vision part is meant
 
 
-def make(name: str) -> Any:
-    kind = getattr(transformers, name)
-    config = kind.config_class(**MODELS[name])
-    if config.is_encoder_decoder:
-        config.decoder_start_token_id = 0
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return kind(config).eval()
+def output(model: nn.Module, name: str) -> Tensor:
+    found: Any = model(**inputs_of(name, model))
+    for key in ("logits", "pred_masks", "logits_per_image", "last_hidden_state"):
+        if isinstance(found.get(key), Tensor):
+            return found[key]
+    raise AssertionError(f"{name} returns {list(found)}")
 
 
-def logits(model: nn.Module) -> Tensor:
-    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}  # pyright: ignore[reportAttributeAccessIssue]
+def result(model: nn.Module, name: str) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, **more).logits
+        return output(model.eval(), name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_default_targets_train_save_load_merge_and_export(name: str, tmp_path: Path):
-    base = logits(make(name))
+    base = result(make(name), name)
     model = get_peft_model(make(name), PicaConfig(r=4))
-    assert torch.equal(logits(model), base)
+    torch.testing.assert_close(result(model, name), base, atol=1e-6, rtol=1e-6)
+    adapted = [m.pica_name for m in model.modules() if isinstance(m, AdaptedLinear)]
+    family = config_of(name).model_type
+    assert family in SEES or not [path for path in adapted if LEFT_ALONE.search(path)]
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.05)
-    for _ in range(2):
-        model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer = torch.optim.AdamW(trained, lr=0.003)
+    losses = []
+    for _ in range(3):
+        loss = (output(model, name) - base.roll(1, -1)).square().mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
         optimizer.step()
         optimizer.zero_grad()
-    after = logits(model)
-    assert not torch.allclose(after, base, atol=1e-4)
+    assert losses[-1] < losses[0]
+    after = result(model, name)
+    scale = float(after.abs().max())
+    assert (after - base).abs().max() > 1e-3 * scale
 
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     loaded = PeftModel.from_pretrained(make(name), tmp_path / "adapter")
-    torch.testing.assert_close(logits(loaded), after, atol=1e-5, rtol=1e-4)
-    pica.export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(result(loaded, name), after, atol=1e-5 * scale, rtol=1e-4)
+    pica.export_lora(model, tmp_path / "lora", check_inputs=inputs_of(name, make(name)))
     lora = PeftModel.from_pretrained(make(name), tmp_path / "lora")
     assert isinstance(lora.base_model, peft.LoraModel)
-    torch.testing.assert_close(logits(lora), after, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(result(lora, name), after, atol=1e-4 * scale, rtol=1e-3)
     merged = loaded.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    torch.testing.assert_close(logits(merged), after, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(result(merged, name), after, atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_every_default_target_list_is_tried_by_a_model():
+    tried = {config_of(name).model_type for name in FAMILIES}
+    known = set(CONFIG_MAPPING_NAMES)
+    parts = {"clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"}  # of one that is tried
+    assert set(DEFAULT_TARGETS) & known - tried - parts == set()
+    assert set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING) <= set(DEFAULT_TARGETS)
+
+
+@pytest.mark.parametrize("method", [PicaConfig, SvftConfig])
+@pytest.mark.parametrize(
+    ("name", "target", "why"),
+    [
+        ("MambaForCausalLM", "out_proj", "never calls this layer"),
+        ("FalconMambaForCausalLM", "x_proj", "never calls this layer"),
+        ("Mamba2ForCausalLM", "conv1d", "never calls this layer"),
+        ("SiglipModel", "head.attention.out_proj", "never calls this layer"),
+        ("RwkvForCausalLM", "attention.output", "rescales this layer's weight"),
+        ("PhimoeForCausalLM", "mlp.router", "it routes tokens to experts"),
+        ("Llama4ForCausalLM", "all-linear", "it routes tokens to experts"),
+    ],
+)
+def test_layers_that_an_adapter_would_not_reach_are_refused(name: str, target: str, why: str, method: Any):
+    with pytest.raises(TargetError, match=rf"{why}.*exclude_modules"):
+        get_peft_model(make(name), method(target_modules=target if target == "all-linear" else [target]))
+
+
+@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM"])
+def test_all_linear_layers_of_a_mixture_are_neither_routers_nor_experts(name: str):
+    model = get_peft_model(make(name), PicaConfig(r=2, target_modules="all-linear"))
+    names = {m.pica_name for m in model.modules() if isinstance(m, AdaptedLinear)}
+    assert any(n.endswith("self_attn.o_proj") for n in names)
+    assert not any(re.search(r"(router|mlp\.gate$|experts\.\d)", n) for n in names)
+
+
+@pytest.mark.parametrize("targets", [["up_proj"], ["gate_proj", "up_proj", "down_proj"]])
+def test_a_lora_that_peft_would_put_on_the_experts_is_not_written(targets: list[str], tmp_path: Path):
+    """PEFT reads these names in a LoRA as those that the experts had before transformers 5."""
+    name = "DeepseekV3ForCausalLM"
+    model = get_peft_model(make(name), PicaConfig(r=2, target_modules=targets))
+    with pytest.raises(ExportError, match=r"of a deepseek_v3 model as one on its experts.*check=False"):
+        pica.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    pica.export_lora(model, tmp_path / "lora", check=False)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()

@@ -83,7 +83,7 @@ def check_folder(
             expected = output_of(adapted, batch)
             plain = plain_copy(adapted)
             base = output_of(plain, batch)
-            reloaded = PeftModel.from_pretrained(plain, str(folder)).eval()
+            reloaded = _reload(plain, folder)
             worst = _compare_layers(reloaded, layers, adapter, spectra, filled, rank, torch.finfo(dtype).eps)
             found = output_of(reloaded, batch)
     finally:
@@ -101,6 +101,30 @@ def check_folder(
             f"adapter itself changes the output by {result.effect:.3g}. Nothing was written; please report this."
         )
     return result
+
+
+def _reload(plain: nn.Module, folder: Path) -> PeftModel:
+    """The folder as plain PEFT reads it.
+
+    Raises:
+        ExportError: PEFT takes names of layers for those of experts, as it does where transformers keeps the experts of a
+            family as one parameter that once were layers.
+    """
+    try:
+        reloaded = PeftModel.from_pretrained(plain, str(folder)).eval()
+        if not getattr(reloaded.peft_config["default"], "target_parameters", None):
+            return reloaded
+        why = "it adapts experts instead"
+    except ValueError as error:
+        if "fused into" not in str(error):
+            raise
+        why = str(error).rstrip(".")
+    family = getattr(getattr(plain, "config", None), "model_type", "such")
+    raise ExportError(
+        f"PEFT reads a LoRA on gate_proj, up_proj or down_proj of a {family} model as one on its experts ({why}). "
+        "Leave these layers out of target_modules, merge the adapter (pica merge), or export without the check "
+        "(check=False, --no-check) for an engine that reads them as they are."
+    )
 
 
 def _compare_layers(

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from pica.errors import ConfigError, PicaError, TargetError
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import BANK_NAMES, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
+from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.roles import Group
 from pica.tuner.state import remap_state, select_state, withdraw
 from pica.tuner.targets import (
-    DEFAULT_TARGETS,
     check_further_modules,
     check_targets,
     check_task_type,
@@ -48,7 +48,7 @@ class BankedModel(BaseTuner):
 
     bank_name: ClassVar[str]
     layer_class: ClassVar[type[AdaptedLinear]]
-    target_module_mapping = DEFAULT_TARGETS
+    target_module_mapping: ClassVar[Any] = DEFAULT_TARGETS  # PEFT declares lists only, and has expressions too
     _plan: AdapterPlan | None = None  # of the adapter that is being added
 
     # ---- what a method defines ---------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class BankedModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         defaults = peft_config.target_modules is None and DEFAULT_TARGETS.get(str(model_config.get("model_type")))  # pyright: ignore[reportAttributeAccessIssue]
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if defaults:
+        if defaults and not isinstance(defaults, str):
             # a default list covers every model of its family; an entry that this one lacks is nobody's mistake
             names = [n for n, _ in self.model.named_modules()]
             present = {d for d in defaults if any(n == d or n.endswith(f".{d}") for n in names)}

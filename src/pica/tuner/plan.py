@@ -18,7 +18,7 @@ from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear, features_of, projection_key
 from pica.tuner.roles import Group, Member, plan_groups
-from pica.tuner.targets import is_supported, refusal
+from pica.tuner.targets import refusal
 
 if TYPE_CHECKING:
     from pica.tuner.banked import BankedModel
@@ -116,6 +116,7 @@ def target_layers(
         TargetError: one is neither a layer that can be adapted nor one that is `adapted` already.
     """
     matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
+    family = str(getattr(getattr(tuner.model, "config", None), "model_type", ""))
     inside: tuple[str, ...] = ()
     for path, module in tuner.model.named_modules():
         if not path or (inside and path.startswith(inside)):
@@ -125,6 +126,6 @@ def target_layers(
         if not matches(config, path):
             continue
         assert isinstance(module, nn.Module)  # for the type checker, which loses it above
-        if not (isinstance(module, adapted) or is_supported(module)):
-            raise TargetError(refusal(adapted.method, path, module))
+        if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family)):
+            raise TargetError(problem)
         yield path, module

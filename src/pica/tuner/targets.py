@@ -1,4 +1,4 @@
-"""Which layers an adapter goes on: defaults by architecture, and a clear no to an entry that matches nothing."""
+"""Which layers an adapter can go on, and a clear no to an entry that matches nothing or what cannot be adapted."""
 
 from __future__ import annotations
 
@@ -8,50 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import (
-    INCLUDE_LINEAR_LAYERS_SHORTHAND,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-)
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from pica.errors import ConfigError, TargetError
 from pica.tuner.bank import PicaBank
+from pica.tuner.defaults import REWRITTEN, UNCALLED
 from pica.tuner.pointwise import is_pointwise, why_not_pointwise
-
-_DECODER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-_ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-
-# The paper's choices for the families it uses (q k v up down; all six of an encoder) and their relatives; elsewhere the
-# layers that PEFT adapts by default.
-DEFAULT_TARGETS: dict[str, list[str]] = {
-    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    **dict.fromkeys(
-        [
-            "llama",
-            "mistral",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "qwen2",
-            "qwen3",
-            "smollm3",
-            "granite",
-            "olmo",
-            "olmo2",
-        ],
-        _DECODER,
-    ),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "camembert"], _ENCODER),
-    **dict.fromkeys(
-        ["deberta-v2"],
-        ["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense"],
-    ),
-    # the names of transformers 5 first, then those of 4: whatever a model has counts
-    **dict.fromkeys(["vit", "deit", "dinov2"], ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", *_ENCODER]),
-    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
-}
 
 
 class UnmatchedTargetError(TargetError, NoMatchingPeftModuleError):
@@ -68,14 +34,34 @@ def is_supported(module: nn.Module) -> bool:
     return backend is not None and backend.layer_type == "linear"
 
 
-def refusal(method: str, path: str, module: nn.Module) -> str:
-    """Why a layer that was named cannot be adapted, and what to do."""
+def refusal(method: str, path: str, module: nn.Module, family: str) -> str | None:
+    """Why a layer that was named cannot be adapted, and what to do; None where it can.
+
+    Args:
+        method: Who refuses.
+        path, module: The layer.
+        family: The model's type, as in its configuration.
+    """
+    leave_out = "Leave it out of target_modules, or name it in exclude_modules."
+    if path.rpartition(".")[2] in UNCALLED.get(family, ()) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return (
+            f"Target module {path} is not supported: the model never calls this layer, it reads the layer's weight past "
+            f"any adapter. {leave_out}"
+        )
+    if any(path.endswith(f".{end}") for end in REWRITTEN.get(family, ())):
+        return (
+            f"Target module {path} is not supported: the model rescales this layer's weight whenever it goes from training "
+            f"to evaluation, and an adapter would not be rescaled with it. {leave_out}"
+        )
+    if "Router" in type(module).__name__:
+        return f"Target module {path} is not supported: it routes tokens to experts and is no plain layer. {leave_out}"
+    if is_supported(module):
+        return None
     what = f"Target module {path} ({type(module).__name__}) is not supported: {method} adapts linear layers "
-    way_out = "Leave it out of target_modules, or name it in exclude_modules."
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         why = why_not_pointwise(module)
-        return f"{what}and convolutions with kernel 1, one group and no padding, and {why}. {way_out}"
-    return f"{what}(torch.nn.Linear, transformers' Conv1D, 1x1 convolutions, quantised linear layers). {way_out}"
+        return f"{what}and convolutions with kernel 1, one group and no padding, and {why}. {leave_out}"
+    return f"{what}(torch.nn.Linear, transformers' Conv1D, 1x1 convolutions, quantised linear layers). {leave_out}"
 
 
 def check_targets(config: PeftConfig, model: nn.Module) -> None:
