@@ -20,6 +20,7 @@ from pica.tuner.bank import BANK_NAMES, PicaBank, drop_bank, ensure_bank, get_ba
 from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
+from pica.tuner.parallel import check_gradient_reduction
 from pica.tuner.roles import Group
 from pica.tuner.state import remap_state, select_state, withdraw
 from pica.tuner.targets import (
@@ -253,7 +254,16 @@ class BankedModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one a sample, to each layer for the length of one forward or generate call."""
+        """Hand `adapter_names`, one a sample, to each layer for the length of one forward or generate call.
+
+        PEFT enters this before each call of the model, so that training is looked at here, too.
+
+        Raises:
+            TrainingError: as `check_gradient_reduction`.
+            ValueError: `adapter_names` holds an unknown name, or the model is in training mode.
+        """
+        if self.training:
+            check_gradient_reduction(self)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield

@@ -1,0 +1,54 @@
+"""What distributed training asks of matrices that many layers share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pica.errors import TrainingError
+from pica.tuner.bank import get_bank
+
+if TYPE_CHECKING:
+    from pica.tuner.banked import BankedModel
+
+
+def check_gradient_reduction(tuner: BankedModel) -> None:
+    """Refuse the one way of training in which DistributedDataParallel would average some of a gradient only.
+
+    Reentrant checkpointing runs one backward pass for each block, and each of them adds to the gradient of a shared
+    matrix. DDP sends a gradient off at the first of these, says nothing, and the processes drift apart (with
+    `find_unused_parameters` it stops with an error instead). `static_graph` counts them and is right.
+
+    Raises:
+        TrainingError: The present forward pass is such a one.
+    """
+    if torch.compiler.is_compiling() or not torch.distributed.is_available() or not torch.is_grad_enabled():
+        return
+    parallel = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if parallel is None or parallel.static_graph or not _shares(tuner) or not _checkpoints_reentrantly(tuner.model):
+        return
+    raise TrainingError(
+        "Reentrant gradient checkpointing under DistributedDataParallel gives wrong gradients for matrices that several "
+        "layers share; set gradient_checkpointing_kwargs={'use_reentrant': False} (or ddp_static_graph=True, which does "
+        "not go with gradient accumulation)."
+    )
+
+
+def _shares(tuner: BankedModel) -> bool:
+    bank = get_bank(tuner.model, tuner.bank_name)
+    if bank is None:
+        return False
+    return any(
+        len(bank.matrices(name).layers) > len(bank.matrices(name)) for name in tuner.active_adapters if name in bank
+    )
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Whether transformers was told to; how it calls the checkpointing function stands in each block."""
+    for module in model.modules():
+        call = getattr(module, "_gradient_checkpointing_func", None)
+        if call is not None and getattr(module, "gradient_checkpointing", False):
+            return bool(getattr(call, "keywords", {}).get("use_reentrant", False))
+    return False
