@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import peft
 import pytest
 import torch
@@ -62,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made = Place(tmp_path_factory.mktemp("ecosystem"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.folder)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", made.folder / "cache")
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", made.folder / "cache")
         patch.setenv("ACCELERATE_USE_CPU", "true")
         yield made
 
