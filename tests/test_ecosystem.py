@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 
 import pica
 from tests.experiments.tiny import write_tiny_llama
@@ -134,6 +136,30 @@ def test_dpo_on_an_adapter_refers_to_that_adapter_as_it_was(dpo: dict[str, Any],
     torch.testing.assert_close(logits(loaded, place), after)
     first = peft.AutoPeftModelForCausalLM.from_pretrained("dpo")
     assert (margins(loaded, first, place) > 0).all()
+
+
+@pytest.mark.parametrize("pattern", ["plain", "banded"])
+def test_svft_goes_through_dpo_as_well(place: Place, pattern: Literal["plain", "banded"]):
+    """From an adapter that has been trained: TRL finds its parameters by name, and copies them for the reference."""
+    config = pica.SvftConfig(pattern=pattern, off_diagonals=2 if pattern == "banded" else None, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(place.base), config)
+    untrained = logits(model, place)
+    for value in model.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(0))
+    before = logits(model, place)
+    assert not torch.allclose(before, untrained, atol=1e-2)
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(output_dir="svft", learning_rate=1e-2, max_steps=3, logging_steps=1, bf16=False),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(place.base),
+    )
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert not torch.allclose(logits(model, place), before, atol=1e-4)
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model, place), before)
 
 
 def test_a_reward_model_is_stored_with_its_head(place: Place):
