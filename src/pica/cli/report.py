@@ -67,6 +67,8 @@ def _vtab(folders: Sequence[Path], output: Path | None) -> int:
     if output is not None and output.suffix not in (".csv", ".html"):
         raise ConfigError(f"--output {str(output)!r}: with --vtab its name ends in .html (a page) or .csv (numbers).")
     methods = read_vtab(folders)
+    if output is not None:  # before anything is shown: a reader such as `head` may end this process
+        (write_vtab_page if output.suffix == ".html" else write_vtab)(methods, output)
     table = Table(title="VTAB-1K, top-1", title_justify="left", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
     for name in ("sets", *methods[0].means):
@@ -79,10 +81,6 @@ def _vtab(folders: Sequence[Path], output: Path | None) -> int:
     console.print(
         "A mean is only given where all its sets are there. All sets counts each set the same, all groups each group."
     )
-    if output is not None and output.suffix == ".html":
-        write_vtab_page(methods, output)
-        console.print(f"Report: {output}", markup=False)
-    elif output is not None:
-        write_vtab(methods, output)
-        console.print(f"Numbers: {output}", markup=False)
+    if output is not None:
+        console.print(f"{'Report' if output.suffix == '.html' else 'Numbers'}: {output}", markup=False)
     return 0
