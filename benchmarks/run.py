@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --quick      under ten minutes on two cores
     python -m benchmarks.run              about an hour
-    python -m benchmarks.run --page       only write docs/performance.md from the results that are there
+    python -m benchmarks.run --page       only write the tables that are there into docs/performance.md and docs/vision.md
 
 Quick results go to benchmarks/results/quick/ and are not put on the page.
 """
@@ -20,13 +20,16 @@ from benchmarks.harness import RESULTS
 from pica.experiments.output import write_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PICTURES = PAGE.with_name("vision.md")
+"""Has the table of benchmarks.digits, which is run by itself."""
 SCRIPTS = ["basis", "step_time", "many_adapters"]
 BEGIN, END = "<!-- results of {} -->", "<!-- end of {} -->"
 
 
-def write_page() -> list[str]:
-    """Put each result table that exists into its place on the page; returns the names of those that do not."""
-    text, missing = PAGE.read_text(), []
+def write_page(page: Path | None = None) -> list[str]:
+    """Put each result table that exists into its place on the page (`PAGE`); returns the names of those that do not."""
+    page = page or PAGE
+    text, missing = page.read_text(), []
     opening = re.compile(r"^<!-- results of (\S+) -->$", re.MULTILINE)
     names = opening.findall(text)
     for name in names:
@@ -37,7 +40,7 @@ def write_page() -> list[str]:
         before, rest = text.split(BEGIN.format(name), 1)
         after = rest.split(END.format(name), 1)[1]
         text = f"{before}{BEGIN.format(name)}\n{path.read_text().strip()}\n{END.format(name)}{after}"
-    write_text(PAGE, text)
+    write_text(page, text)
     return missing
 
 
@@ -57,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(script)
             print(f"  {time.monotonic() - begun:.0f} s\n", flush=True)
     if not given.quick:
-        missing = write_page()
-        print(f"Wrote {PAGE.name}" + (f"; no results yet of {', '.join(missing)}" if missing else ""))
+        missing = write_page() + write_page(PICTURES)
+        print(
+            f"Wrote {PAGE.name} and {PICTURES.name}" + (f"; no results yet of {', '.join(missing)}" if missing else "")
+        )
     if failed:
         print(f"Failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import datasets
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 import pica
 from tests.experiments.tiny import write_tiny_llama
@@ -62,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made = Place(tmp_path_factory.mktemp("ecosystem"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.folder)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", made.folder / "cache")
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", made.folder / "cache")
         patch.setenv("ACCELERATE_USE_CPU", "true")
         yield made
 
@@ -137,6 +138,30 @@ def test_dpo_on_an_adapter_refers_to_that_adapter_as_it_was(dpo: dict[str, Any],
     assert (margins(loaded, first, place) > 0).all()
 
 
+@pytest.mark.parametrize("pattern", ["plain", "banded"])
+def test_svft_goes_through_dpo_as_well(place: Place, pattern: Literal["plain", "banded"]):
+    """From an adapter that has been trained: TRL finds its parameters by name, and copies them for the reference."""
+    config = pica.SvftConfig(pattern=pattern, off_diagonals=2 if pattern == "banded" else None, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(place.base), config)
+    untrained = logits(model, place)
+    for value in model.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(0))
+    before = logits(model, place)
+    assert not torch.allclose(before, untrained, atol=1e-2)
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(output_dir="svft", learning_rate=1e-2, max_steps=3, logging_steps=1, bf16=False),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(place.base),
+    )
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert not torch.allclose(logits(model, place), before, atol=1e-4)
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model, place), before)
+
+
 def test_a_reward_model_is_stored_with_its_head(place: Place):
     left = place.run("reward")
     trained, judge = left["trainer"].model, left["judge"]
@@ -164,6 +189,43 @@ def test_grpo_holds_to_the_model_without_adapter(place: Place):
     divergence = logged(trainer, "kl")
     assert divergence[0] == pytest.approx(0, abs=1e-6), "policy and reference begin as one"
     assert divergence[-1] > 1e-6
+
+
+def kto(place: Place, shared: dict[str, Any]) -> Any:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in PAIRS]
+    rows += [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in PAIRS]
+    return KTOTrainer(
+        args=KTOConfig(output_dir="kto", **shared.pop("args")), train_dataset=Dataset.from_list(rows), **shared
+    )
+
+
+def rloo(place: Place, shared: dict[str, Any]) -> Any:
+    arguments = RLOOConfig(output_dir="rloo", num_generations=2, max_completion_length=8, **shared.pop("args"))
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS])
+    return RLOOTrainer(
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=arguments,
+        train_dataset=rows,
+        **shared,
+    )
+
+
+@pytest.mark.parametrize("make", [kto, rloo])
+def test_the_other_trainers_that_the_page_names(place: Place, make: Callable[[Place, dict[str, Any]], Any]):
+    shared = {
+        "model": str(place.base),
+        "peft_config": pica.PicaConfig(r=4, task_type="CAUSAL_LM"),
+        "args": {"learning_rate": 1e-2, "max_steps": 2, "bf16": False, "per_device_train_batch_size": 4},
+    }
+    torch.manual_seed(0)
+    trainer = make(place, shared)
+    trainer.train()
+    trainer.save_model()
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    assert torch.equal(logits(loaded, place), logits(trainer.model, place))
+    with loaded.disable_adapter():
+        untrained = logits(loaded, place)
+    assert not torch.allclose(logits(loaded, place), untrained, atol=1e-4)
 
 
 def test_sentence_embeddings_are_those_of_the_stored_adapter(place: Place):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.experiments.tiny_vision import write_tiny_vision
 
 from pica.errors import ConfigError
 from pica.experiments.cells import make_cell
@@ -142,3 +143,30 @@ def test_a_changed_file_in_a_data_folder_makes_new_cells(written: Callable[..., 
         comparison = load_comparison(written(), overrides=[("data.train", str(folder)), ("data.test", str(folder))])
         keys.append(make_cell(comparison, comparison.rows[0], 0, (0.1,)).key)
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_changed_picture_makes_new_cells(written: Callable[..., str], tmp_path: Path):
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for inner in (folder / "train" / "a", folder / "train" / "b", elsewhere):
+        inner.mkdir(parents=True)
+    (folder / "test.txt").write_text("../elsewhere/two.png a\n")
+    model = write_tiny_vision(tmp_path / "vit")
+
+    def key() -> str:
+        places = [("task.name", "images"), ("model.path", str(model)), ("data.train", str(folder))]
+        comparison = load_comparison(written(), overrides=places)
+        return make_cell(comparison, comparison.rows[0], 0, (0.1,)).key
+
+    keys = []
+    for file in (folder / "train" / "a" / "one.png", folder / "train" / "b" / "one.png", elsewhere / "two.png"):
+        file.write_bytes(b"first")
+    keys.append(key())
+    for file in (folder / "train" / "a" / "one.png", elsewhere / "two.png"):
+        file.write_bytes(b"other")  # as long as before
+        keys.append(key())
+    (folder / "train" / "a" / "one.png").rename(folder / "train" / "a" / "three.png")
+    keys.append(key())
+    assert len(set(keys)) == 4
+    (folder / "train" / "a" / "three.png").rename(folder / "train" / "a" / "one.png")
+    (folder / "train" / "a" / "notes.md").write_text("no picture")
+    assert key() == keys[2]

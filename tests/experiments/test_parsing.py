@@ -7,8 +7,10 @@ import pytest
 import yaml
 from docstring_parser import parse_from_object
 
+import pica
 from pica.errors import ConfigError
 from pica.experiments import checks
+from pica.experiments.methods import configuration
 from pica.experiments.parsing import builtin_recipes, dump_recipe, load_recipe, option_parser, section_names
 from pica.experiments.recipe import Recipe
 
@@ -122,6 +124,14 @@ def test_settings_that_do_not_fit_svft_are_named(tmp_path: Path, adapter, messag
         ("{method: svft, projection: random}", "adapter.projection = 'random': only method pica has it"),
         ("{method: lora, projection: minor}", "adapter.projection = 'minor': only method pica has it"),
         ("{method: pica, pattern: banded}", "adapter.pattern = 'banded': only method svft has it"),
+        (
+            "{method: lora, share: role}",
+            "adapter.share = 'role': only pica, svft have it, and method lora has not; leave it out.",
+        ),
+        ("{method: svft, save_basis: true}", "adapter.save_basis = True: only method pica has it"),
+        ("{method: full, off_diagonals: 2}", "adapter.off_diagonals = 2: only method svft has it"),
+        ("{method: pica, lora_alpha: 16}", "adapter.lora_alpha = 16.0: only lora, rslora, dora"),
+        ("{method: vera, lora_dropout: 0.1}", "adapter.lora_dropout = 0.1: only lora, rslora, dora"),
     ],
 )
 def test_settings_of_another_method_are_not_passed_over(tmp_path: Path, adapter: str, message: str):
@@ -205,7 +215,9 @@ def test_the_paper_run_has_the_papers_settings(tmp_path: Path):
     data.write_text("[]")
     recipe = load_recipe("gemma-2b-metamathqa", [("data.test", str(data))])
     trainer = recipe.trainer
-    assert (recipe.adapter.r, recipe.adapter.share) == (256, "role")
+    config = configuration(recipe.adapter)
+    assert isinstance(config, pica.PicaConfig)
+    assert (config.r, config.share, config.projection) == (256, "role", "principal")
     assert recipe.adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     assert trainer.batch_size * trainer.accumulation == 64
     assert (trainer.learning_rate, trainer.schedule, trainer.warmup, trainer.weight_decay) == (1e-3, "cosine", 0.1, 0)

@@ -79,6 +79,12 @@ def test_the_base_is_measured_as_it_is_where_the_method_changes_it(recipe: Calla
     assert start(moved, reporter=Silent(), overwrite=True).metrics["base"]["loss"] == plain["loss"]
 
 
+def test_rates_that_six_digits_do_not_tell_apart_are_two_trainings(recipe: Callable[..., Recipe]):
+    rates = [0.012345678, 0.012345679]
+    adapter = start(recipe(trainer__max_steps=1, trainer__learning_rates=rates), reporter=Silent()).metrics["adapter"]
+    assert [candidate["learning_rate"] for candidate in adapter["candidates"]] == rates
+
+
 def test_a_validation_loss_that_is_no_number_is_never_the_best():
     losses = [float("nan"), 2.0, float("inf"), 1.0, float("nan")]
     candidates = [{"validation_score": None, "validation_loss": loss} for loss in losses]

@@ -4,21 +4,26 @@ import csv
 import json
 from pathlib import Path
 
+import html5lib
 import pytest
 import yaml
+from tests.report.browser import check_page
 
 from pica.cli import main
 from pica.errors import ConfigError
 from pica.report.vtab import read_vtab
+from pica.report.vtab_page import vtab_page
 from pica.tasks.vtab import GROUPS
+
+LORA = {"method": "lora", "title": "lora r=8", "parameters": {"trainable": 1002, "head": 2}}
 
 
 def write_run(folder: Path, subset: str, score: float, task: str = "vtab") -> Path:
     """What a finished run leaves that a report needs."""
     folder.mkdir(parents=True)
     (folder / "recipe.resolved.yaml").write_text(yaml.safe_dump({"task": {"name": task, "subset": subset}}))
-    result = {"title": "pica r=64", "accuracy": score}
-    (folder / "metrics.json").write_text(json.dumps({"adapter": result, "baseline": result | {"title": "lora r=8"}}))
+    result = {"method": "pica", "title": "pica r=64", "accuracy": score, "parameters": {"trainable": 10, "head": 2}}
+    (folder / "metrics.json").write_text(json.dumps({"adapter": result, "baseline": result | LORA}))
     return folder
 
 
@@ -66,6 +71,41 @@ def test_runs_and_comparisons_make_one_table(tmp_path: Path, capsys: pytest.Capt
     assert float(pica["all sets"]) == pytest.approx((14 * 0.25 + 5 * 0.75) / 19)
     assert (lora["svhn"], lora["natural"], lora["all sets"]) == ("", "", ""), "the comparison had no LoRA"
     assert float(lora["structured"]) == 0.25
+
+
+def test_the_page_shows_every_set_and_only_whole_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    natural = [write_comparison(tmp_path / name, name, [0.5, 0.7]) for name in GROUPS["natural"]]
+    folders = [*natural, write_run(tmp_path / "eurosat", "eurosat", 0.125)]
+    page = tmp_path / "t.html"
+    assert main(["report", "--vtab", *map(str, folders), "-o", str(page)]) == 0
+    text = page.read_text()
+    check_page(text)
+    lines = rows_of(text)
+    assert lines["pica r=64"] == ["pica r=64", "8", "8", "60.0%", "", "", "", ""], "8 parameters without the head"
+    assert lines["lora r=8"] == ["lora r=8", "1,000", "1", "", "", "", "", ""]
+    assert lines["cifar"] == ["cifar", "natural", "60.0% ± 14.1%", ""]
+    assert lines["eurosat"] == ["eurosat", "specialised", "12.5%", "12.5%"]
+    assert "dmlab" not in lines
+    assert "Missing with at least one method: natural: caltech101," in text
+    assert "Highest mean" not in text, "no method has all nineteen"
+    assert main(["report", "--vtab", str(folders[0]), "-o", str(tmp_path / "t.txt")]) == 2
+    assert "ends in .html (a page) or .csv" in capsys.readouterr().err
+    assert not (tmp_path / "t.txt").exists()
+
+
+def test_the_page_names_the_best_of_the_complete(tmp_path: Path):
+    folders = [write_run(tmp_path / name, name, 0.5) for group in GROUPS.values() for name in group]
+    text = vtab_page(read_vtab(folders))
+    check_page(text)
+    assert "Highest mean of all nineteen sets: pica r=64, 50.0%, with 8 trained parameters." in text
+    assert "Not every method" not in text
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The shown text of every table's rows by their first cell."""
+    document = html5lib.HTMLParser(namespaceHTMLElements=False).parse(text)
+    lines = [["".join(cell.itertext()) for cell in row] for row in document.iter("tr")]
+    return {line[0]: line for line in lines}
 
 
 def test_folders_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,7 +7,7 @@ from pathlib import Path
 EPILOG = """examples:
   pica report pica-compare-arithmetic-tiny
   pica report pica-compare-minilm-sst2 -o minilm.html
-  pica report --vtab pica-vtab-* -o vtab.csv
+  pica report --vtab pica-vtab-* -o vtab.html
 """
 
 
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the page, report.html in the folder if left out; with --vtab a .csv file",
+        help="the page, report.html in the folder if left out; with --vtab a page (.html) or numbers (.csv)",
     )
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return made
@@ -60,13 +60,19 @@ def _vtab(folders: Sequence[Path], output: Path | None) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from pica.errors import ConfigError
     from pica.report.vtab import read_vtab, write_vtab
+    from pica.report.vtab_page import write_vtab_page
 
+    if output is not None and output.suffix not in (".csv", ".html"):
+        raise ConfigError(f"--output {str(output)!r}: with --vtab its name ends in .html (a page) or .csv (numbers).")
     methods = read_vtab(folders)
+    if output is not None:  # before anything is shown: a reader such as `head` may end this process
+        (write_vtab_page if output.suffix == ".html" else write_vtab)(methods, output)
     table = Table(title="VTAB-1K, top-1", title_justify="left", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
     for name in ("sets", *methods[0].means):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))  # to fit 80 columns
     for method in methods:
         means = ("-" if mean is None else f"{mean:.1%}" for mean in method.means.values())
         table.add_row(method.label, f"{len(method.scores)}", *means)
@@ -76,6 +82,5 @@ def _vtab(folders: Sequence[Path], output: Path | None) -> int:
         "A mean is only given where all its sets are there. All sets counts each set the same, all groups each group."
     )
     if output is not None:
-        write_vtab(methods, output)
-        console.print(f"Numbers: {output}", markup=False)
+        console.print(f"{'Report' if output.suffix == '.html' else 'Numbers'}: {output}", markup=False)
     return 0

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -27,7 +28,8 @@ from pica.experiments.methods import METHODS
 from pica.experiments.parsing import dump_recipe
 from pica.experiments.recipe import Recipe, with_absolute_paths
 from pica.experiments.reporting import Advance
-from pica.tasks import Split
+from pica.tasks import TASKS, Split
+from pica.tasks.pictures import files_of
 from pica.tasks.records import split_file, split_files
 
 FORMAT = 1
@@ -67,7 +69,7 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
     recipe = with_absolute_paths(comparison.recipe(row, seed, rates))
     content = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _WITHOUT_EFFECT}
     content["trainer"].pop("threads")  # a matter of the machine, as is the number of workers that it follows from
-    content["files"] = {name: _data_digest(getattr(recipe.data, name)) for name in SPLITS}
+    content["files"] = {name: _data_digest(getattr(recipe.data, name), recipe) for name in SPLITS}
     text = json.dumps([FORMAT, content], sort_keys=True)
     return Cell(row, seed, recipe, hashlib.sha256(text.encode()).hexdigest()[:20])
 
@@ -192,16 +194,34 @@ def _curve(run: Path, rate: float) -> list[list[float]]:
     return [[int(row["step"]), float(row["loss"])] for row in final]
 
 
-def _data_digest(place: str | None) -> Any:
+def _data_digest(place: str | None, recipe: Recipe) -> Any:
     """Of a data file's content, or by name of each file that a folder has for a split; None for other places."""
     path = Path(place) if place and place != "embedded" else None
-    if path is None or not path.exists():
+    if place is None or path is None or not path.exists():
         return None
+    if TASKS[recipe.task.name].kind == "image-classification":
+        pictures = {file for split in SPLITS for file in files_of(place, split, recipe.data.columns)}
+        return {os.path.relpath(file, path): _picture_digest(file) for file in pictures}
     if path.is_file():
         return _file_digest(path)
     found = [split_file(path, split) for split in SPLITS]
     found += [file for split in SPLITS for file in split_files(path, split).values()]
     return {file.relative_to(path).as_posix(): _file_digest(file) for file in found if file is not None}
+
+
+def _picture_digest(path: Path) -> str:
+    """As `_file_digest`. Pictures may be many, and each cell has the same: what has not changed since is not read again."""
+    status = path.stat()
+    if (
+        time.time_ns() - status.st_mtime_ns < 2_000_000_000
+    ):  # it may change again at what its clock shows as the same time
+        return _file_digest(path)
+    return _unchanged_digest(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _unchanged_digest(path: Path, size: int, changed: int) -> str:
+    return _file_digest(path)
 
 
 def _file_digest(path: Path) -> str:

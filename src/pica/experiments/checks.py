@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from pica.experiments.methods import METHODS
-from pica.experiments.recipe import Recipe
+from pica.experiments.methods import METHODS, SPECIAL
+from pica.experiments.recipe import AdapterSection, Recipe
 from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
@@ -28,6 +28,7 @@ _POSITIVE_INTEGERS = {
     ),
     "baseline": ("r",),
 }
+_DEFAULT = AdapterSection()
 _AT_LEAST_ZERO = {"trainer": ("warmup", "weight_decay", "max_grad_norm")}
 
 
@@ -92,15 +93,18 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         yield f"adapter.share = {adapter.share}: a number of consecutive layers must be at least 1."
     if isinstance(adapter.share, str) and adapter.share not in ("role", "none"):
         yield f"adapter.share = {adapter.share!r}: must be role, none, a whole number or a mapping of regex to group."
-    if adapter.projection != "principal" and adapter.method != "pica":
-        yield f"adapter.projection = {adapter.projection!r}: only method pica has it; leave it out."
-    if adapter.pattern != "plain" and adapter.method != "svft":
-        yield f"adapter.pattern = {adapter.pattern!r}: only method svft has it; leave it out."
+    if adapter.method in METHODS:
+        for name in SPECIAL:
+            value = getattr(adapter, name)
+            if name not in METHODS[adapter.method].takes and value != getattr(_DEFAULT, name):
+                owners = [method for method in METHODS if name in METHODS[method].takes]
+                have = f"only method {owners[0]} has" if len(owners) == 1 else f"only {', '.join(owners)} have"
+                yield f"adapter.{name} = {value!r}: {have} it, and method {adapter.method} has not; leave it out."
     if adapter.method == "svft" and adapter.pattern != "plain" and adapter.off_diagonals is None:
         yield f"adapter.pattern = {adapter.pattern!r}: needs adapter.off_diagonals, for instance 16."
     if adapter.method == "svft" and adapter.rank_pattern:
         yield "adapter.rank_pattern does not go with method svft, which has no rank; remove it."
-    if adapter.pattern == "plain" and adapter.off_diagonals:
+    if adapter.method == "svft" and adapter.pattern == "plain" and adapter.off_diagonals:
         yield f"adapter.off_diagonals = {adapter.off_diagonals}: does not go with pattern plain; use for instance banded."
     if adapter.off_diagonals is not None and adapter.off_diagonals < 0:
         yield f"adapter.off_diagonals = {adapter.off_diagonals}: must be 0 or more."

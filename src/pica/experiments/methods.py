@@ -49,6 +49,7 @@ class Method:
         family: Methods of one family share a colour in plots.
         rank: The configuration's field for `adapter.r`; None for a method without a rank.
         values: Further fields that follow from the section.
+        takes: Fields of the section, of those in `SPECIAL`, that it has.
     """
 
     title: str
@@ -56,6 +57,12 @@ class Method:
     family: str
     rank: str | None = "r"
     values: Callable[[AdapterSection], Values] = _nothing
+    takes: tuple[str, ...] = ()
+
+
+SPECIAL = ("share", "projection", "save_basis", "pattern", "off_diagonals", "lora_alpha", "lora_dropout")
+"""Fields of the adapter section that only some methods have; set for another one they are refused."""
+_LORA = ("lora_alpha", "lora_dropout")
 
 
 def _alpha(default: Callable[[int], float], **more: Any) -> Callable[[AdapterSection], Values]:
@@ -89,18 +96,26 @@ def _ia3(section: AdapterSection) -> Values:
 
 
 METHODS: dict[str, Method] = {
-    "pica": Method("PiCa", "PicaConfig", "PiCa", values=_pica),
-    "svft": Method("SVFT", "SvftConfig", "SVFT", rank=None, values=_svft),
-    "lora": Method("LoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 2 * r)),
-    "rslora": Method("rsLoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 16, use_rslora=True)),
-    "dora": Method("DoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 2 * r, use_dora=True)),
+    "pica": Method("PiCa", "PicaConfig", "PiCa", values=_pica, takes=("share", "projection", "save_basis")),
+    "svft": Method("SVFT", "SvftConfig", "SVFT", rank=None, values=_svft, takes=("share", "pattern", "off_diagonals")),
+    "lora": Method("LoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 2 * r), takes=_LORA),
+    "rslora": Method("rsLoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 16, use_rslora=True), takes=_LORA),
+    "dora": Method("DoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 2 * r, use_dora=True), takes=_LORA),
     "pissa": Method(
-        "PiSSA", "LoraConfig", "LoRA from singular vectors", values=_alpha(lambda r: r, init_lora_weights="pissa")
+        "PiSSA",
+        "LoraConfig",
+        "LoRA from singular vectors",
+        values=_alpha(lambda r: r, init_lora_weights="pissa"),
+        takes=_LORA,
     ),
     "mica": Method(
-        "MiCA", "LoraConfig", "LoRA from singular vectors", values=_alpha(lambda r: 2 * r, init_lora_weights="mica")
+        "MiCA",
+        "LoraConfig",
+        "LoRA from singular vectors",
+        values=_alpha(lambda r: 2 * r, init_lora_weights="mica"),
+        takes=_LORA,
     ),
-    "adalora": Method("AdaLoRA", "AdaLoraConfig", "LoRA", rank="target_r", values=_adalora),
+    "adalora": Method("AdaLoRA", "AdaLoraConfig", "LoRA", rank="target_r", values=_adalora, takes=_LORA),
     "vera": Method("VeRA", "VeraConfig", "shared random bases"),
     "randlora": Method(
         "RandLoRA", "RandLoraConfig", "shared random bases", values=lambda s: {"randlora_alpha": 20 * s.r}

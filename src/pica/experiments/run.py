@@ -104,6 +104,12 @@ def preference(candidate: Mapping[str, Any]) -> tuple[float, float]:
     return math.inf if math.isnan(score) else score, math.inf if math.isnan(loss) else loss
 
 
+def _phase(name: str, rate: float) -> str:
+    """Of training with one rate: no two rates have the same, also where six digits do not tell them apart."""
+    short = f"{rate:g}"
+    return f"{name}-lr{short if float(short) == rate else repr(rate)}"
+
+
 class _Phases:
     """Results of finished phases, kept in a file until the run is complete."""
 
@@ -212,7 +218,7 @@ class _Run:
         title = title_of(section)
         candidates = []
         for rate in rates:
-            key = f"{name}-lr{rate:g}"
+            key = _phase(name, rate)
             if key not in self.phases:
                 try:
                     everything = self.recipe.data.refit and len(rates) == 1  # nothing to choose: at once on all
@@ -232,7 +238,7 @@ class _Run:
         if len(rates) > 1:
             quality = "lowest validation loss" if best["validation_score"] is None else "best validation score"
             self.reporter.say(f"{title}: learning rate {best['learning_rate']:g} has the {quality}")
-        key = f"{name}-lr{best['learning_rate']:g}"
+        key = _phase(name, best["learning_rate"])
         final = best
         if self.recipe.data.refit and len(rates) > 1:
             key = f"{name}-refit"

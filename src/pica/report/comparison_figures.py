@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from markupsafe import Markup
 from matplotlib.lines import Line2D
@@ -14,16 +14,27 @@ from pica.report.summary import RowSummary, shown_mean
 _FAMILIES = ("PiCa", "LoRA", "SVFT", "LoRA from singular vectors", "orthogonal", "shared random bases", "other", "full")
 
 
+class Labelled(Protocol):
+    """What a method is called, and whom it is like."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
+
+
 class Looks:
     """Colour by family, marker by method: no two methods have the same marker and filling."""
 
-    def __init__(self, rows: Sequence[RowSummary]) -> None:
+    def __init__(self, rows: Sequence[Labelled]) -> None:
         self._index = {row.label: index for index, row in enumerate(rows)}
         self._family = {row.label: row.family for row in rows}
 
     def color(self, label: str) -> str:
         """A stand-in colour."""
-        return SERIES[_FAMILIES.index(self._family[label])]
+        family = self._family[label]
+        return SERIES[_FAMILIES.index(family if family in _FAMILIES else "other")]
 
     def marker(self, label: str) -> dict[str, Any]:
         """matplotlib's marker properties; from the thirteenth method on, markers are hollow."""
@@ -70,19 +81,19 @@ def against_figure(
             panel.set_xlabel(title)
             if sheet.narrow or panel is panels[0]:
                 panel.set_ylabel(metric)
-            _metric_axis(panel, metric)
+            metric_axis(panel, metric)
             log_axis(panel.xaxis)
-        _legend(sheet, rows, looks)
+        legend(sheet, rows, looks)
 
     lines = math.ceil(len(rows) / 2)
-    legend = 0.21 * lines
+    names = 0.21 * lines
     return figure(
         name,
         draw,
         caption=caption,
         alt=f"{metric} of {len(rows)} methods against {' and '.join(title for title, _ in axes)}; numbers are in the table.",
         height=max(4.4, 0.22 * len(rows) + 0.4) if len(axes) == 1 else 4.0 + 0.2 * math.ceil(len(rows) / 4),
-        narrow_height=2.9 * len(axes) + legend + 0.5,
+        narrow_height=2.9 * len(axes) + names + 0.5,
     )
 
 
@@ -113,7 +124,7 @@ def ablation_figure(groups: Sequence[tuple[str, Sequence[RowSummary]]], looks: L
             panel.set_title(title)
             panel.grid(axis="y", visible=False)
         panels[-1].set_xlabel(metric)
-        _metric_axis(panels[-1], metric, axis="x")
+        metric_axis(panels[-1], metric, axis="x")
 
     return figure(
         "ablations-plot",
@@ -150,7 +161,7 @@ def rates_figure(rows: Sequence[RowSummary], looks: Looks) -> Markup:
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss")
         axes.set_xscale("log")
-        _legend(sheet, rows, looks)
+        legend(sheet, rows, looks)
 
     return figure(
         "rates-plot",
@@ -212,13 +223,15 @@ def _curve(panel: Any, curve: Sequence[Sequence[float]], **properties: Any) -> N
     panel.plot(*_smooth(curve), **properties)
 
 
-def _metric_axis(panel: Any, metric: str, axis: str = "y") -> None:
+def metric_axis(panel: Any, metric: str, axis: str = "y") -> None:
+    """Shares in percent."""
     if metric in ("accuracy", "f1"):
         chosen = panel.yaxis if axis == "y" else panel.xaxis
         chosen.set_major_formatter(PercentFormatter(xmax=1))
 
 
-def _legend(sheet: Sheet, rows: Sequence[RowSummary], looks: Looks) -> None:
+def legend(sheet: Sheet, rows: Sequence[Labelled], looks: Looks) -> None:
+    """Each method's marker and name: beside a single plot, else below."""
     handles = [Line2D([], [], linestyle="none", label=row.label, **looks.marker(row.label)) for row in rows]
     wide_below = len(sheet.figure.axes) > 1 and not sheet.narrow
     if sheet.narrow or wide_below:

@@ -4,12 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pica.errors import ConfigError
 from pica.experiments import output as files
-from pica.report.summary import COMPARISON, summarise
+from pica.experiments.methods import METHODS
+from pica.report.summary import COMPARISON, Stat, summarise
 from pica.tasks.vtab import VtabTask, group_means
 
 
@@ -19,11 +21,20 @@ class VtabMethod:
 
     Attributes:
         label: A comparison's label, or a run's method and rank.
-        scores: Accuracy by set; the mean over seeds in a comparison.
+        family: Methods of one family share a colour; "" if it is not known.
+        parameters: Trained ones of the method, without the head; None if they are not known, or not the same on all sets.
+        stats: Accuracy by set, over the seeds of a comparison.
     """
 
     label: str
-    scores: dict[str, float] = field(default_factory=dict)
+    family: str = ""
+    parameters: int | None = None
+    stats: dict[str, Stat] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Accuracy by set; the mean over seeds in a comparison."""
+        return {name: stat.mean for name, stat in self.stats.items()}
 
     @property
     def means(self) -> dict[str, float | None]:
@@ -41,13 +52,16 @@ def read_vtab(folders: Sequence[Path]) -> list[VtabMethod]:
     origin: dict[tuple[str, str], Path] = {}
     for folder in folders:
         name, found = _comparison(folder) if (folder / COMPARISON).is_file() else _run(folder)
-        for label, score in found.items():
+        for method in found:
+            label = method.label
             if (label, name) in origin:
                 raise ConfigError(
                     f"{str(origin[label, name])!r} and {str(folder)!r} both have {label} on {name}; leave one out."
                 )
             origin[label, name] = folder
-            methods.setdefault(label, VtabMethod(label)).scores[name] = score
+            kept = methods.setdefault(label, method)
+            kept.stats |= method.stats
+            kept.parameters = kept.parameters if kept.parameters == method.parameters else None
     return list(methods.values())
 
 
@@ -57,30 +71,48 @@ def write_vtab(methods: Sequence[VtabMethod], path: Path) -> None:
     Raises:
         OutputError: The file can't be written.
     """
-    rows = [{"method": method.label, **method.scores, **method.means} for method in methods]
-    files.write_csv(path, rows, ("method", *VtabTask.subsets, *methods[0].means))
+    files.write_csv(path, flat_vtab(methods), columns_of(methods))
 
 
-def _comparison(folder: Path) -> tuple[str, dict[str, float]]:
+def flat_vtab(methods: Sequence[VtabMethod]) -> list[dict[str, object]]:
+    """One row a method: its name, its score on each set that is there, and every mean."""
+    return [{"method": method.label, **method.scores, **method.means} for method in methods]
+
+
+def columns_of(methods: Sequence[VtabMethod]) -> list[str]:
+    """The columns of `flat_vtab`, in their order."""
+    return ["method", *VtabTask.subsets, *methods[0].means]
+
+
+def _comparison(folder: Path) -> tuple[str, list[VtabMethod]]:
     summary = summarise(folder)
     base = summary.content.get("base") or {}
     name = _set_of(folder, base.get("task") or {})
-    return name, {row.label: row.score.mean for row in summary.rows if row.done}
+    done = [row for row in summary.rows if row.done]
+    return name, [VtabMethod(row.label, row.family, row.parameters, {name: row.score}) for row in done]
 
 
-def _run(folder: Path) -> tuple[str, dict[str, float]]:
+def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
     try:
         recipe = yaml.safe_load((folder / files.RESOLVED).read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        name = _set_of(folder, recipe["task"])
         results = [metrics[kind] for kind in ("adapter", "baseline") if kind in metrics]
-        found = {result["title"]: float(result["accuracy"]) for result in results}
-        task = recipe["task"]
+        return name, [_of_result(name, result) for result in results]
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise ConfigError(f"{str(folder)!r} holds no {missing}: it is no finished run or comparison.") from None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"A file in {str(folder)!r} is damaged ({type(error).__name__}: {error}).") from None
-    return _set_of(folder, task), found
+
+
+def _of_result(name: str, result: dict[str, Any]) -> VtabMethod:
+    method = METHODS.get(result.get("method", ""))
+    counts = result.get("parameters") or {}
+    trained = counts["trainable"] - counts.get("head", 0) if counts else None
+    return VtabMethod(
+        result["title"], method.family if method else "", trained, {name: Stat.of([float(result["accuracy"])])}
+    )
 
 
 def _set_of(folder: Path, task: dict[str, object]) -> str:

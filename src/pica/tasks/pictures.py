@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pica.errors import ConfigError, DataError
+from pica.errors import ConfigError, DataError, PicaError
 from pica.tasks.base import Source, Split, Target
 from pica.tasks.columns import renamed
 from pica.tasks.labelled import Fields, check_labels, label_of
@@ -133,6 +133,31 @@ def has_pictures(location: str, split: Split) -> bool:
     return not is_hub(location) and folder.is_dir() and bool(_split_places(folder, split))
 
 
+def files_of(location: str, split: Split, columns: Mapping[str, str]) -> list[Path]:
+    """The files that decide one split: class folders' pictures, a list and the pictures that it names, or tables.
+
+    Pictures that a .parquet or .arrow file names instead of holding are left out. So are those of a list that is in
+    disorder: it is for `read_pictures` to say so.
+
+    Args:
+        location: As a source's.
+        split: Which part of a folder is meant.
+        columns: As a source's.
+    """
+    path = Path(location).expanduser()
+    if is_hub(location) or not path.exists():
+        return []
+    places = (_split_places(path, split) if path.is_dir() else [path]) or [path]
+    if places[0].suffix in TABLES:
+        return places
+    lists = [file for file in (places[0], *_metadata(places[0])) if file.is_file()]
+    try:
+        listed = _listed(split, Source(location, columns=columns), Target(), renamed(FIELDS, columns), None)
+    except PicaError:
+        listed = []
+    return sorted({*lists, *(each.source for each in listed if isinstance(each.source, Path))})
+
+
 def read_pictures(
     split: Split, source: Source, target: Target, *, numbered: int | None = None, fields: Fields = FIELDS
 ) -> list[LabelledPicture]:
@@ -204,13 +229,18 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
 
 
+def _metadata(folder: Path) -> list[Path]:
+    """Where a list of a folder's pictures may be; the first that is there counts."""
+    return [folder / f"metadata{ending}" for ending in RECORDS]
+
+
 def _of_folder(
     folder: Path, numbered: int | None, target: Target, fields: Mapping[str, tuple[str, ...]]
 ) -> list[LabelledPicture]:
     """Class folders, or a metadata file that names pictures beside it."""
-    for ending in RECORDS:
-        if (folder / f"metadata{ending}").is_file():
-            return _of_list(folder / f"metadata{ending}", None, target, fields)
+    for file in _metadata(folder):
+        if file.is_file():
+            return _of_list(file, None, target, fields)
     classes = [path for path in _visible(folder) if path.is_dir()]
     if not classes:
         raise DataError(f"{str(folder)!r} holds no class folders (one for each class, with its pictures in it).")
