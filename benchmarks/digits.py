@@ -28,9 +28,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import pica.cli
-from benchmarks.harness import describe_machine, save, table
+from benchmarks.comparisons import comparison_table
+from benchmarks.harness import describe_machine, save
 from pica.experiments.output import write_json
-from pica.report.summary import shown_mean, summarise
+from pica.report.summary import summarise
 
 SIZE = 32
 """Pixels on a side of the model's input; digits are enlarged to it by its image processor."""
@@ -224,15 +225,6 @@ def results(compared: Path, known: dict[str, Any]) -> tuple[dict[str, Any], str]
     """What goes into the results folder: all numbers, and the table."""
     summary = summarise(compared)
     numbers = json.loads((compared / "results.json").read_text(encoding="utf-8"))
-    shown = []
-    for row in summary.rows:
-        if not row.done:
-            shown.append([row.label, "", "", "failed" if row.failures else "not run", "", ""])
-            continue
-        rates = ", ".join(f"{candidate['learning_rate']:g}" for candidate in row.candidates)
-        rate = f"{row.rate:g} of {rates}" + (" (edge)" if row.edge else "")
-        measured = [shown_mean(summary.metric, row.score), f"{row.loss.mean:.3f}", f"{row.seconds.mean:.1f}"]
-        shown.append([row.label, f"{row.parameters:,}", rate, *measured])
     problems = next(row.done[0]["problems"] for row in summary.rows if row.done)
     seeds = summary.content["seeds"]
     text = (
@@ -242,8 +234,7 @@ def results(compared: Path, known: dict[str, Any]) -> tuple[dict[str, Any], str]
         f"digits; accuracy and loss are on the remaining {problems['test']}, mean ± standard deviation over seeds "
         f"{', '.join(map(str, seeds))}. A small-scale test.\n\n"
     )
-    header = ["method", "trainable", "learning rate", "accuracy", "test loss", "seconds"]
-    return {"shapes": known, "digits": numbers}, text + table(header, shown)
+    return {"shapes": known, "digits": numbers}, text + comparison_table(summary)
 
 
 def main(argv: list[str] | None = None) -> int:

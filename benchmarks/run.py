@@ -22,6 +22,8 @@ from pica.experiments.output import write_text
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURES = PAGE.with_name("vision.md")
 """Has the table of benchmarks.digits, which is run by itself."""
+RESULTS_PAGE = PAGE.with_name("results.md")
+"""Has the tables of benchmarks.comparisons, which need real models and data."""
 SCRIPTS = ["basis", "step_time", "many_adapters"]
 BEGIN, END = "<!-- results of {} -->", "<!-- end of {} -->"
 
@@ -60,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(script)
             print(f"  {time.monotonic() - begun:.0f} s\n", flush=True)
     if not given.quick:
-        missing = write_page() + write_page(PICTURES)
-        print(
-            f"Wrote {PAGE.name} and {PICTURES.name}" + (f"; no results yet of {', '.join(missing)}" if missing else "")
-        )
+        pages = (PAGE, PICTURES, RESULTS_PAGE)
+        missing = [name for page in pages for name in write_page(page)]
+        wrote = ", ".join(page.name for page in pages)
+        print(f"Wrote {wrote}" + (f"; no results yet of {', '.join(missing)}" if missing else ""))
     if failed:
         print(f"Failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import ViTConfig
 
-from benchmarks import digits, harness
+from benchmarks import comparisons, digits, harness, run
 
 TINY = ViTConfig(
     hidden_size=16,
@@ -78,3 +78,14 @@ def test_the_whole_command_in_miniature(tmp_path: Path, monkeypatch: pytest.Monk
     assert "then on 40 digits" in table
     assert "| head only | 170 |" in table
     assert "| LoRA r=1 |  |  | not run |" in table
+
+    page = tmp_path / "results-page.md"
+    page.write_text("before\n<!-- results of comparison_digits -->\nold\n<!-- end of comparison_digits -->\nafter\n")
+    for module in (comparisons, run):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+        monkeypatch.setattr(module, "RESULTS_PAGE", page)
+    assert comparisons.main([str(tmp_path / "work" / "compared")]) == 0
+    assert (tmp_path / "comparisons" / "digits" / "report.html").is_file()
+    assert "| head only | 170 |" in page.read_text()
+    assert "30 training problems" in page.read_text()
+    assert "old" not in page.read_text()

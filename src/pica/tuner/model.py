@@ -52,7 +52,7 @@ class PicaModel(BankedModel):
             density: Share of entries kept, in (0, 1]; for all but "linear".
 
         Raises:
-            ConfigError: an adapter is unknown, the name is taken, or the adapters cannot be added up; nothing has changed then.
+            ConfigError: an adapter is unknown, the name is taken, or the adapters cannot be added up; nothing has changed.
         """
         bank = get_bank(self.model, self.bank_name)
         chief = check_combination(bank, adapters, weights, adapter_name, combination_type, density)

@@ -1,0 +1,75 @@
+"""Put what `pica compare` measured on real models and data into the results, and into docs/results.md.
+
+    python -m benchmarks.comparisons OUTPUT_OF_PICA_COMPARE ...
+
+Each folder's page and numbers are copied to benchmarks/results/comparisons/NAME, its table to benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, save, table
+from benchmarks.run import RESULTS_PAGE, write_page
+from pica.report.summary import Summary, shown_mean, summarise
+
+COPIED = ("report.html", "results.csv", "results.json", "comparison.yaml")
+
+
+def comparison_table(summary: Summary) -> str:
+    """A Markdown table: one line a method, in the comparison's order."""
+    header = ["method", "trainable", "learning rate", summary.metric, "test loss", "seconds", "seeds"]
+    seeds = len(summary.content["seeds"])
+    shown: list[list[Any]] = []
+    for row in summary.rows:
+        if not row.done:
+            shown.append([row.label, "", "", "failed" if row.failures else "not run", "", "", ""])
+            continue
+        rates = ", ".join(f"{candidate['learning_rate']:g}" for candidate in row.candidates)
+        rate = f"{row.rate:g} of {rates}" + (" (edge)" if row.edge else "")
+        spread = "" if row.loss.deviation is None else f" ± {row.loss.deviation:.3f}"
+        measured = [shown_mean(summary.metric, row.score), f"{row.loss.mean:.3f}{spread}", f"{row.seconds.mean:.0f}"]
+        shown.append([row.label, f"{row.parameters:,}", rate, *measured, f"{len(row.done)} of {seeds}"])
+    return table(header, shown)
+
+
+def heading(summary: Summary) -> str:
+    """What was trained on what, and what the spread is of."""
+    record = next(row.done[0] for row in summary.rows if row.done)
+    problems, machine = record["problems"], record["machine"]
+    seeds = summary.content["seeds"]
+    stderr = next(row.stderr for row in summary.rows if row.done)
+    spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
+    where = ", ".join(machine["accelerators"]) or f"{machine['threads']} CPU thread(s)"
+    return (
+        f"{problems['train']:,} training problems, learning rates chosen with seed {seeds[0]} on "
+        f"{problems['validation']} others, tested on {problems['test']:,}; {spread}. The choice of test problems adds a "
+        f"standard error of about {stderr:.1%}. {where}.\n\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of pica compare")
+    given = parser.parse_args(argv)
+    for folder in given.folders:
+        summary = summarise(folder)
+        name = summary.content["name"]
+        place = RESULTS / "comparisons" / name
+        place.mkdir(parents=True, exist_ok=True)
+        for file in COPIED:
+            shutil.copyfile(folder / file, place / file)
+        numbers = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        save(f"comparison_{name}", {"comparison": numbers}, heading(summary) + comparison_table(summary))
+        print(comparison_table(summary))
+    write_page(RESULTS_PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
