@@ -130,7 +130,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         Raises:
             BasisError: The weight is on the meta device, or only a part of it is in this process.
         """
-        weight = self._unmerged_weight if self._unmerged_weight is not None else self.get_base_weight()
+        weight = self._unmerged_weight
+        if (
+            weight is None
+        ):  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
+            raw = self.raw_weight()
+            weight = raw if in_parts(raw) else self.get_base_weight()
         weight = whole(weight, self.in_features * self.out_features, self.pica_name)
         device, _ = self.compute_device_and_dtype()
         if weight.is_meta:
