@@ -1,18 +1,21 @@
-"""Two processes on the CPU, talking over gloo, that do all the jobs of a test module in one go."""
+"""Two processes on the CPU, talking over gloo, that do all the jobs of these tests in one go."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pica
+from tests.distributed import worker
+from tests.distributed.jobs import all_jobs
+from tests.experiments.tiny import write_tiny_llama
 
 WORKER = Path(__file__).with_name("worker.py")
 Results = dict[str, list[Any]]
@@ -37,12 +40,30 @@ def run_jobs(jobs: dict[str, tuple[str, dict[str, Any]]], folder: Path, **variab
         text=True,
         timeout=300,
     )
+    (folder / "seconds.txt").write_text(done.stdout)
     assert done.returncode == 0, done.stderr[-6000:]
     both = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
     return {name: [results[name] for results in both] for name in jobs}
 
 
 @pytest.fixture(scope="session")
-def two_processes() -> Callable[..., Results]:
-    """See `run_jobs`."""
-    return run_jobs
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the jobs write; the same for all tests of a session, whichever of pytest's own workers runs them."""
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    return shared / "two-processes"
+
+
+@pytest.fixture(scope="session")
+def results(folder: Path) -> Results:
+    """What each of two processes found in each of `all_jobs`."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # pytest's workers all come here; the first does the work
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "results.json"
+        if not done.exists():
+            worker.tiny_model().save_pretrained(folder / "base")
+            write_tiny_llama(folder / "model")
+            done.write_text(json.dumps(run_jobs(all_jobs(folder), folder)))
+        return json.loads(done.read_text())

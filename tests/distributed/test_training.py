@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -11,46 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import worker
-from tests.distributed.conftest import Results, run_jobs
+from tests.distributed.conftest import Results
+from tests.distributed.jobs import ALIKE, RESUMED
 
 # Both sum the same float32 numbers in another order.
 LOSS, MATRIX = 2e-6, 1e-6
-ALIKE: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "ddp, accumulation, checkpointing": {"accumulation": 2, "reentrant": False},
-    "ddp, reentrant, static graph": {
-        "reentrant": True,
-        "ddp_static_graph": True,
-        "ddp_find_unused_parameters": False,
-    },
-    "ddp, reentrant, nothing shared": {
-        "reentrant": True,
-        "ddp_find_unused_parameters": False,
-        "adapter": {"share": "none"},
-    },
-    "ddp, svft": {"adapter": {"method": "svft"}},
-}
-REFUSED: dict[str, dict[str, Any]] = {
-    "ddp, reentrant": {"reentrant": True, "ddp_find_unused_parameters": False},
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("two")
-
-
-@pytest.fixture(scope="module")
-def results(folder: Path) -> Results:
-    fits = {**ALIKE, **REFUSED}
-    return run_jobs({n: ("fit", {"folder": str(folder / n), **arguments}) for n, arguments in fits.items()}, folder)
+KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "fsdp1": "FSDP", "sharded by from_pretrained": "MULTI_CPU"}
 
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_processes_train_like_one(name: str, results: Results, folder: Path, tmp_path: Path) -> None:
     first, second = results[name]
     assert "error" not in first, first.get("trace")
-    arguments = {k: v for k, v in ALIKE[name].items() if not k.startswith(("ddp_", "fsdp"))}
+    assert first["kind"] == KINDS[name.partition(",")[0]]
+    arguments = {k: v for k, v in ALIKE[name].items() if k in ("accumulation", "reentrant", "adapter")}
     alone = worker.fit(str(tmp_path), **arguments)
     assert first["losses"] == pytest.approx(alone["losses"], abs=LOSS)
     assert first["norms"] == pytest.approx(alone["norms"], rel=1e-4)
@@ -83,3 +56,35 @@ def test_reentrant_checkpointing_of_shared_matrices_is_refused(results: Results)
     for found in results["ddp, reentrant"]:
         assert found["error"] == "TrainingError", found
         assert "'use_reentrant': False" in found["message"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_gives_what_one_go_gives(name: str, results: Results, folder: Path) -> None:
+    found = results[f"resumed {name}"][0]
+    assert "error" not in found, found["trace"]
+    assert found["again"]["losses"][-1] == found["once"]["losses"][-1]
+    if "sharded" in name:
+        return  # Trainer writes no adapter then: its checkpoints are for itself
+    place = folder / f"resumed {name}"
+    again, once = (load_file(path / "adapter_model.safetensors") for path in (place / "again", place))
+    assert again.keys() == once.keys()
+    assert all(torch.equal(again[key], once[key]) for key in once)
+
+
+def test_an_adapter_loads_into_a_sharded_model(results: Results, folder: Path) -> None:
+    assert "error" not in results["loaded"][0], results["loaded"][0]["trace"]
+    read, expected = (load_file(folder / name / "adapter_model.safetensors") for name in ("loaded", "ddp"))
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[key], expected[key]) for key in expected)
+
+
+def test_nothing_is_saved_that_was_not_gathered(results: Results, folder: Path) -> None:
+    for found in results["loaded"]:
+        assert "the model is sharded" in found["ungathered"], found
+        assert found["by PEFT"], "PEFT itself finds no memory to write"
+    assert not list((folder / "loaded").glob("*/*.safetensors"))
+
+
+def test_nothing_is_merged_into_a_part(results: Results) -> None:
+    for found in results["loaded"]:
+        assert "split between processes" in found["merged"]

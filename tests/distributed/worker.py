@@ -7,31 +7,50 @@ Run by itself it does the jobs of a JSON file (see `main`); tests call `fit` for
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import yaml
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import pica
+from pica.basis import _progress, _split
+from pica.experiments.interrupts import Interrupted
+from pica.experiments.parsing import load_recipe
+from pica.experiments.reporting import Silent
+from pica.experiments.run import resume as resume_run
+from pica.experiments.run import start
+from pica.tuner.sharding import in_parts, is_dtensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-FSDP = {
-    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-    "state_dict_type": "FULL_STATE_DICT",
-}
-FSDP1 = {**FSDP, "version": 1, "use_orig_params": True, "sync_module_states": False}
-"""Accelerate looks for an accelerator when it is to send the weights of the first process to the others."""
-FSDP2 = {**FSDP, "version": 2}
+CONFIGS = Path(__file__).parents[2] / "docs" / "accelerate"
+
+
+def fsdp(version: int, **changes: Any) -> dict[str, Any]:
+    """Arguments of a trainer: what the documentation's configuration file says, but for what a CPU cannot do."""
+    fields = yaml.safe_load((CONFIGS / f"fsdp{version}.yaml").read_text())["fsdp_config"]
+    plain = {key.removeprefix("fsdp_"): value for key, value in fields.items()}
+    # Accelerate wants an accelerator to hand the weights of the first process on in FSDP1
+    plain |= {"sync_module_states": False} if version == 1 else {"cpu_ram_efficient_loading": False}
+    return {"fsdp": True, "fsdp_config": plain | changes}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """Arguments of a trainer with the documentation's DeepSpeed settings."""
+    return {"deepspeed": str(CONFIGS / f"zero{stage}.json")}
 
 
 def tiny_model(**overrides: Any) -> LlamaForCausalLM:
@@ -80,8 +99,11 @@ def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-def make_trainer(model: Any, folder: str, *, accumulation: int = 1, **arguments: Any) -> Trainer:
-    """A trainer on global batches of four, whatever the number of processes."""
+def make_trainer(make: Callable[[], Any], folder: str, *, accumulation: int = 1, **arguments: Any) -> Trainer:
+    """A trainer on global batches of four, whatever the number of processes.
+
+    The model is made once the arguments are there, as DeepSpeed wants it: ZeRO-3 then loads it in parts.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
         "output_dir": folder,
@@ -98,41 +120,124 @@ def make_trainer(model: Any, folder: str, *, accumulation: int = 1, **arguments:
         "seed": 0,
         **arguments,
     }
-    _start_anew(fsdp=bool(settings.get("fsdp")))
+    _start_anew(fsdp=bool(settings.get("fsdp")), efficient=os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true")
     made = TrainingArguments(**settings)
     if settings.get("fsdp"):
         # Accelerate turns FSDP on for accelerators only. On a CPU everything else works, so it is told to.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         PartialState._shared_state["device"] = torch.device("cpu")
+    model = make()
     return Trainer(model=model, args=made, train_dataset=rows(), data_collator=collate)  # pyright: ignore[reportArgumentType]
 
 
-def _start_anew(*, fsdp: bool) -> None:
+def resume(folder: str, **arguments: Any) -> dict[str, Any]:
+    """Train for three steps, with a checkpoint after two; then the third anew from there, into `again`."""
+    _start_anew(fsdp=False)
+    # torch cannot restore the state of an optimizer that has none, as plain SGD
+    settings = {"optim": "adamw_torch", "learning_rate": 0.01, **arguments}
+    once = make_trainer(adapted, folder, save_strategy="steps", save_steps=2, **settings)
+    once.train()
+    once.save_model(folder)
+    _start_anew(fsdp=False)
+    again = make_trainer(adapted, folder, **settings)
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    again.save_model(f"{folder}/again")
+    return {"once": outcome(once, folder), "again": outcome(again, folder)}
+
+
+def load_when_sharded(folder: str, saved: str) -> dict[str, Any]:
+    """A trained adapter, read into a model that FSDP2 has sharded; then a save that nobody has gathered."""
+    trainer = make_trainer(adapted, folder, learning_rate=0.0, **fsdp(2))
+    trainer.train()
+    model: Any = trainer.model
+    model.load_adapter(saved, "default", is_trainable=True)
+    trainer.save_model(folder)
+    return {
+        "ungathered": complaint(lambda: pica.save_adapter(model, f"{folder}/ungathered")),
+        "by PEFT": complaint(lambda: model.save_pretrained(f"{folder}/by PEFT")),
+        "merged": complaint(model.merge_adapter),
+    }
+
+
+def complaint(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def load(base: str, **placement: Any) -> LlamaForCausalLM:
+    """A model from its folder, split between the processes if so asked."""
+    if not placement:
+        return LlamaForCausalLM.from_pretrained(base)
+    from transformers.distributed import DistributedConfig
+
+    return LlamaForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(**placement))
+
+
+def _start_anew(*, fsdp: bool, efficient: bool = False) -> None:
     """Forget the kind of training of the job before."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    for name in [n for n in os.environ if n.startswith("FSDP_")]:
+    for name in [n for n in os.environ if n.startswith("FSDP_") or "DEEPSPEED" in n]:
         del os.environ[name]
     os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(efficient).lower()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=True)
 
 
 def fit(
-    folder: str, *, adapter: dict[str, Any] | None = None, reentrant: bool | None = None, **arguments: Any
+    folder: str,
+    *,
+    base: str | None = None,
+    placement: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    reentrant: bool | None = None,
+    efficient: bool = False,
+    **arguments: Any,
 ) -> dict[str, Any]:
-    """Train for three steps and save as users do; what came of it."""
-    model = adapted(**(adapter or {}))
+    """Train for three steps and save as users do; what came of it.
+
+    Args:
+        folder: Where to save.
+        base: Folder of the base model; without one it is made anew.
+        placement: Fields of a `DistributedConfig` to load it with.
+        adapter: See `adapted`.
+        reentrant: Which checkpointing, if any.
+        efficient: Whether FSDP loads the weights in the first process only.
+        arguments: Of the trainer.
+    """
+    _start_anew(fsdp=efficient, efficient=efficient)
     if reentrant is not None:
         arguments |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-        model.enable_input_require_grads()
-    trainer = make_trainer(model, folder, **arguments)
+    found: dict[str, Any] = {}
+
+    def make() -> peft.PeftModel:
+        loaded = None if base is None else load(base, **(placement or {}))
+        found["in parts"] = loaded is not None and in_parts(next(loaded.parameters()))
+        with solved() as names:
+            model = adapted(loaded, **(adapter or {}))
+        found["solved"] = names
+        if reentrant is not None:
+            model.enable_input_require_grads()
+        return model
+
+    trainer = make_trainer(make, folder, **arguments)
     trainer.train()
     trainer.save_model(folder)
+    return outcome(trainer, folder) | found
+
+
+def outcome(trainer: Trainer, folder: str) -> dict[str, Any]:
+    """Losses, gradient norms, bases and files."""
     history = [point for point in trainer.state.log_history if "loss" in point]
     return {
         "kind": str(trainer.accelerator.distributed_type.value),
         "losses": [point["loss"] for point in history],
         "norms": [float(point["grad_norm"]) for point in history],
-        "bases": digest(model),
+        "bases": digest(trainer.model),  # pyright: ignore[reportArgumentType]
         "files": sorted(os.listdir(folder)) if trainer.is_world_process_zero() else None,
     }
 
@@ -147,7 +252,122 @@ def digest(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-JOBS: dict[str, Callable[..., Any]] = {"fit": fit}
+@contextmanager
+def solved() -> Iterator[list[str]]:
+    """Names of the layers that this process solves (or reads from the cache) in the block."""
+    names: list[str] = []
+    original = _progress._solve
+
+    def noting(request: Any, *arguments: Any) -> Any:
+        names.append(request.name)
+        return original(request, *arguments)
+
+    _progress._solve = noting
+    try:
+        yield names
+    finally:
+        _progress._solve = original
+
+
+def share(*, base: str | None = None, placement: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    """Add an adapter; who solved what."""
+    _start_anew(fsdp=False)
+    model = None if base is None else load(base, **(placement or {}))
+    with solved() as names:
+        found = adapted(model, **settings)
+    return {"solved": names, "bases": digest(found), "dtensors": sum(map(is_dtensor, found.parameters()))}
+
+
+def share_without_switch() -> dict[str, Any]:
+    """As `share`, with the work not shared out."""
+    os.environ["PICA_SPLIT_BASIS"] = "0"
+    try:
+        return share()
+    finally:
+        del os.environ["PICA_SPLIT_BASIS"]
+
+
+def share_a_broken_model() -> None:
+    """One layer, and so one process, cannot be solved."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    adapted(model)
+
+
+def different_models() -> dict[str, Any]:
+    """Each process has weights of its own."""
+    _split.LEAST_PATIENCE = 1.0
+    model = tiny_model()
+    torch.manual_seed(torch.distributed.get_rank())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    with solved() as names:
+        found = adapted(model)
+    return {"solved": names, "bases": digest(found)}
+
+
+def first_process_alone() -> dict[str, Any]:
+    """Only the first process adds an adapter, as a script that merges at its end may do."""
+    _split.LEAST_PATIENCE = 1.0
+    with solved() as names:
+        if torch.distributed.get_rank() == 0:
+            adapted(r=4)
+    return {"solved": names}
+
+
+def shard_first() -> None:
+    """The wrong order: fully_shard, then the adapter."""
+    model = tiny_model()
+    torch.distributed.fsdp.fully_shard(model)
+    adapted(model)
+
+
+class _Interrupter(Silent):
+    """Sends this process a SIGINT at the first step of the first training, if it is the second process."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted and torch.distributed.get_rank() == 1
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[..., None]]:
+        def advance(count: int = 1, note: str = "") -> None:
+            if self.wanted and "rate" in label:
+                self.wanted = False
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield advance
+
+
+def run_recipe(fields: dict[str, Any], *, interrupt: bool = False) -> dict[str, Any]:
+    """What `pica train` does, interrupted in the second process if so asked, and then gone on with."""
+    _start_anew(fsdp=False)
+    reporter = _Interrupter(interrupt)
+    stopped = None
+    try:
+        result = start(load_recipe(None, list(fields.items())), reporter=reporter)
+    except Interrupted as error:
+        stopped = str(error.checkpoint)
+        result = resume_run(Path(fields["output"]), reporter=reporter)
+    return {"stopped": stopped, "metrics": result.metrics}
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        fit,
+        resume,
+        load_when_sharded,
+        share,
+        share_without_switch,
+        share_a_broken_model,
+        different_models,
+        first_process_alone,
+        shard_first,
+        run_recipe,
+    )
+}
 
 
 def main(jobs_file: str) -> None:
@@ -156,8 +376,13 @@ def main(jobs_file: str) -> None:
     # torch 2.13 frees the storage of gathered FSDP1 parameters on a CPU before their copies "offloaded" to it are read
     whole = torch.distributed.fsdp.FullStateDictConfig
     torch.distributed.fsdp.FullStateDictConfig = lambda **_: whole(offload_to_cpu=False, rank0_only=False)  # pyright: ignore
+    if importlib.util.find_spec("deepspeed"):
+        import deepspeed.comm.torch  # pyright: ignore[reportMissingImports]
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # it would be compiled, for minutes; gloo does the same
     results: dict[str, Any] = {}
     for job in json.loads(Path(jobs_file).read_text()):
+        begun = time.process_time()
         try:
             results[job["name"]] = partial(JOBS[job["job"]], **job["arguments"])()
         except Exception as error:
@@ -166,6 +391,7 @@ def main(jobs_file: str) -> None:
                 "message": str(error),
                 "trace": traceback.format_exc(),
             }
+        sys.stdout.write(f"{job['name']}: {time.process_time() - begun:.2f} s\n")
         Path(f"{jobs_file}.{os.environ['RANK']}").write_text(json.dumps(results))
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pica.adapters.folders import new_folder
 from pica.errors import AdapterFileError, ConfigError, OutputError
+from pica.tuner.sharding import is_dtensor
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -24,6 +25,7 @@ def save_adapter(
     adapter_name: str = "default",
     *,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Save one adapter, of any PEFT method, into `folder` itself: whole or not at all.
 
@@ -36,16 +38,25 @@ def save_adapter(
         folder: Where to save. A folder that is there must be empty or hold an adapter, which is replaced.
         adapter_name: Which adapter.
         save_embedding_layers: As in PEFT's `save_pretrained`.
+        state_dict: The model's, where its parameters are split between processes: all of them gather it
+            (`accelerator.get_state_dict(model)`), one of them saves.
     Raises:
         ConfigError: the model has no such adapter.
-        AdapterFileError: the adapter holds NaN or infinity.
+        AdapterFileError: the adapter holds NaN or infinity, or is split between processes and was not gathered.
         OutputError: writing failed, or what was written is not what the model holds; the folder is as it was.
     """
     if adapter_name not in model.peft_config:
         raise ConfigError(f"The model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}.")
     target = Path(folder).expanduser()
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers)
+    expected = get_peft_model_state_dict(
+        model, state_dict, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
+    )
     for name, value in expected.items():
+        if is_dtensor(value):
+            raise AdapterFileError(
+                f"{name}: the model is sharded, so this process holds a part of it only and nothing was written to "
+                f"{str(target)!r}; pass state_dict=accelerator.get_state_dict(model), gathered by all processes."
+            )
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise AdapterFileError(
                 f"{name} of adapter {adapter_name!r} holds NaN or infinity, so nothing was written to {str(target)!r}; "
@@ -53,7 +64,10 @@ def save_adapter(
             )
     with new_folder(target, overwrite=True) as partial:
         model.save_pretrained(
-            str(partial), selected_adapters=[adapter_name], save_embedding_layers=save_embedding_layers
+            str(partial),
+            selected_adapters=[adapter_name],
+            save_embedding_layers=save_embedding_layers,
+            state_dict=state_dict,
         )
         inner = partial / adapter_name  # where PEFT puts every adapter but "default"
         if adapter_name != "default":

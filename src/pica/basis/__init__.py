@@ -3,6 +3,11 @@
 from pica.basis._precision import full_precision as full_precision
 from pica.basis._progress import solve_many as solve_many
 from pica.basis._progress import with_progress as with_progress
+from pica.basis._split import Holdings as Holdings
+from pica.basis._split import alone as alone
+from pica.basis._split import process_count as process_count
+from pica.basis._split import process_index as process_index
+from pica.basis._split import wire_device as wire_device
 from pica.basis.cache import cached_solve_basis as cached_solve_basis
 from pica.basis.decomposition import Factorisation as Factorisation
 from pica.basis.decomposition import factorise as factorise
@@ -19,13 +24,18 @@ __all__ = [
     "Basis",
     "BasisRequest",
     "Factorisation",
+    "Holdings",
     "Side",
+    "alone",
     "cached_solve_basis",
     "direction_signs",
     "factorise",
     "full_precision",
     "max_rank",
+    "process_count",
+    "process_index",
     "solve_basis",
     "solve_many",
+    "wire_device",
     "with_progress",
 ]

@@ -1,4 +1,7 @@
-"""Solve the bases of many weights, small ones side by side, with a progress bar when that takes more than a few seconds."""
+"""Solve the bases of many weights, small ones side by side, with a progress bar when that takes more than a few seconds.
+
+In a distributed job the processes share the work; the first one shows the bar.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -16,8 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pica.basis._precision import full_precision
+from pica.basis._split import SWITCH, Holdings, Solved, meet, process_index, share_out
 from pica.basis.cache import cached_solve_basis
 from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
+from pica.errors import BasisError
 
 Result = TypeVar("Result")
 
@@ -29,17 +35,76 @@ QUIET_SECONDS = 3.0
 SIDE_BY_SIDE = 1024
 
 
-def solve_many(requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, Side]]) -> list[Basis]:
+def solve_many(
+    requests: Sequence[BasisRequest],
+    load: Callable[[BasisRequest], tuple[Tensor, Side]],
+    holdings: Holdings | None = None,
+) -> list[Basis]:
     """Basis for each of `requests`, in order, from the cache where they are in it.
+
+    In a distributed job whose processes all ask for the same, each solves its share, and all get the same bits.
 
     Args:
         requests: What to solve; a request's own `side` is used unless it is "auto".
         load: Gives a request's weight (out, in) and the side that "auto" means for it; the weight is released after use.
+        holdings: What is known of the weights, in the order of `requests`; without it nothing is shared out.
 
     Raises:
         BasisError, RankError: as `solve_basis`, for the first layer that fails; nothing is kept then.
     """
-    return with_progress(_solve_each(requests, load), len(requests))
+    if holdings is None or not requests or not meet(repr(list(requests)), holdings):
+        if holdings is not None and not holdings.here:
+            raise BasisError(
+                f"{requests[0].name}: this process has no weights (FSDP's cpu_ram_efficient_loading leaves them to the "
+                f"first one), and the others did not add the same adapter with it. Add it in all processes and leave "
+                f"{SWITCH} alone, or set fsdp_cpu_ram_efficient_loading to false."
+            )
+        return with_progress(_solve_each(requests, load), len(requests))
+
+    def solve(shares: list[list[int]]) -> dict[int, Solved]:
+        mine = shares[process_index()]
+        each = (
+            _solve_in_rounds(requests, load, shares)
+            if holdings.in_parts
+            else _solve_each([requests[i] for i in mine], load)
+        )
+        bases = with_progress(each, len(mine))
+        return {i: Solved((b.projector, b.gains), f"{b.side} {b.solver}") for i, b in zip(mine, bases)}
+
+    found = []
+    for request, solved in zip(requests, share_out(holdings, solve)):
+        side, _, solver = solved.words.partition(" ")
+        projector, gains = solved.tensors
+        found.append(Basis(projector, "out" if side == "out" else "in", gains, request.projection, solver))
+    return found
+
+
+def _solve_in_rounds(
+    requests: Sequence[BasisRequest],
+    load: Callable[[BasisRequest], tuple[Tensor, Side]],
+    shares: list[list[int]],
+) -> Iterator[Basis]:
+    """Bases of this process's share, of weights that all processes have to load together.
+
+    In each round all load one weight for each of them, one after another and in the same order, and keep their own; then
+    all solve at the same time. One whole weight a process is the most that is held.
+    """
+    failure: Exception | None = None
+    for items in zip_longest(*shares):
+        kept: tuple[BasisRequest, Tensor, Side] | None = None
+        for owner, item in enumerate(items):
+            if item is not None:
+                weight, side = load(requests[item])
+                if owner == process_index() and failure is None:
+                    kept = (requests[item], weight, side)
+                del weight
+        if kept is not None:
+            try:
+                yield _solve(*kept)
+            except Exception as error:  # the others still need this process to load theirs
+                failure = error
+    if failure is not None:
+        raise failure
 
 
 def with_progress(results: Iterable[Result], total: int) -> list[Result]:
@@ -52,7 +117,7 @@ def with_progress(results: Iterable[Result], total: int) -> list[Result]:
             done.append(result)
             if bar is not None:
                 bar.update()
-            elif time.monotonic() - started > QUIET_SECONDS and len(done) < total:
+            elif time.monotonic() - started > QUIET_SECONDS and len(done) < total and process_index() == 0:
                 bar = _bar(total, len(done))
     finally:
         if bar is not None:

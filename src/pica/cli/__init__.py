@@ -60,10 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.nullcontext() if cached else _without_cache():
             return _dispatch(arguments)
     except Interrupted as stopped:
-        _say(_how_to_go_on(stopped))
+        if _first_process():
+            _say(_how_to_go_on(stopped))
         return 130
     except KeyboardInterrupt:
-        _say("Interrupted; nothing was left unfinished on disk.")
+        if _first_process():
+            _say("Interrupted; nothing was left unfinished on disk.")
         return 130
     except PicaError as error:
         if debug:
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if disk_is_full(error) and not debug:
             _say(f"error: No room left on the disk ({error}); free some space or choose another place with --output.")
             return 2
+        if _peer_is_gone(error) and not debug:
+            _say("error: Another process of this job has ended; what it said tells why.")
+            return 1
         traceback.print_exc()
         _say("This is a bug; please report it with the lines above and the output of `pica env`.")
         return 1
@@ -96,6 +101,10 @@ def _dispatch(arguments: list[str]) -> int:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         _say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
+        return 2
+    if name not in ("train", "env") and os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
+        if _first_process():
+            _say(f"error: Only pica train runs in several processes; start pica {name} without the launcher.")
         return 2
     module = f"{name}_" if keyword.iskeyword(name) else name
     command = importlib.import_module(f"pica.cli.{module}")
@@ -147,6 +156,17 @@ def _how_to_go_on(stopped: Interrupted) -> str:
             f"Interrupted; finished cells are kept in {str(stopped.folder)!r}; the same command goes on with the rest."
         )
     return f"Interrupted; {where}. Continue with: pica train --resume {stopped.folder}"
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _peer_is_gone(error: Exception) -> bool:
+    """Whether torch's communication failed since the process at the other end is no more."""
+    return "RANK" in os.environ and (
+        any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "by peer" in str(error)
+    )
 
 
 def _say(text: str) -> None:

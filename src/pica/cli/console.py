@@ -1,6 +1,7 @@
 """What a run shows: bars and notes on standard error, results on standard output."""
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ class ConsoleReporter:
     """Shows notes and bars to a person, on standard error."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        others = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=others)
 
     def say(self, text: str) -> None:
         """Print lines that stay."""

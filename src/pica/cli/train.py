@@ -31,6 +31,7 @@ EPILOG = """examples:
 
 The output folder gets adapter/ (for PEFT), recipe.resolved.yaml, metrics.json, predictions-*.jsonl and loss_curve.csv.
 Ctrl-C stops after the current step and leaves a checkpoint.
+In several processes: accelerate launch -m pica train ..., or torchrun; trainer.batch_size is that of each process.
 """
 
 
@@ -61,7 +62,10 @@ def run(arguments: Sequence[str]) -> int:
     else:
         shown.say(f"Recipe {recipe.name}: {recipe.model.path} on {recipe.task.name}, into {default_output(recipe)}")
         result = start(recipe, reporter=shown, overwrite=options["overwrite"])
-    print_result(result)
+    from pica.experiments.distributed import leads
+
+    if leads():
+        print_result(result)
     return 0
 
 

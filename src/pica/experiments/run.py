@@ -1,6 +1,7 @@
 """A whole run: measure the base model, train the adapter, measure again, and hold a baseline beside it.
 
-Each phase's result is noted as soon as it is there, so that an interrupted run goes on where it stopped.
+Each phase's result is noted as soon as it is there, so that an interrupted run goes on where it stopped. In several
+processes all of them train; the first one alone measures, writes and tells the others what was noted.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import peft
 import torch
 
 import pica
+from pica.basis import alone, process_count
 from pica.errors import ConfigError, OutputError, TrainingError
+from pica.experiments import distributed
 from pica.experiments import output as files
 from pica.experiments.adapters import baseline_section, parameter_counts, size_of, title_of
 from pica.experiments.data import load_splits, with_classes
@@ -65,8 +68,11 @@ def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> Run
         PicaError: Something in the user's hands is wrong; if found before training, no folder has been made.
         Interrupted: The user stopped the run; `resume` goes on with it.
     """
+    distributed.join()
     folder = default_output(recipe)
-    files.check_free(folder, overwrite=overwrite)
+    if distributed.leads():
+        files.check_free(folder, overwrite=overwrite)
+    distributed.wait()
     return _guarded(_Run(with_absolute_paths(recipe), folder, reporter, resuming=False))
 
 
@@ -77,6 +83,7 @@ def resume(folder: Path, *, reporter: Reporter) -> RunResult:
         ConfigError: The folder holds no run, or a finished one.
         PicaError, Interrupted: As `start`.
     """
+    distributed.join()
     if not (folder / files.RESOLVED).is_file():
         raise ConfigError(f"{str(folder)!r} holds no {files.RESOLVED}, so there is no run to resume.")
     if (folder / "metrics.json").is_file():
@@ -127,11 +134,12 @@ class _Phases:
     def __getitem__(self, name: str) -> Any:
         return self._results[name]
 
-    def done(self, name: str, result: Any) -> Any:
-        """Note the result of a phase and return it."""
-        self._results[name] = result
-        files.write_json(self._path, self._results)
-        return result
+    def done(self, name: str, make: Callable[[], Any]) -> Any:
+        """Note the result of a phase, which the first process makes, and return it in all of them."""
+        self._results[name] = distributed.in_first(make)
+        if distributed.leads():
+            files.write_json(self._path, self._results)
+        return self._results[name]
 
 
 class _Run:
@@ -159,9 +167,11 @@ class _Run:
         if model is not None:
             self._describe(model, recipe.adapter)
         if not self.begun:
-            files.create(self.folder)
-            files.write_text(self.folder / files.RESOLVED, dump_recipe(recipe))
+            if distributed.leads():
+                files.create(self.folder)
+                files.write_text(self.folder / files.RESOLVED, dump_recipe(recipe))
             self.begun = True
+        distributed.wait()
 
         metrics: dict[str, Any] = {
             "name": recipe.name,
@@ -171,6 +181,7 @@ class _Run:
             "problems": counts,
             "versions": versions(),
             "machine": machine(),
+            **({"processes": process_count()} if process_count() > 1 else {}),
         }
         if recipe.evaluate_base:
             metrics["base"] = self._base(model)
@@ -180,9 +191,10 @@ class _Run:
         if recipe.baseline.method is not None:
             section = baseline_section(recipe.baseline, recipe.adapter)
             metrics["baseline"] = self._fit("baseline", section, recipe.baseline.learning_rates, None)
-        self._write_curves(metrics)
-        files.write_json(self.folder / "metrics.json", metrics)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if distributed.leads():
+            self._write_curves(metrics)
+            files.write_json(self.folder / "metrics.json", metrics)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         return RunResult(self.folder, metrics)
 
     def _adapted(self, section: AdapterSection) -> peft.PeftModel:
@@ -202,12 +214,15 @@ class _Run:
         """Measure the model without an adapter; `model` carries one that can be turned off, if there is a model yet."""
         if "base" in self.phases:
             return self.phases["base"]
+        return self.phases.done("base", lambda: self._measure_base(model))
+
+    def _measure_base(self, model: peft.PeftModel | None) -> dict[str, Any]:
         chosen = self.pipeline.load_base() if model is None or changes_base(self.recipe.adapter) else model
         without = chosen.disable_adapter() if isinstance(chosen, peft.PeftModel) else contextlib.nullcontext()
         with without:
             found = self._evaluate(chosen, "Base model: answering")
         self._report("Base model", found, "predictions-base.jsonl")
-        return self.phases.done("base", found.summary())
+        return found.summary()
 
     def _fit(
         self, name: str, section: AdapterSection, rates: Sequence[float], model: peft.PeftModel | None
@@ -228,7 +243,8 @@ class _Run:
                     if len(rates) == 1:
                         raise
                     logger.warning("Learning rate %g is out: %s", rate, error)
-                    self.phases.done(key, {"learning_rate": rate, "failed": str(error)})
+                    failed = {"learning_rate": rate, "failed": str(error)}
+                    self.phases.done(key, lambda: failed)  # noqa: B023 - called at once
                 model = None
             candidates.append(self.phases[key])
         usable = [candidate for candidate in candidates if "failed" not in candidate]
@@ -246,14 +262,27 @@ class _Run:
                 label = f"{title}, rate {best['learning_rate']:g}, validation problems too"
                 self._try(key, section, best["learning_rate"], self._adapted(section), label, everything=True)
             final = self.phases[key]
+        return self.phases.done(name, lambda: self._measure(name, title, section, key, candidates, best, final))
+
+    def _measure(
+        self,
+        name: str,
+        title: str,
+        section: AdapterSection,
+        key: str,
+        candidates: list[dict[str, Any]],
+        best: dict[str, Any],
+        final: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Measure the adapter of `key` as read back from its file, and put it where it belongs."""
         written = self.checkpoints / key / "adapter"
-        adapted = self.pipeline.read(written)
+        adapted = self._read(written)
         found = self._evaluate(adapted, f"{title}: answering")
         suffix = "adapter" if name == "adapter" else f"baseline-{section.method}"
         self._report(title, found, f"predictions-{suffix}.jsonl")
         with files.atomic_folder(self.folder / name) as partial:
             shutil.copytree(written, partial, dirs_exist_ok=True)
-        result = {
+        return {
             "method": section.method,
             "title": title,
             **size_of(section),
@@ -264,7 +293,10 @@ class _Run:
             "candidates": candidates,
             **({"refit": True} if final is not best else {}),
         }
-        return self.phases.done(name, result)
+
+    def _read(self, adapter: Path) -> peft.PeftModel:
+        with alone():  # the other processes are waiting
+            return self.pipeline.read(adapter)
 
     def _try(
         self,
@@ -278,6 +310,7 @@ class _Run:
     ) -> None:
         """One full training; with `everything` on the validation problems too, which then measure nothing."""
         place = self.checkpoints / key
+        whole = parameter_counts(model)
         training = train(
             model,
             self.pipeline,
@@ -290,17 +323,22 @@ class _Run:
             label=label,
         )
         measures = self.splits.validation and not everything
-        found = self.pipeline.held_out(model, self.splits.validation) if measures else None
-        result = {
-            "learning_rate": rate,
-            "validation_loss": found.loss if found else None,
-            "validation_score": found.score if found else None,
-            "parameters": parameter_counts(model),
-            "training": dataclasses.asdict(training),
-        }
+
+        def result() -> dict[str, Any]:
+            trained = self._read(place / "adapter").to(device()) if measures and training.sharded else model
+            found = self.pipeline.held_out(trained, self.splits.validation) if measures else None
+            return {
+                "learning_rate": rate,
+                "validation_loss": found.loss if found else None,
+                "validation_score": found.score if found else None,
+                "parameters": whole if training.sharded else parameter_counts(model),
+                "training": dataclasses.asdict(training),
+            }
+
         self.phases.done(key, result)
-        for checkpoint in place.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        if distributed.leads():
+            for checkpoint in place.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _evaluate(self, model: Any, label: str) -> Evaluation:
         return self.pipeline.evaluate(model.to(device()), self.splits.test, reporter=self.reporter, label=label)

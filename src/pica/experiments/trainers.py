@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from trl import SFTConfig, SFTTrainer
 
 from pica.errors import TrainingError
+from pica.experiments.distributed import in_any
 from pica.experiments.models import device
 from pica.experiments.output import translated_write_errors
 from pica.experiments.recipe import TrainerSection
@@ -23,7 +24,7 @@ class Guards:
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if not math.isfinite(loss.item()):  # the parent has already waited for the device
+        if in_any(not math.isfinite(loss.item())):  # the parent has already waited for the device
             raise TrainingError(
                 f"The loss became {loss.item()} in step {self.state.global_step + 1}; nothing more was written. "  # pyright: ignore[reportAttributeAccessIssue]
                 f"Lower trainer.learning_rate (now {self.args.learning_rate:g}) or check the model's weights."  # pyright: ignore[reportAttributeAccessIssue]

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import peft
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from pica.adapters import saving
+from pica.basis import process_count
 from pica.errors import TrainingError
 from pica.experiments.allocation import RankAllocation
+from pica.experiments.distributed import in_any, leads, wait
 from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
 from pica.experiments.recipe import TrainerSection
@@ -38,6 +41,7 @@ class Training:
         step_seconds: Median time of a step, the first two left out; None for fewer than three steps.
         peak_memory: Highest memory use in MiB, see `PeakMemory`.
         curve: Points with step, epoch, loss, learning_rate, grad_norm.
+        sharded: Whether the model was left split between processes, so that none can use it alone.
     """
 
     steps: int
@@ -45,6 +49,7 @@ class Training:
     step_seconds: float | None
     peak_memory: dict[str, float]
     curve: list[dict[str, float]]
+    sharded: bool = False
 
 
 def train(
@@ -101,27 +106,56 @@ def train(
             step_seconds=round(statistics.median(watcher.times[2:]), 5) if len(watcher.times) > 2 else None,
             peak_memory=memory.read(),
             curve=_curve(trainer.state.log_history),
+            sharded=is_sharded(trainer),
         )
-        save_adapter(model, adapter)
+        save_adapter(model, adapter, state=_gathered(trainer))
     if stop.made:  # the signal came with the last step: this training is complete, the run is not
         raise KeyboardInterrupt
     return measured
 
 
-def save_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Write a finite adapter, whole or not at all.
+def save_adapter(model: peft.PeftModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a finite adapter, whole or not at all; of several processes the first one does.
 
+    Args:
+        model: The trained model.
+        folder: Where to write.
+        state: The model's state dict where its parameters are split between processes.
     Raises:
         TrainingError: A trained parameter is not finite.
         OutputError: Writing failed.
     """
+    wrong = next((name for name, values in _trained(model) if not torch.isfinite(values).all()), None)
+    if in_any(wrong is not None):
+        raise TrainingError(
+            f"Parameter {wrong or 'of another process'} is not finite after training, so no adapter was written; lower the "
+            "learning rate."
+        )
+    if leads():
+        # Embeddings are only ever trained through modules_to_save; "auto" would ask the hub about the base model.
+        saving.save_adapter(model, folder, save_embedding_layers=False, state_dict=state)
+    wait()
+
+
+def _trained(model: peft.PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, values) of the trained parameters, of split ones this process's part."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise TrainingError(
-                f"Parameter {name} is not finite after training, so no adapter was written; lower the learning rate."
-            )
-    # Embeddings are only ever trained through modules_to_save; "auto" would ask the hub about the base model.
-    saving.save_adapter(model, folder, save_embedding_layers=False)
+        if parameter.requires_grad:
+            values: Any = parameter.detach()
+            yield name, values.to_local() if hasattr(values, "to_local") else values
+
+
+def _gathered(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """The model's whole state in the first process, where FSDP or DeepSpeed has split it; None where nothing has."""
+    if not is_sharded(trainer):
+        return None
+    wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
+    return trainer.accelerator.get_state_dict(wrapped)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the trained model's parameters are split between processes."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -159,6 +193,8 @@ class _Watcher(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.append(self._clock() - self._begun)
         self.advance(1, self._note)
+        if in_any(self.stop.made):  # a signal reaches the processes at different steps
+            self.stop.made = True
         if self.stop.made and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
@@ -179,7 +215,7 @@ def _no_bar(count: int = 1, note: str = "") -> None: ...
 def _total_steps(section: TrainerSection, rows: int) -> int:
     if section.max_steps:
         return section.max_steps
-    batches = math.ceil(rows / section.batch_size)
+    batches = math.ceil(rows / section.batch_size / process_count())
     return max(1, math.ceil(section.epochs * math.ceil(batches / section.accumulation)))
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pica.basis import Factorisation, factorise, with_progress
+from pica.errors import ConfigError
 from pica.svft.config import SvftConfig
 from pica.svft.layer import Entries, SvftLinear, add_positions, choose_positions
 from pica.svft.pattern import affinity
 from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.plan import target_layers
 from pica.tuner.roles import Group, Member, plan_groups
+from pica.tuner.sharding import check_placement, loads_in_one_process
 
 if TYPE_CHECKING:
     from pica.svft.model import SvftModel
@@ -33,12 +35,18 @@ class SvftPlan:
     """
 
     def __init__(self, tuner: SvftModel, config: SvftConfig) -> None:
+        if loads_in_one_process():
+            raise ConfigError(
+                "SVFT: FSDP loads the base model in the first process only, and singular vectors are not sent to the "
+                "others; set fsdp_cpu_ram_efficient_loading to false."
+            )
         found = {plain_name(path): module for path, module in target_layers(tuner, config, SvftLinear)}
         # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
         self._layers = {
             path: module if isinstance(module, SvftLinear) else SvftLinear(module, PicaBank(), path)
             for path, module in found.items()
         }
+        check_placement(tuner.model, {path: layer.raw_weight() for path, layer in self._layers.items()})
         members = [Member(path, layer.width, layer.in_features, layer.width) for path, layer in self._layers.items()]
         self.groups: dict[str, Group] = {}
         self.entries: dict[str, Entries] = {}

@@ -17,6 +17,7 @@ from pica.errors import AdapterFileError, BasisError
 from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
+from pica.tuner.sharding import in_parts, whole
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -124,12 +125,23 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     # ---- the frozen weight -------------------------------------------------------------------------------------
 
     def frozen_weight(self) -> Tensor:
-        """W as it was trained, (out, in): dequantised where needed, without what was merged into it."""
-        weight = self._unmerged_weight if self._unmerged_weight is not None else self.get_base_weight().detach()
+        """W as it was trained, (out, in): dequantised and gathered where needed, without what was merged into it.
+
+        Raises:
+            BasisError: The weight is on the meta device, or only a part of it is in this process.
+        """
+        weight = self._unmerged_weight
+        if (
+            weight is None
+        ):  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
+            raw = self.raw_weight()
+            weight = raw if in_parts(raw) else self.get_base_weight()
+        weight = whole(weight, self.in_features * self.out_features, self.pica_name)
         device, _ = self.compute_device_and_dtype()
         if weight.is_meta:
             raise BasisError(
-                f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first."
+                f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first "
+                "(under FSDP: set fsdp_cpu_ram_efficient_loading to false)."
             )
         weight = weight.to(device)
         if self.kernel_dims:
@@ -144,8 +156,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def is_deferred(self) -> bool:
         """Whether the base weights are on the meta device, so that a basis has to wait for them."""
+        return self.raw_weight().is_meta and self._unmerged_weight is None
+
+    def raw_weight(self) -> Tensor:
+        """What the base layer holds as its weight: maybe quantised, or this process's part; empty if it has no such name."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        return isinstance(weight, Tensor) and weight.is_meta and self._unmerged_weight is None
+        return weight if isinstance(weight, Tensor) else torch.empty(0)
 
     # ---- merging -----------------------------------------------------------------------------------------------
 
@@ -168,6 +184,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: with `safe_merge`, a merged weight would not be finite; nothing is changed then.
+            ValueError: the weight is split between processes.
             TypeError: the base layer's quantisation cannot be written to.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.pica_group]
@@ -177,6 +194,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"{self.pica_name}: a {self.quantization_backend.backend_name} layer cannot be merged into. "
                 "Merge into an unquantised copy of the base model instead."
+            )
+        if in_parts(self.raw_weight()):
+            raise ValueError(
+                f"{self.pica_name}: its weight is split between processes, so nothing can be merged into it. Save the "
+                "adapter and merge in one process (pica merge)."
             )
         current = self.get_base_weight().detach()
         original = self._unmerged_weight if self._unmerged_weight is not None else current

@@ -37,6 +37,7 @@ class AdapterSlot(nn.ParameterDict):
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
         taken_here: Whether the fingerprint was taken of the layers' bases as they are, and not read from a file.
         unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
+        shapes: Of each matrix as a whole: a sharding framework may leave less of it in this process.
         checks: For each further buffer, what says what is wrong with its value; a function that can be pickled.
     """
 
@@ -48,6 +49,7 @@ class AdapterSlot(nn.ParameterDict):
         self.layers: dict[str, AdaptedLinear] = {}
         self.taken_here = False
         self.unverified = False
+        self.shapes: dict[str, torch.Size] = {}
         self.checks: dict[str, Callable[[torch.Tensor], str | None]] = {}
 
     def add_buffer(
@@ -68,6 +70,14 @@ class AdapterSlot(nn.ParameterDict):
 
     def set_fingerprint(self, fingerprint: torch.Tensor, *, taken_here: bool = True) -> None:
         self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
+
+    def keep_fingerprint_aside(self) -> None:
+        """Leave the fingerprint out of state dicts; saving an adapter adds it anyway.
+
+        Accelerate, when it sends the weights of the first process to the others for FSDP, takes every entry of a state
+        dict for a sharded parameter and fails at a buffer.
+        """
+        self._non_persistent_buffers_set.add("fingerprint")
 
     def has_fingerprint(self) -> bool:
         """Whether there is one, and not only room for it."""
@@ -123,6 +133,7 @@ class PicaBank(nn.ModuleDict):
             self[adapter_name] = AdapterSlot()
         if group not in self.matrices(adapter_name):
             self.matrices(adapter_name)[group] = nn.Parameter(matrix)
+            self.matrices(adapter_name).shapes[group] = matrix.shape
             self._activated = None
 
 

@@ -22,6 +22,7 @@ from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
 from pica.tuner.roles import Group
+from pica.tuner.sharding import from_first_process, loads_in_one_process
 from pica.tuner.state import remap_state, select_state, withdraw
 from pica.tuner.targets import (
     check_further_modules,
@@ -124,8 +125,14 @@ class BankedModel(BaseTuner):
             if loaded and not brings_basis:
                 # the trained one comes with the weights
                 slot.set_fingerprint(room_for_fingerprint(slot, adapter_name), taken_here=False)
-            elif not brings_basis and (fingerprint := new_fingerprint(bank, slot, adapter_name)) is not None:
-                slot.set_fingerprint(fingerprint)
+            elif not brings_basis:
+                fingerprint = new_fingerprint(bank, slot, adapter_name)
+                if loads_in_one_process():
+                    room = room_for_fingerprint(slot, adapter_name)
+                    fingerprint = from_first_process(room if fingerprint is None else fingerprint)
+                    slot.keep_fingerprint_aside()
+                if fingerprint is not None:
+                    slot.set_fingerprint(fingerprint)
             slot.unverified = loaded
             bank.refresh_unverified()  # until its weights arrive, with the fingerprint that they were trained with
 

@@ -14,6 +14,7 @@ from pica.tuner.adapted import features_of as features_of
 from pica.tuner.adapted import verify_loaded as verify_loaded
 from pica.tuner.bank import PicaBank
 from pica.tuner.mixed import MixedBatch
+from pica.tuner.sharding import whole
 from pica.tuner.update import add_product, coordinates, delta_weight
 
 # A bias this many times larger than the layer's response to a unit input drowns that response when the output is
@@ -67,6 +68,8 @@ class PicaLinear(AdaptedLinear):
     def install_basis(self, projection: str, basis: Basis) -> None:
         """Make `basis` the one that adapters of `projection` use, in the layer's compute dtype on its device."""
         device, dtype = self.compute_device_and_dtype()
+        if device.type == "meta":  # another process solved it, and this one is still to receive its weights
+            device = torch.device("cpu")
         # The projector is derived from the base weight, so no state dict holds it; `save_basis` stores it on request.
         self.register_buffer(buffer_name(projection), basis.projector.to(device=device, dtype=dtype), persistent=False)
         self._made[projection] = (basis.side, basis.solver)
@@ -173,6 +176,7 @@ class PicaLinear(AdaptedLinear):
         bias = getattr(self.get_base_layer(), "bias", None)
         if bias is None or bias.is_meta:
             return "out"
+        bias = whole(bias, self.out_features, self.pica_name)
         response = (
             torch.linalg.vector_norm(weight, dtype=torch.float64) / weight.shape[0] ** 0.5
         )  # rms |W x| over outputs, |x| = 1

@@ -111,18 +111,29 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
 
 
 def establish_meaning(
-    bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Tensor, base_name: str | None
+    bank: PicaBank,
+    slot: AdapterSlot,
+    adapter_name: str,
+    fingerprint: Tensor,
+    base_name: str | None,
+    *,
+    new_bases: bool = False,
 ) -> None:
     """Make the layers' bases the ones that the adapter was trained with, or refuse.
 
     Other signs and rotations among equal singular values are put right; a deviation such as rounding of the weights
     gives is accepted with a warning.
 
+    Args:
+        bank, slot, adapter_name: Where the adapter is.
+        fingerprint: Of the bases that it was trained with.
+        base_name: The base model that it was trained on, for messages.
+        new_bases: Whether the layers have just been given other bases, those of the adapter's file.
     Raises:
         BasisMismatchError: a basis is another one; nothing has been changed then.
         AdapterFileError: the fingerprint is damaged or is of other layers.
     """
-    if _known(bank, slot, adapter_name, fingerprint):
+    if (not new_bases and _has_already(slot, fingerprint)) or _known(bank, slot, adapter_name, fingerprint):
         slot.set_fingerprint(fingerprint, taken_here=False)
         slot.unverified = False
         return
@@ -163,6 +174,12 @@ def _siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[
             continue
         if all(layer.same_basis(adapter_name, name) for layer in layers):
             yield name, other
+
+
+def _has_already(slot: AdapterSlot, fingerprint: Tensor) -> bool:
+    """Whether it is the adapter's own, as when a training goes on from its checkpoint (with weights sharded by then)."""
+    own = slot.fingerprint
+    return not slot.unverified and slot.has_fingerprint() and torch.equal(cast(Tensor, own).cpu(), fingerprint.cpu())
 
 
 def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Tensor) -> bool:

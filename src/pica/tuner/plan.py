@@ -18,6 +18,7 @@ from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear, features_of, projection_key
 from pica.tuner.roles import Group, Member, plan_groups
+from pica.tuner.sharding import check_placement, describe, loads_in_one_process
 from pica.tuner.targets import refusal
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Plan:
             self.groups.update({m.path: group for m in group.members})
         self.requests = {m.path: self._request(m, config) for m in members}
         # A saved adapter that brings its basis needs none solved; should its file never be read, the layers solve later.
-        self.bases = self._solve(layers, stored=config.save_basis and config.basis_format is not None)
+        self.bases = self._solve(tuner.model, layers, stored=config.save_basis and config.basis_format is not None)
 
     def attach(self, layer: PicaLinear, adapter_name: str) -> None:
         """Give a layer the adapter that was planned for it."""
@@ -70,23 +71,29 @@ class Plan:
     def _request(member: Member, config: PicaConfig) -> BasisRequest:
         return BasisRequest(member.path, member.rank, config.projection, "auto", config.projection_seed)
 
-    def _solve(self, layers: dict[str, nn.Module], stored: bool) -> dict[str, Basis]:
+    def _solve(self, root: nn.Module, layers: dict[str, nn.Module], stored: bool) -> dict[str, Basis]:
         # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
         wrapped = {
             path: module if isinstance(module, PicaLinear) else PicaLinear(module, PicaBank(), path)
             for path, module in layers.items()
         }
+        raw = {path: layer.raw_weight() for path, layer in wrapped.items()}
+        check_placement(root, raw)
+        await_others = loads_in_one_process()  # whose bases this one receives, though its weights are not here yet
         needed = [
             request
             for path, request in self.requests.items()
-            if not stored and not wrapped[path].is_deferred() and _lacks_basis(wrapped[path], request)
+            if not stored and (await_others or not wrapped[path].is_deferred()) and _lacks_basis(wrapped[path], request)
         ]
+        names = [request.name for request in needed]
+        shapes = {n: (wrapped[n].out_features, wrapped[n].in_features) for n in names}
+        holdings = describe({n: raw[n] for n in names}, shapes)
 
         def load(request: BasisRequest) -> tuple[Tensor, Side]:
             weight = wrapped[request.name].frozen_weight()
             return weight, wrapped[request.name].preferred_side(weight)
 
-        solved = dict(zip((r.name for r in needed), solve_many(needed, load)))
+        solved = dict(zip(names, solve_many(needed, load, holdings)))
         short = [n for n, b in solved.items() if b.rank < self.requests[n].rank]
         if short:
             more = f" and {len(short) - 1} more" if len(short) > 1 else ""

@@ -9,9 +9,11 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from pica.basis import process_index
 from pica.errors import AdapterFileError
 from pica.tuner.bank import BANK_NAMES, AdapterSlot, PicaBank, find_banks, plain_name
 from pica.tuner.meaning import BASIS_MARK, establish_meaning, install_stored_bases, stored_bases, take_fingerprint
+from pica.tuner.sharding import placed_like
 
 FINGERPRINT = "fingerprint"
 
@@ -23,10 +25,15 @@ def _slots(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, Ada
 def select_state(
     model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Entries of `state_dict` that are the adapter's, its fingerprint, and with `save_basis` its projectors."""
+    """Entries of `state_dict` that are the adapter's, its fingerprint, and with `save_basis` its projectors.
+
+    Raises:
+        AdapterFileError: A matrix is not whole, or is missing, since the model is sharded and nobody has gathered it.
+    """
     selected: dict[str, Tensor] = {}
     for bank_name, _, slot in _slots(model, adapter_name):
         prefix = f"{bank_name}.{adapter_name}."
+        _check_gathered(slot, {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
         selected.update({plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)})
         plain = plain_name(prefix.rstrip(".")) + "."
         if not slot.has_fingerprint() and (taken := take_fingerprint(slot, adapter_name)) is not None:
@@ -36,6 +43,21 @@ def select_state(
         if getattr(config, "save_basis", False) and slot.has_fingerprint():
             selected.update({f"{plain}{k}": v for k, v in stored_bases(slot, adapter_name).items()})
     return selected
+
+
+def _check_gathered(slot: AdapterSlot, entries: dict[str, Tensor]) -> None:
+    """Refuse to take an adapter from a state dict that holds parts of its matrices, or none of them."""
+    short = [group for group, shape in slot.shapes.items() if group in entries and entries[group].shape != shape]
+    if not short and process_index() == 0:  # where states are gathered in the first process, the others have none
+        short = [group for group in slot.shapes if group not in entries]
+    if short:
+        have = entries[short[0]].numel() if short[0] in entries else 0
+        raise AdapterFileError(
+            f"{short[0]}: {have} of its {slot.shapes[short[0]].numel()} numbers are here, since the model is sharded, so a "
+            "file would be of no use. Save by Trainer.save_model(), or by save_pretrained(state_dict=...) with what "
+            "accelerator.get_state_dict(model) gives in all processes (ZeRO-3 needs "
+            "stage3_gather_16bit_weights_on_model_save)."
+        )
 
 
 def remap_state(
@@ -66,9 +88,11 @@ def remap_state(
             )
         if bases:
             install_stored_bases(slot, adapter_name, bases)
-        establish_meaning(bank, slot, adapter_name, fingerprint, getattr(config, "base_model_name_or_path", None))
+        base_name = getattr(config, "base_model_name_or_path", None)
+        establish_meaning(bank, slot, adapter_name, fingerprint, base_name, new_bases=bool(bases))
         bank.refresh_unverified()
         prefix = f"{bank_name}.{adapter_name}."
+        entries = {group: placed_like(value, slot[group]) for group, value in entries.items()}
         renamed.update({f"{prefix}{k}": v for k, v in {**entries, **buffers}.items()})
         renamed[f"{prefix}{FINGERPRINT}"] = fingerprint
     marks = "|".join(BANK_NAMES)
@@ -83,8 +107,9 @@ def _check_matrices(slot: AdapterSlot, entries: dict[str, Tensor], bank: str) ->
         value = entries.get(group)
         if value is None:
             problems.append(f"{bank}.{group} is missing")
-        elif value.shape != matrix.shape:
-            problems.append(f"{bank}.{group} has shape {tuple(value.shape)} where {tuple(matrix.shape)} is expected")
+        elif value.shape != slot.shapes.get(group, matrix.shape):
+            expected = tuple(slot.shapes.get(group, matrix.shape))
+            problems.append(f"{bank}.{group} has shape {tuple(value.shape)} where {expected} is expected")
         elif not value.is_floating_point():
             problems.append(f"{bank}.{group} has dtype {value.dtype}, not a float one")
         elif not value.is_meta and not torch.isfinite(value).all():
