@@ -36,7 +36,7 @@ class SvftPlan:
         found = {plain_name(path): module for path, module in target_layers(tuner, config, SvftLinear)}
         # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
         self._layers = {
-            path: module if isinstance(module, SvftLinear) else SvftLinear(module, PicaBank(), path)
+            path: module if isinstance(module, SvftLinear) else SvftLinear(module, PicaBank(), path, tuner.model)
             for path, module in found.items()
         }
         members = [Member(path, layer.width, layer.in_features, layer.width) for path, layer in self._layers.items()]
