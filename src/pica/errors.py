@@ -17,6 +17,10 @@ class TargetError(PicaError, ValueError):
     """An entry of `target_modules` matches no layer of the model."""
 
 
+class QuantisationError(PicaError, TypeError):
+    """A base layer is quantised in a way that cannot do what was asked, such as being merged into."""
+
+
 class RankError(PicaError, ValueError):
     """A rank is outside what a layer allows."""
 

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 import pica
+from pica.basis.checkpoint import renaming
 from pica.errors import AdapterFileError, ConfigError
-from pica.experiments.weights import TunedAdapter, TunedFolder, linear_weights, open_folder, renaming
+from pica.experiments.weights import TunedAdapter, TunedFolder, linear_weights, open_folder
 
 NAMES = ["q_proj", "v_proj", "down_proj"]
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {

@@ -15,6 +15,7 @@ from pica.errors import AdapterFileError, ConfigError
 from pica.svft.config import SvftConfig
 from pica.tuner.base_config import BankedConfig
 from pica.tuner.config import PicaConfig
+from pica.tuner.quantised import tensors_of_states
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -98,5 +99,6 @@ def share_tensors(model: nn.Module) -> nn.Module:
 
     What is done to the copy's modules (wrapping, unwrapping, evaluation mode) leaves `model` alone, at no memory.
     """
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    beside = tensors_of_states(model)
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *beside)}
     return copy.deepcopy(model, memo)

@@ -30,7 +30,7 @@ LIMIT_SHARE = 0.02  # of the shared matrices' bytes in float32; the larger of th
 
 HEADER = struct.Struct("<4sBBBBI")  # magic, version, mode, probes a direction, zero, layers
 MOST_GAIN = 65504.0  # the largest float16
-LAYER = struct.Struct("<8sIIHHBBBBf4e")  # path hash, out, in, rank, usable, dtype, solver, projection, zero, gains
+LAYER = struct.Struct("<8sIIHHBBBBf4e")  # path hash, out, in, rank, usable, dtype, solver, projection, origin, gains
 NARROW_PROBES = 16  # narrow mode keeps, of this many, the probe that a direction shows most strongly in
 NARROW_STEP = 0.04
 WIDE_STEP = 1 / 4096
@@ -39,6 +39,21 @@ GAIN_SAMPLES = 4
 DTYPES = ("float64", "float32", "bfloat16", "float16", "other")
 SOLVERS = ("eigh", "subset eigh", "svd", "qr", "zero weight", "file", "other")
 PROJECTION_CODES = ("principal", "minor", "random")
+ORIGINS = (
+    "",
+    "a named checkpoint",
+    "bnb int8",
+    "bnb nf4",
+    "bnb fp4",
+    "torchao",
+    "hqq",
+    "gptq",
+    "awq",
+    "aqlm",
+    "eetq",
+    "another quantisation",
+)
+"""Whose weights a basis is of: "" the base model's own, unquantised; those of a named checkpoint; or dequantised ones."""
 
 Mode = Literal["narrow", "wide"]
 
@@ -52,6 +67,7 @@ class LayerPrint:
         rank: Directions that the adapter asked for.
         usable: Directions that the weight had.
         dtype, solver, projection: How the basis was made.
+        origin: Of which weights, one of `ORIGINS`.
         gain: |W p_1|; 0 where there is no direction.
         samples: |W p_i| / |W p_1| at the directions of `sample_rows`, (4,).
         choice: Probe index of each direction, (usable, k); in wide mode simply 0..k-1.
@@ -69,6 +85,7 @@ class LayerPrint:
     samples: np.ndarray
     choice: np.ndarray
     values: np.ndarray
+    origin: str = ""
 
 
 def splitmix64(index: np.ndarray) -> np.ndarray:
@@ -148,6 +165,7 @@ def take_print(
     solver: str,
     mode: Mode,
     probes: int,
+    origin: str = "",
 ) -> LayerPrint:
     """Fingerprint of one layer from its projector (rows beyond `rank` are ignored) and its weight (out, in)."""
     projector = projector[:rank]
@@ -175,6 +193,7 @@ def take_print(
         samples,
         choice,
         values,
+        origin if origin in ORIGINS else ORIGINS[-1],
     )
 
 
@@ -183,9 +202,10 @@ def encode(prints: Mapping[str, LayerPrint], mode: Mode, probes: int) -> bytes:
     parts = [HEADER.pack(MAGIC, FORMAT_VERSION, mode == "wide", probes, 0, len(prints))]
     for path in sorted(prints, key=path_hash):
         p = prints[path]
-        codes = (DTYPES.index(p.dtype), SOLVERS.index(p.solver), PROJECTION_CODES.index(p.projection), 0)
+        codes = (DTYPES.index(p.dtype), SOLVERS.index(p.solver), PROJECTION_CODES.index(p.projection))
         gains = (min(p.gain, 3.0e38), *(float(s) for s in p.samples))
-        parts.append(LAYER.pack(path_hash(path), p.out_features, p.in_features, p.rank, p.usable, *codes, *gains))
+        shape = (p.out_features, p.in_features, p.rank, p.usable)
+        parts.append(LAYER.pack(path_hash(path), *shape, *codes, ORIGINS.index(p.origin), *gains))
         parts.append(_pack_wide(p, probes) if mode == "wide" else _pack_narrow(p))
     return b"".join(parts)
 
@@ -232,7 +252,7 @@ def decode(data: bytes) -> tuple[dict[bytes, LayerPrint], Mode, int]:
         prints: dict[bytes, LayerPrint] = {}
         at = HEADER.size
         for _ in range(count):
-            key, out, inn, rank, usable, dtype, solver, projection, _, gain, *samples = LAYER.unpack_from(data, at)
+            key, out, inn, rank, usable, dtype, solver, projection, origin, gain, *samples = LAYER.unpack_from(data, at)
             at += LAYER.size
             length = rank * probes * 2 if mode == "wide" else (rank + rank % 2) // 2 * 3
             block = data[at : at + length]
@@ -252,6 +272,7 @@ def decode(data: bytes) -> tuple[dict[bytes, LayerPrint], Mode, int]:
                 np.asarray(samples, dtype=np.float64),
                 choice,
                 values,
+                ORIGINS[min(origin, len(ORIGINS) - 1)],
             )
         if at != len(data):
             raise AdapterFileError("The adapter's basis fingerprint is damaged (bytes follow its end).")

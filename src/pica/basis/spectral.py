@@ -71,13 +71,18 @@ class Basis:
 
 @dataclass(frozen=True)
 class BasisRequest:
-    """What is wanted of one weight; the arguments of `solve_basis` as a value."""
+    """What is wanted of one weight; the arguments of `solve_basis` as a value.
+
+    `checkpoint` and `tensor` name the weight where it is not the layer's own: see `pica.basis.checkpoint`.
+    """
 
     name: str
     rank: int
     projection: str = "principal"
     side: Literal["auto", "in", "out"] = "auto"
     seed: int = 0
+    checkpoint: str | None = None
+    tensor: str = ""
 
 
 def max_rank(out_features: int, in_features: int, projection: str = "principal") -> int:

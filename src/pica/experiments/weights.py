@@ -6,69 +6,18 @@ An adapter is put on a skeleton whose weights are mapped from the base model's f
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pica.adapters.base_model import _model_class
+from pica.basis.checkpoint import WeightFolder, renaming
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.models import locate
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor is, and what it is: its file, shape and dtype as safetensors writes it ("F32", "BF16", ...)."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class WeightFolder:
-    """A model folder (one file or sharded) as an index of its tensors.
-
-    Attributes:
-        path: The folder.
-        entries: Tensors by name, in the order of the files.
-        config: The model's config.json; empty where there is none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Read the headers of all files.
-
-        Raises:
-            ConfigError: The folder holds no safetensors model, or a file of it is missing or damaged.
-        """
-        self.path = path
-        self.entries: dict[str, Entry] = {}
-        for file in _files(path):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - no mapping
-                        part = opened.get_slice(name)
-                        self.entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(f"{str(file)!r} cannot be read as safetensors: {error}.") from error
-        self.config: dict[str, Any] = {}
-        if (path / "config.json").is_file():
-            try:
-                self.config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{str(path / 'config.json')!r} cannot be read: {error}.") from error
-
-    def load(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype. Its file is mapped, and unmapped once the tensor is gone."""
-        entry = self.entries[name]
-        with safe_open(entry.file, framework="pt") as opened:
-            return opened.get_tensor(name)
 
 
 def fetch(path: str) -> Path:
@@ -106,25 +55,6 @@ def open_folder(path: str) -> WeightFolder:
     return WeightFolder(folder)
 
 
-def _files(path: Path) -> list[Path]:
-    if (path / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{str(path / INDEX)!r} cannot be read: {error}.") from error
-        files = [path / Path(name).name for name in names]  # a shard lies beside its index, never elsewhere
-    else:
-        files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            f"Model folder {str(path)!r} holds no safetensors file; load it with transformers and write it again with "
-            "save_pretrained."
-        )
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ConfigError(f"Model folder {str(path)!r} lacks {missing[0]}, which its index names.")
-    return files
-
-
 def skeleton(folder: WeightFolder, model_class: type | None = None) -> nn.Module | None:
     """The model's modules on the meta device, without weights; None where transformers cannot build it.
 
@@ -145,20 +75,6 @@ def skeleton(folder: WeightFolder, model_class: type | None = None) -> nn.Module
             return build(config)
     except Exception:  # whatever an architecture's own code raises: what is left is to go by names
         return None
-
-
-def renaming(names: Collection[str], others: Collection[str]) -> Callable[[str], str]:
-    """What a tensor or module of one model is called in the other.
-
-    A model saved with a head carries its body's prefix ("bert.encoder..."), and one saved without does not. Of all
-    first components the one is taken that, put before our names or taken off them, makes most names agree.
-    """
-    there = set(others)
-    put = {""} | {other.partition(".")[0] + "." for other in there if "." in other}
-    take = {name.partition(".")[0] + "." for name in names if "." in name}
-    candidates = [("", prefix) for prefix in sorted(put)] + [(prefix, "") for prefix in sorted(take)]
-    off, on = max(candidates, key=lambda pair: len({pair[1] + n.removeprefix(pair[0]) for n in names} & there))
-    return lambda name: on + name.removeprefix(off)
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ class SvftLinear(AdaptedLinear):
     # plain dicts keyed by adapter name: PEFT's delete_adapter and name listing look into them
     other_param_names = ("pica_group", "svft_entries", "svft_basis")
 
-    def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str) -> None:
-        super().__init__(base_layer, bank, name)
+    def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str, root: nn.Module | None = None) -> None:
+        super().__init__(base_layer, bank, name, root)
         self.svft_entries: dict[str, Entries] = {}
         self.svft_basis: dict[str, str] = {}
         self._usable: dict[str, int] = {}  # of each basis, the directions with a singular value above rounding
@@ -158,6 +158,7 @@ class SvftLinear(AdaptedLinear):
             solver="svd",
             mode=mode,
             probes=probes,
+            origin=self.quantised_as,
         )
 
     def align_print(self, adapter_name: str, trained: LayerPrint, mode: Mode) -> Alignment:

@@ -43,7 +43,7 @@ class SvftPlan:
         found = {plain_name(path): module for path, module in target_layers(tuner, config, SvftLinear)}
         # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
         self._layers = {
-            path: module if isinstance(module, SvftLinear) else SvftLinear(module, PicaBank(), path)
+            path: module if isinstance(module, SvftLinear) else SvftLinear(module, PicaBank(), path, tuner.model)
             for path, module in found.items()
         }
         check_placement(tuner.model, {path: layer.raw_weight() for path, layer in self._layers.items()})

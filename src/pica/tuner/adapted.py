@@ -8,16 +8,16 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
-from pica.errors import AdapterFileError, BasisError
+from pica.errors import AdapterFileError, BasisError, QuantisationError
 from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
 from pica.tuner.sharding import in_parts, whole
+from pica.tuner.quantised import KeptLayer, backend_of, dequantised, kind_of, requantise, rounds_its_input
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -30,17 +30,21 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     method: ClassVar[str] = ""  # for messages
     mismatch_remedy: ClassVar[str] = ""  # one more way out of a basis mismatch, where the method has one
 
-    def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str, root: nn.Module | None = None) -> None:
+        """Wrap a base layer of the base model `root`, which is asked about quantisation only and not kept."""
         super().__init__()
         self.base_layer = base_layer
         self._bank = (bank,)  # in a tuple, so that it is not registered a second time
         self.pica_name = name
         self.pica_group: dict[str, str] = {}
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged_weight: Tensor | None = None  # W before the first merge
+        self._kept: KeptLayer | None = None  # the same of a quantised layer
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
-        self.quantization_backend = resolve_quantization_backend(base_layer)
+        self.quantization_backend = backend_of(base_layer, root)
+        self.quantised_as = kind_of(base_layer, self.quantization_backend)
+        self._float_dtype = None if self.quantization_backend is None else _float_dtype(root)
         self.in_features, self.out_features = features_of(base_layer)
         self.is_transposed = isinstance(base_layer, Conv1D)
         # trailing dimensions of its weight, each of size 1: (out, in, 1, 1) of a Conv2d
@@ -63,6 +67,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     @abstractmethod
     def align_print(self, adapter_name: str, trained: LayerPrint, mode: Mode) -> Alignment:
         """How that basis lies to the one that `trained` was taken of; changes nothing."""
+
+    def basis_origin(self, adapter_name: str) -> tuple[torch.dtype, str]:
+        """Of which weights the adapter's basis is: their dtype, and one of `pica.basis.fingerprint.ORIGINS`."""
+        return self.frozen_weight().dtype, self.quantised_as
 
     @abstractmethod
     def turn_basis(self, name: str, rotation: Tensor) -> None:
@@ -130,37 +138,60 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         Raises:
             BasisError: The weight is on the meta device, or only a part of it is in this process.
         """
-        weight = self._unmerged_weight
-        if (
-            weight is None
-        ):  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
-            raw = self.raw_weight()
-            weight = raw if in_parts(raw) else self.get_base_weight()
-        weight = whole(weight, self.in_features * self.out_features, self.pica_name)
         device, _ = self.compute_device_and_dtype()
-        if weight.is_meta:
+        if self.is_deferred():
             raise BasisError(
                 f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first "
                 "(under FSDP: set fsdp_cpu_ram_efficient_loading to false)."
             )
-        weight = weight.to(device)
+        if self.quantization_backend is not None:
+            base = self.get_base_layer() if self._kept is None else self._kept.view()
+            weight = self._dequantised(base)
+        elif self._unmerged_weight is not None:
+            weight = self._unmerged_weight
+        else:  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
+            raw = self.raw_weight()
+            weight = raw if in_parts(raw) else self.get_base_weight()
+        weight = whole(weight, self.in_features * self.out_features, self.pica_name).to(device)
         if self.kernel_dims:
             return weight.flatten(1)
         return weight.T if self.is_transposed else weight
 
+    def _dequantised(self, base: nn.Module) -> Tensor:
+        backend = self.quantization_backend
+        assert backend is not None
+        try:
+            return dequantised(base, backend, self.in_features, self.compute_device_and_dtype()[1])
+        except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise QuantisationError(
+                f"{self.pica_name}: its weight ({self.quantised_as}, {type(base).__name__}) cannot be dequantised "
+                f"({lines[0]}), so it has no basis. Leave the layer out with exclude_modules, or load the base model "
+                "quantised in another way."
+            ) from error
+
+    def output_is_exact(self) -> bool:
+        """Whether the base layer gives W x (+ bias) up to the rounding of its dtype; not where it rounds x too."""
+        return not rounds_its_input(self.get_base_layer(), self.quantization_backend)
+
     def compute_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if self._float_dtype is not None:
+            dtype = self._float_dtype
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             dtype = torch.get_default_dtype()
         return device or torch.device("cpu"), dtype
 
     def is_deferred(self) -> bool:
         """Whether the base weights are on the meta device, so that a basis has to wait for them."""
-        return self.raw_weight().is_meta and self._unmerged_weight is None
+        if self._unmerged_weight is not None or self._kept is not None:
+            return False
+        return self.raw_weight().is_meta
 
     def raw_weight(self) -> Tensor:
         """What the base layer holds as its weight: maybe quantised, or this process's part; empty if it has no such name."""
-        weight = getattr(self.get_base_layer(), "weight", None)
+        base = self.get_base_layer()
+        weight = getattr(base, "W_q" if self.quantised_as == "hqq" else "weight", None)
         return weight if isinstance(weight, Tensor) else torch.empty(0)
 
     # ---- merging -----------------------------------------------------------------------------------------------
@@ -180,42 +211,59 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight: summed in float32 (or better), rounded once.
 
-        The weight before the first merge is kept in host memory, so that `unmerge` restores it bit for bit.
+        The weight before the first merge is kept (in host memory; of a quantised layer as it is, packed), so that
+        `unmerge` restores it bit for bit. A quantised layer's weight is dequantised, and the sum quantised again.
 
         Raises:
             ValueError: with `safe_merge`, a merged weight would not be finite; nothing is changed then.
             ValueError: the weight is split between processes.
-            TypeError: the base layer's quantisation cannot be written to.
+            QuantisationError: the base layer's quantisation cannot be written to.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.pica_group]
         if not names:
             return
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise TypeError(
-                f"{self.pica_name}: a {self.quantization_backend.backend_name} layer cannot be merged into. "
-                "Merge into an unquantised copy of the base model instead."
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise QuantisationError(
+                f"{self.pica_name}: a {backend.backend_name} layer cannot be merged into. "
+                "Merge into an unquantised copy of the base model instead (pica merge does)."
             )
         if in_parts(self.raw_weight()):
             raise ValueError(
                 f"{self.pica_name}: its weight is split between processes, so nothing can be merged into it. Save the "
                 "adapter and merge in one process (pica merge)."
             )
-        current = self.get_base_weight().detach()
-        original = self._unmerged_weight if self._unmerged_weight is not None else current
-        total = original.to(device=current.device, dtype=torch.promote_types(current.dtype, torch.float32))
-        total = total.clone() if total.data_ptr() == original.data_ptr() else total
+        if backend is not None:
+            original = self.frozen_weight()
+        elif self._unmerged_weight is not None:
+            original = self._unmerged_weight.to(self.get_base_weight().device)
+        else:
+            original = self.get_base_weight().detach()
+        total = original.to(torch.promote_types(original.dtype, torch.float32))
+        total = total.clone() if total.data_ptr() == original.data_ptr() and backend is None else total
         for name in [*self.merged_adapters, *names]:
             total += self.get_delta_weight(name).to(total.device)
-        merged = total.to(current.dtype)
+        merged = total.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
                 f"(layer {self.pica_name})."
             )
-        if self._unmerged_weight is None:
-            # On the CPU no copy is made: set_base_weight swaps the storage in, so `current` keeps the old one.
-            self._unmerged_weight = current.cpu()
-        self.set_base_weight(merged)
+        if backend is not None:
+            warnings.warn(
+                f"{self.method}: merging into {self.quantised_as} layers quantises the merged weight again, so outputs "
+                "change by about as much as quantisation changed them; pica merge writes the merged model in full "
+                "precision. Unmerging is exact.",
+                stacklevel=2,
+            )
+            kept = self._kept or KeptLayer(self.get_base_layer())
+            requantise(self.set_base_weight, merged, kept, self.pica_name, self.quantised_as)
+            self._kept = kept
+        else:
+            if self._unmerged_weight is None:
+                # On the CPU no copy is made: set_base_weight swaps the storage in, so this keeps the old one.
+                self._unmerged_weight = self.get_base_weight().detach().cpu()
+            self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -223,9 +271,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        original = cast(Tensor, self._unmerged_weight)
-        self.set_base_weight(original.to(self.get_base_weight().device))
-        self._unmerged_weight = None
+        if self._kept is not None:
+            restored = self._kept.restore()
+            if self.get_base_layer() is not restored:  # HQQ's layers are replaced, not changed
+                self.base_layer = restored
+            self._kept = None
+        else:
+            original = cast(Tensor, self._unmerged_weight)
+            self.set_base_weight(original.to(self.get_base_weight().device))
+            self._unmerged_weight = None
         self.merged_adapters.clear()
 
     # ---- forward -----------------------------------------------------------------------------------------------
@@ -325,6 +379,13 @@ def verify_loaded(bank: PicaBank) -> None:
             slot.set_fingerprint(own)  # a new adapter made from a saved adapter's configuration
             slot.unverified = False
     bank.refresh_unverified()
+
+
+def _float_dtype(root: nn.Module | None) -> torch.dtype | None:
+    """The dtype in which a quantised model computes: that of its first parameter which is not quantised."""
+    parameters = () if root is None else root.parameters()
+    plain = (p.dtype for p in parameters if type(p) is nn.Parameter and p.is_floating_point())
+    return next((dtype for dtype in plain if dtype.itemsize >= 2), None)
 
 
 def features_of(layer: nn.Module) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
+from pica.tuner.quantised import check_differentiable, keep_differentiable
 from pica.tuner.roles import Group
 from pica.tuner.sharding import from_first_process, loads_in_one_process
 from pica.tuner.state import remap_state, select_state, withdraw
@@ -99,6 +100,8 @@ class BankedModel(BaseTuner):
     ) -> None:
         """PEFT's injection, with the bank's `requires_grad` flags kept. `state_dict` is not needed: the config decides."""
         _check_name(adapter_name)
+        if not self.peft_config[adapter_name].inference_mode:
+            check_differentiable(model)
         further = further_modules(self.peft_config[adapter_name])
         check_further_modules(further, f"{self.bank_name}.{adapter_name}")
         self._plan = None
@@ -116,6 +119,7 @@ class BankedModel(BaseTuner):
             ) from error
         finally:
             self._plan = None
+        keep_differentiable(self.model)
         bank = get_bank(self.model, self.bank_name)
         if bank is not None and adapter_name in bank:
             slot = bank.matrices(adapter_name)
@@ -168,7 +172,9 @@ class BankedModel(BaseTuner):
         plan = self._plan
         bank = ensure_bank(self.model, self.bank_name)
         group = plan.groups[current_key]
-        layer = target if isinstance(target, self.layer_class) else self.layer_class(target, bank, current_key)
+        layer = (
+            target if isinstance(target, self.layer_class) else self.layer_class(target, bank, current_key, self.model)
+        )
         device, dtype = layer.compute_device_and_dtype()
         if adapter_name not in bank or group.key not in bank.matrices(adapter_name):
             # float32 over float32 and narrower bases, float64 over float64 ones

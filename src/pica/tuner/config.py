@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pica.basis import PROJECTIONS
@@ -54,6 +55,20 @@ class PicaConfig(BankedConfig):
         },
     )
 
+    basis_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name ('name' or 'name@revision') of an unquantised checkpoint of the same model, whose "
+            "weights the bases are taken from, read one tensor at a time. For a quantised base model; by default its "
+            "basis comes from its dequantised weights. On that checkpoint itself, unquantised, it changes nothing."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.basis_from is not None and Path(self.basis_from).expanduser().is_dir():
+            self.basis_from = str(Path(self.basis_from).expanduser().resolve())  # found from anywhere
+
     def size_text(self) -> str:
         return f"r={self.r}"
 
@@ -63,6 +78,8 @@ class PicaConfig(BankedConfig):
         for what, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 found.append(f"{what}={rank!r} must be a whole number of at least 1")
+        if self.basis_from is not None and (not isinstance(self.basis_from, str) or not self.basis_from.strip()):
+            found.append(f"basis_from={self.basis_from!r} must be a folder or the name of a model on the hub")
         if self.projection not in PROJECTIONS:
             found.append(f"projection={self.projection!r} is unknown; use one of {', '.join(PROJECTIONS)}")
         return found

@@ -28,7 +28,7 @@ from pica.basis.fingerprint import (
 )
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuner.bank import AdapterSlot, PicaBank
-from pica.tuner.layer import PicaLinear
+from pica.tuner.layer import NAMED, PicaLinear
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,18 @@ class LayerCheck:
     alignment: Alignment
     trained_dtype: str
     dtype: str
+    trained_origin: str = ""
+    origin: str = ""
+
+    @property
+    def difference(self) -> str:
+        """How the weights of the two bases came about, where that differs; else empty."""
+        if {self.trained_origin, self.origin} <= {"", NAMED}:  # a checkpoint and the model loaded from it are the same
+            kinds = ("", "")
+        else:
+            kinds = (_origin_words(self.trained_origin), _origin_words(self.origin))
+        then, now = f"{self.trained_dtype} {kinds[0]}".strip(), f"{self.dtype} {kinds[1]}".strip()
+        return f"trained on {then} weights, these are {now}" if then != now else ""
 
     @property
     def acceptable(self) -> bool:
@@ -105,8 +117,9 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
     for path, layer in slot.layers.items():
         trained = prints[path_hash(path)]
         alignment = layer.align_print(adapter_name, trained, mode)
-        dtype = str(layer.frozen_weight().dtype).removeprefix("torch.")
-        checks.append(LayerCheck(path, alignment, trained.dtype, dtype))
+        dtype, origin = layer.basis_origin(adapter_name)
+        name = str(dtype).removeprefix("torch.")
+        checks.append(LayerCheck(path, alignment, trained.dtype, name, trained.origin, origin))
     return checks
 
 
@@ -149,8 +162,7 @@ def establish_meaning(
         logger.info("%s: put %d of %d bases into the orientation of the training", adapter_name, turned, len(checks))
     worst = max(checks, key=lambda c: c.alignment.deviation, default=None)
     if worst is not None and worst.alignment.deviation > QUIET:
-        differing = {(c.trained_dtype, c.dtype) for c in checks if c.trained_dtype != c.dtype}
-        why = "; ".join(f"trained on {a} weights, these are {b}" for a, b in sorted(differing)) or "rounded weights?"
+        why = "; ".join(sorted({c.difference for c in checks if c.difference})) or "rounded weights?"
         warnings.warn(
             f"{_method(slot)}: the base model's weights are not exactly those of the training ({why}). The basis "
             f"deviates by up to {worst.alignment.deviation:.1%} (layer {worst.path}; accepted up to {TOLERANCE:.0%}).",
@@ -204,6 +216,10 @@ def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Ten
     return take_fingerprint(slot, adapter_name)
 
 
+def _origin_words(origin: str) -> str:
+    return {"": "unquantised", NAMED: "unquantised"}.get(origin, f"dequantised {origin}")
+
+
 def _some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
@@ -232,6 +248,16 @@ def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None, 
     else:
         cause = "a merged, fine-tuned or quantised copy of the base model"
     original = f" ({base_name})" if base_name else ""
+    trained, now = bad[0].trained_origin, bad[0].origin
+    if bad[0].difference and trained != now and len(bad) == total:
+        cause = f"{bad[0].difference}"
+        if trained in ("", NAMED):
+            remedy = (
+                f"set basis_from in its configuration to the unquantised checkpoint (config = PicaConfig.from_pretrained"
+                f"(adapter); config.basis_from = ...; PeftModel.from_pretrained(base, adapter, config=config)), or {remedy}"
+            )
+        else:
+            remedy = f"load the base model quantised as then, or {remedy}"
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return (
         f"This adapter was trained with another basis than this base model has, so it would compute something else: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, Side, max_rank, solve_many
-from pica.errors import TargetError
+from pica.basis.checkpoint import open_checkpoint, renaming
+from pica.errors import ConfigError, TargetError
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
@@ -24,6 +26,9 @@ from pica.tuner.targets import refusal
 if TYPE_CHECKING:
     from pica.tuner.banked import BankedModel
     from pica.tuner.model import PicaModel
+
+
+logger = logging.getLogger(__name__)
 
 
 class Plan:
@@ -56,9 +61,15 @@ class Plan:
         self.groups: dict[str, Group] = {}
         for group in plan_groups(members, config.share):
             self.groups.update({m.path: group for m in group.members})
-        self.requests = {m.path: self._request(m, config) for m in members}
+        # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
+        wrapped = {
+            path: module if isinstance(module, PicaLinear) else PicaLinear(module, PicaBank(), path, tuner.model)
+            for path, module in layers.items()
+        }
+        tensors = _named_tensors(config, wrapped)
+        self.requests = {m.path: _request(m, config, tensors) for m in members}
         # A saved adapter that brings its basis needs none solved; should its file never be read, the layers solve later.
-        self.bases = self._solve(tuner.model, layers, stored=config.save_basis and config.basis_format is not None)
+        self.bases = self._solve(tuner.model, wrapped, stored=config.save_basis and config.basis_format is not None)
 
     def attach(self, layer: PicaLinear, adapter_name: str) -> None:
         """Give a layer the adapter that was planned for it."""
@@ -67,16 +78,7 @@ class Plan:
             adapter_name, group=self.groups[path].key, request=self.requests[path], basis=self.bases.get(path)
         )
 
-    @staticmethod
-    def _request(member: Member, config: PicaConfig) -> BasisRequest:
-        return BasisRequest(member.path, member.rank, config.projection, "auto", config.projection_seed)
-
-    def _solve(self, root: nn.Module, layers: dict[str, nn.Module], stored: bool) -> dict[str, Basis]:
-        # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
-        wrapped = {
-            path: module if isinstance(module, PicaLinear) else PicaLinear(module, PicaBank(), path)
-            for path, module in layers.items()
-        }
+    def _solve(self, root: nn.Module, wrapped: dict[str, PicaLinear], stored: bool) -> dict[str, Basis]:
         raw = {path: layer.raw_weight() for path, layer in wrapped.items()}
         check_placement(root, raw)
         await_others = loads_in_one_process()  # whose bases this one receives, though its weights are not here yet
@@ -90,8 +92,8 @@ class Plan:
         holdings = describe({n: raw[n] for n in names}, shapes)
 
         def load(request: BasisRequest) -> tuple[Tensor, Side]:
-            weight = wrapped[request.name].frozen_weight()
-            return weight, wrapped[request.name].preferred_side(weight)
+            weight, side, _ = wrapped[request.name].basis_source(request, check=True)
+            return weight, side
 
         solved = dict(zip(names, solve_many(needed, load, holdings)))
         short = [n for n, b in solved.items() if b.rank < self.requests[n].rank]
@@ -103,6 +105,45 @@ class Plan:
                 stacklevel=2,
             )
         return solved
+
+
+def _request(member: Member, config: PicaConfig, tensors: dict[str, str]) -> BasisRequest:
+    checkpoint = config.basis_from if tensors else None
+    seed, tensor = config.projection_seed, tensors.get(member.path, "")
+    return BasisRequest(member.path, member.rank, config.projection, "auto", seed, checkpoint, tensor)
+
+
+def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[str, str]:
+    """What each layer's weight is called in the checkpoint that `basis_from` names; empty where its own counts.
+
+    Where a saved adapter's checkpoint cannot be found, the base model itself may be that checkpoint, or the adapter may
+    bring its bases; its fingerprint tells.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it is another model's.
+    """
+    if config.basis_from is None:
+        return {}
+    try:
+        folder = open_checkpoint(config.basis_from)
+    except ConfigError as error:
+        quantised = any(layer.quantization_backend is not None for layer in layers.values())
+        if config.basis_format is not None and (config.save_basis or not quantised):
+            logger.info("basis_from=%r cannot be had (%s); using this base model's weights", config.basis_from, error)
+            return {}
+        raise ConfigError(
+            f"The bases cannot be had from basis_from={config.basis_from!r}: {error} Set basis_from in the configuration "
+            "to where the unquantised checkpoint is."
+        ) from error
+    names = [f"{path}.weight" for path in layers]
+    name_of = renaming(names, folder.entries)
+    if missing := [path for path in layers if name_of(f"{path}.weight") not in folder.entries]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"basis_from={config.basis_from!r} has no weight for {missing[0]}{more}; name the unquantised checkpoint of "
+            "the same model, with the same module names."
+        )
+    return {path: name_of(f"{path}.weight") for path in layers}
 
 
 def _base_of(module: nn.Module) -> nn.Module:
@@ -133,6 +174,6 @@ def target_layers(
         if not matches(config, path):
             continue
         assert isinstance(module, nn.Module)  # for the type checker, which loses it above
-        if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family)):
+        if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family, tuner.model)):
             raise TargetError(problem)
         yield path, module

@@ -18,6 +18,7 @@ from pica.errors import ConfigError, TargetError
 from pica.tuner.bank import PicaBank
 from pica.tuner.defaults import REWRITTEN, UNCALLED
 from pica.tuner.pointwise import is_pointwise, why_not_pointwise
+from pica.tuner.quantised import backend_of, problem_of
 
 
 class UnmatchedTargetError(TargetError, NoMatchingPeftModuleError):
@@ -26,21 +27,19 @@ class UnmatchedTargetError(TargetError, NoMatchingPeftModuleError):
 
 def is_supported(module: nn.Module) -> bool:
     """Whether PiCa can adapt this base layer: a linear layer of some kind, quantised or not, or one with kernel 1."""
-    from peft.utils.quantization_utils import resolve_quantization_backend
-
-    if isinstance(module, (nn.Linear, Conv1D)) or is_pointwise(module):
-        return True
-    backend = resolve_quantization_backend(module)
-    return backend is not None and backend.layer_type == "linear"
+    if problem_of(module) is not None:
+        return False
+    return isinstance(module, (nn.Linear, Conv1D)) or is_pointwise(module) or backend_of(module) is not None
 
 
-def refusal(method: str, path: str, module: nn.Module, family: str) -> str | None:
+def refusal(method: str, path: str, module: nn.Module, family: str, root: nn.Module) -> str | None:
     """Why a layer that was named cannot be adapted, and what to do; None where it can.
 
     Args:
         method: Who refuses.
         path, module: The layer.
         family: The model's type, as in its configuration.
+        root: The base model.
     """
     leave_out = "Leave it out of target_modules, or name it in exclude_modules."
     if path.rpartition(".")[2] in UNCALLED.get(family, ()) or isinstance(module, NonDynamicallyQuantizableLinear):
@@ -55,6 +54,8 @@ def refusal(method: str, path: str, module: nn.Module, family: str) -> str | Non
         )
     if "Router" in type(module).__name__:
         return f"Target module {path} is not supported: it routes tokens to experts and is no plain layer. {leave_out}"
+    if problem := problem_of(module, root):
+        return f"Target module {path} ({type(module).__name__}) is not supported: {problem}. {leave_out}"
     if is_supported(module):
         return None
     what = f"Target module {path} ({type(module).__name__}) is not supported: {method} adapts linear layers "

@@ -1,0 +1,251 @@
+"""Quantised base layers: which kinds can be adapted, their weight in full, and merging into them and out again.
+
+PEFT's quantisation backends dequantise and requantise. Here is what they leave open: the weight of kinds that they cannot
+dequantise, bitsandbytes' repacking on the CPU, and putting the quantised weight back as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.utils.quantization_utils import (
+    QuantizationBackend,
+    TorchaoBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pica.errors import QuantisationError
+
+# Backends of PEFT that only run forward, of which a forward pass over the unit vectors is the weight.
+_LINEAR_FORWARD_ONLY = ("gptq", "awq", "aqlm", "eetq")
+_UNIT_ROWS = 256  # unit vectors that go through such a layer at a time
+SUPPORTED = "bitsandbytes 8-bit and 4-bit, torchao, HQQ, GPTQ, AWQ, AQLM and EETQ"
+
+
+def backend_of(layer: nn.Module, root: nn.Module | None = None) -> QuantizationBackend | None:
+    """PEFT's backend for a base layer; None where it is not quantised, or in a way that PEFT does not know.
+
+    Args:
+        layer: The base layer.
+        root: The base model, whose quantiser knows how torchao weights are quantised again.
+    """
+    wanted: dict[str, Any] = {} if root is None else get_quantization_kwargs(root)
+    wanted.setdefault("get_apply_tensor_subclass", _no_torchao_recipe)
+    backend = resolve_quantization_backend(layer, **wanted)
+    if isinstance(backend, TorchaoBackend) and wanted["get_apply_tensor_subclass"] is _no_torchao_recipe:
+        backend.supports_merge = False  # quantised by hand: nobody knows how
+    return backend
+
+
+def _no_torchao_recipe() -> Any:
+    raise QuantisationError("This torchao layer was quantised outside transformers, so how is not known.")
+
+
+def kind_of(layer: nn.Module, backend: QuantizationBackend | None) -> str:
+    """How a base layer is quantised, in a word or two; "" where it is not. Fingerprints record it."""
+    if backend is None:
+        return ""
+    if backend.backend_name == "bnb 8bit":
+        return "bnb int8"
+    if backend.backend_name == "bnb 4bit":
+        return f"bnb {getattr(layer.weight, 'quant_type', '4bit')}"
+    return backend.backend_name
+
+
+def problem_of(layer: nn.Module, root: nn.Module | None = None) -> str | None:
+    """Why a layer's quantisation keeps it from being adapted, as part of a sentence; None where nothing does."""
+    weight = getattr(layer, "weight", None)
+    backend = backend_of(layer, root)
+    if backend is not None:
+        if backend.layer_type == "linear" and (
+            backend.supports_merge
+            or isinstance(backend, TorchaoBackend)
+            or backend.backend_name in _LINEAR_FORWARD_ONLY
+        ):
+            return None
+        return f"it is quantised by {backend.backend_name}, which is not supported; supported are {SUPPORTED}"
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 2
+    if isinstance(layer, (nn.Linear, Conv1D)) and (not plain or type(weight).__module__.startswith("optimum.")):
+        held = f"its weight is {type(weight).__name__}" + (f", {weight.dtype}" if isinstance(weight, Tensor) else "")
+        return f"it is quantised in a way that is not supported ({held}); supported are {SUPPORTED}"
+    return None
+
+
+def rounds_its_input(layer: nn.Module, backend: QuantizationBackend | None) -> bool:
+    """Whether the layer quantises its input too, so that its output is W x only to a few per cent.
+
+    A projector that divides by singular values would amplify that, so it reads the input there. bitsandbytes' int8 does
+    so, though not when training on a CPU.
+    """
+    if backend is None:
+        return False
+    if backend.backend_name == "bnb 8bit":
+        return True
+    weight = getattr(layer, "weight", None)
+    marks = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+    return any(getattr(weight, mark, None) is not None for mark in marks)
+
+
+def dequantised(layer: nn.Module, backend: QuantizationBackend, in_features: int, dtype: torch.dtype) -> Tensor:
+    """W (out, in) of a quantised base layer, a new tensor; `dtype` is that of inputs, for kinds that only run forward."""
+    if backend.backend_name in _LINEAR_FORWARD_ONLY:
+        return _by_forward(layer, in_features, dtype)
+    if backend.backend_name == "bnb 4bit":
+        undo_cpu_packing(layer)
+    with torch.no_grad():
+        return backend.get_base_weight(layer).detach()
+
+
+def _by_forward(layer: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor:
+    """W^T as the layer's answers to the unit vectors, less its bias: in slices, without its hooks."""
+    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    bias = getattr(layer, "bias", None)
+    columns = []
+    with torch.no_grad():
+        for start in range(0, in_features, _UNIT_ROWS):
+            count = min(_UNIT_ROWS, in_features - start)
+            units = torch.zeros(count, in_features, dtype=dtype, device=device)
+            units[torch.arange(count), torch.arange(start, start + count)] = 1
+            y = layer.forward(units)
+            columns.append(y if bias is None else y - bias.to(y.dtype))
+    return torch.cat(columns).T.contiguous()
+
+
+# ---- bitsandbytes on the CPU -----------------------------------------------------------------------------------------
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Have bitsandbytes leave the 4-bit weights of a model as they are.
+
+    On CPUs with AVX512-BF16 a layer that runs once in evaluation mode is repacked for a kernel that has no backward pass:
+    a model that is evaluated between two training steps would lose its gradients without a word, and its scales would be
+    rounded to bfloat16. On other devices this changes nothing.
+    """
+    for module in model.modules():
+        if module.__dict__.get("support_avx512bf16_for_cpu"):
+            module.__dict__["support_avx512bf16_for_cpu"] = False
+            undo_cpu_packing(module)
+
+
+def tensors_of_states(model: nn.Module) -> list[Tensor]:
+    """Tensors that bitsandbytes keeps beside the parameters of its 8-bit layers, after moving them there.
+
+    Otherwise the first forward pass moves them, out of the parameter: of two layers that share it, as in a copy of a model
+    that shares its tensors, the second would then find none.
+    """
+    found = []
+    for module in model.modules():
+        state = module.__dict__.get("state")
+        weight: Any = module._parameters.get("weight")
+        if state is None or type(weight).__name__ != "Int8Params":
+            continue
+        if weight.CB is not None:
+            module.init_8bit_state()  # pyright: ignore[reportCallIssue]
+        found += [tensor for tensor in (state.CB, state.SCB) if isinstance(tensor, Tensor)]
+    return found
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Refuse to train over layers that have no backward pass: all adapters below one would silently get no gradient.
+
+    Raises:
+        QuantisationError: torchao quantises the activations of a layer.
+    """
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if type(weight).__module__.startswith("torchao.") and rounds_its_input(module, backend_of(module)):
+            raise QuantisationError(
+                f"{name} is quantised by torchao with its activations, and such layers pass no gradient on, so nothing "
+                "below them could be trained. Quantise the base model's weights only (Int8WeightOnlyConfig, "
+                "IntxWeightOnlyConfig, ...); a trained adapter can be loaded onto either."
+            )
+
+
+def undo_cpu_packing(layer: nn.Module) -> None:
+    """Undo the repacking that `keep_differentiable` speaks of, where it has happened; scales stay rounded to bfloat16."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+    scales = state.absmax.T.reshape(-1).float().contiguous()  # the inverse forgets these where they are not nested
+    state.original_nested = False
+    weight.data, state = unpack(weight.data, state)
+    state.absmax = scales
+    weight.quant_state = state
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+
+class KeptLayer:
+    """A quantised base layer as it was before the first merge: its own packed weight, so that unmerging is exact."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Note what `layer` holds; nothing is copied but references, since backends put new tensors in place."""
+        self.layer = layer
+        self._attributes = dict(layer.__dict__)
+        self._parameters = dict(layer._parameters)
+        self._buffers = dict(layer._buffers)
+        self._state = copy.copy(layer.__dict__.get("state"))  # bitsandbytes 8-bit: emptied in place
+        self._of_weight: dict[str, Any] = dict(getattr(layer._parameters.get("weight"), "__dict__", {}))
+
+    def view(self) -> nn.Module:
+        """A stand-in for the layer with its old tensors, to dequantise from; it is never called."""
+        self._restore_weight_attributes()
+        twin = copy.copy(self.layer)
+        twin.__dict__ = {**self._attributes, "_parameters": self._parameters, "_buffers": self._buffers}
+        if self._state is not None:
+            twin.__dict__["state"] = copy.copy(self._state)
+        return twin
+
+    def restore(self) -> nn.Module:
+        """The layer, as it was."""
+        self._restore_weight_attributes()
+        self.layer.__dict__.pop("weight", None)
+        for key in ("quant_state",):
+            if key in self._attributes:
+                self.layer.__dict__[key] = self._attributes[key]
+        if self._state is not None:
+            self.layer.__dict__["state"] = self._state
+        self.layer._parameters.clear()
+        self.layer._parameters.update(self._parameters)
+        self.layer._buffers.clear()
+        self.layer._buffers.update(self._buffers)
+        return self.layer
+
+    def _restore_weight_attributes(self) -> None:
+        # requantising 4-bit weights marks the old parameter as not yet quantised
+        weight: Any = self._parameters.get("weight")
+        if weight is not None:
+            for key, value in self._of_weight.items():
+                if not key.startswith("_") and weight.__dict__.get(key) is not value:
+                    weight.__dict__[key] = value
+            for key in ("requires_grad", "data"):
+                if key not in self._of_weight:
+                    weight.__dict__.pop(key, None)
+
+
+def requantise(set_weight: Callable[[Tensor], None], weight: Tensor, kept: KeptLayer, name: str, kind: str) -> None:
+    """Quantise `weight` into the base layer in the way it was quantised before.
+
+    Raises:
+        QuantisationError: the library could not; the layer is as it was.
+    """
+    try:
+        with torch.no_grad():
+            set_weight(weight)
+    except Exception as error:  # whatever a quantisation library raises
+        kept.restore()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise QuantisationError(
+            f"{name}: the merged weight could not be quantised again as {kind} ({lines[0]}). Merge into the unquantised "
+            "base model instead (pica merge), or leave the adapter unmerged."
+        ) from error
