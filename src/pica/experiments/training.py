@@ -108,8 +108,8 @@ def train(
     return measured
 
 
-def save_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Write a finite adapter, whole or not at all.
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write a finite adapter, whole or not at all; several where a model has `peft_models`.
 
     Raises:
         TrainingError: A trained parameter is not finite.
@@ -120,8 +120,10 @@ def save_adapter(model: peft.PeftModel, folder: Path) -> None:
             raise TrainingError(
                 f"Parameter {name} is not finite after training, so no adapter was written; lower the learning rate."
             )
-    # Embeddings are only ever trained through modules_to_save; "auto" would ask the hub about the base model.
-    saving.save_adapter(model, folder, save_embedding_layers=False)
+    # Embeddings are only ever trained through modules_to_save, so that none are saved as such: whether they have
+    # changed PEFT would ask the hub about the base model.
+    models = model.peft_models() if hasattr(model, "peft_models") else {"model": model}
+    saving.save_adapters(models, folder)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
