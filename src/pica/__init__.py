@@ -17,6 +17,7 @@ from pica._version import __version__
 if TYPE_CHECKING:
     from pica.adapters.hotswap import hotswap_adapter
     from pica.adapters.lora_export import export_lora
+    from pica.adapters.pipelines import load_into_pipeline
     from pica.adapters.reference import import_reference
     from pica.adapters.saving import save_adapter
     from pica.adapters.verify import verify
@@ -37,6 +38,7 @@ __all__ = [
     "export_lora",
     "hotswap_adapter",
     "import_reference",
+    "load_into_pipeline",
     "register",
     "save_adapter",
     "use_basis_cache",
@@ -52,6 +54,7 @@ _HOMES = {
     "export_lora": "pica.adapters.lora_export",
     "hotswap_adapter": "pica.adapters.hotswap",
     "import_reference": "pica.adapters.reference",
+    "load_into_pipeline": "pica.adapters.pipelines",
     "save_adapter": "pica.adapters.saving",
     "use_basis_cache": "pica.basis.cache",
     "verify": "pica.adapters.verify",

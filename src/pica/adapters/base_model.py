@@ -6,10 +6,12 @@ import copy
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from torch import nn
 
+from pica.adapters.pipelines import part_name, stored_dtype
 from pica.adapters.wording import first_line
 from pica.errors import AdapterFileError, ConfigError
 from pica.svft.config import SvftConfig
@@ -44,8 +46,13 @@ def load_base_model(name: str | None, config: PeftConfig, *, revision: str | Non
         raise ConfigError("The adapter records no base model; give its name or folder as base_model (--base).")
     location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
-        model_class = _model_class(location, config)
-        model = model_class.from_pretrained(location, revision=revision or config.revision, torch_dtype="auto")  # pyright: ignore[reportAttributeAccessIssue]
+        model_class: Any = _model_class(location, config)
+        options: dict[str, Any] = {"revision": revision or config.revision, "torch_dtype": "auto"}
+        if _is_in_pipeline(location, model_class):
+            options["subfolder"] = part_name(model_class.__name__)
+        if model_class.__module__.startswith("diffusers."):
+            options["torch_dtype"] = stored_dtype(Path(location) / options.get("subfolder", ""))
+        model = model_class.from_pretrained(location, **options)
     except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
         raise ConfigError(
             f"The base model {name!r} cannot be loaded ({first_line(error)}); give its folder or hub name as "
@@ -68,6 +75,14 @@ def _model_class(location: str, config: PeftConfig) -> type:
     if not architectures:
         raise ValueError("its config.json names no architecture")
     return getattr(transformers, architectures[0])
+
+
+def _is_in_pipeline(location: str, model_class: type) -> bool:
+    """Whether `location` is a pipeline of diffusers that the model is a part of, in a subfolder."""
+    folder = Path(location)
+    if folder.is_dir():
+        return (folder / "model_index.json").is_file()
+    return model_class.__module__.startswith("diffusers.")  # nobody trains one that is published by itself
 
 
 CONFIGS: dict[str, type[BankedConfig]] = {"PICA": PicaConfig, "SVFT": SvftConfig}

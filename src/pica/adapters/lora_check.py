@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pica.adapters.base_model import share_tensors
 from pica.adapters.factors import SharedSpectrum
+from pica.adapters.pipelines import denoiser_inputs
 from pica.basis import full_precision
 from pica.errors import ExportError
 from pica.tuner.adapted import AdaptedLinear
@@ -219,11 +220,13 @@ def plain_copy(root: nn.Module) -> nn.Module:
 
 
 def example_inputs(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Random inputs, the same each time, for a transformers model that reads tokens or images.
+    """Random inputs, the same each time, for a transformers model that reads tokens or images, or a diffusers denoiser.
 
     Raises:
         ExportError: the model's configuration does not say what it reads.
     """
+    if (denoising := denoiser_inputs(model)) is not None:
+        return denoising
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pica.adapters.base_model import load_base_model, read_peft_config, share_tensors
@@ -18,8 +20,9 @@ from pica.adapters.engines import Engine, EngineName, find_engine
 from pica.adapters.factors import GroupRow, SharedSpectrum, choose_rank, layer_factors, shared_spectra
 from pica.adapters.folders import check_replaceable, new_folder
 from pica.adapters.lora_check import CheckResult, check_folder
-from pica.adapters.lora_folder import LoraFolder, write_lora_folder
+from pica.adapters.lora_folder import PREFIX, LoraFolder, write_lora_folder
 from pica.adapters.names import LinearShape, base_modules, incomplete_roles, linear_shapes, missing_members, plain_names
+from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders, denoiser_name, text_encoder_tensors
 from pica.errors import ConfigError, ExportError
 from pica.tuner.adapted import AdaptedLinear, verify_loaded
 from pica.tuner.bank import find_banks
@@ -139,6 +142,8 @@ def export_lora(
     """
     rules = find_engine(engine)
     target = Path(output_dir)
+    size = {"rank": rank, "energy": energy, "dtype": dtype}
+    others = _other_parts(adapter, rules, base_model, size, revision, check)
     check_replaceable(target.expanduser(), overwrite=overwrite)
     root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
     for bank in (b for _, b in find_banks(root) if b.unverified):
@@ -152,16 +157,19 @@ def export_lora(
     if on_plan is not None:
         on_plan(plan)
     recorded = base_model_name or config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
+    tensors = {**_tensors(layers, name, spectra, plan), **_extra_tensors(root, name, plan.dtype)}
+    if rules and rules.name == "diffusers":
+        others = {f"{denoiser_name(type(root).__name__)}.{k}": v for k, v in tensors.items()} | others
     contents = LoraFolder(
         method=next(iter(layers.values())).method,
-        tensors={**_tensors(layers, name, spectra, plan), **_extra_tensors(root, name, plan.dtype)},
+        tensors=tensors,
         config=_lora_config(config, plan, layers, recorded, revision),
         title=target.name,
         rows=plan.rows,
         exact=plan.exact,
         base=recorded or "BASE_MODEL",
         command=_command(plan, recorded, target),
-        diffusers_prefix=_diffusers_prefix(root) if rules and rules.name == "diffusers" else None,
+        pipeline_tensors=others or None,
         gguf_base=getattr(root, "config", None) if rules and rules.name == "llama.cpp" else None,
     )
     with new_folder(target, overwrite=overwrite) as work:
@@ -368,6 +376,26 @@ def _command(plan: ExportPlan, base: str | None, target: Path) -> str:
     return plan.engine.command(base=base or "BASE_MODEL", folder=str(target), name=name, rank=plan.rank)
 
 
-def _diffusers_prefix(root: nn.Module) -> str:
-    """Name of a diffusers model inside its pipelines."""
-    return "unet" if "UNet" in type(root).__name__ else "transformer"
+def _other_parts(
+    adapter: nn.Module | str | Path,
+    engine: Engine | None,
+    base_model: nn.Module | str | None,
+    size: Mapping[str, Any],
+    revision: str | None,
+    check: bool,
+) -> dict[str, Tensor]:
+    """What else of a pipeline a saved adapter holds: its text encoder's LoRA, under the names that diffusers reads."""
+    place = None if isinstance(adapter, nn.Module) else adapter_folders(Path(adapter).expanduser()).get(TEXT_ENCODER)
+    if place is None:
+        return {}
+    if engine is None or engine.name != "diffusers":
+        logger.warning("The adapter of the text encoder is left out: only engine diffusers takes it (--for diffusers).")
+        return {}
+    config = read_peft_config(place)
+    pipeline = None if isinstance(base_model, nn.Module) else base_model
+    encoder = load_base_model(pipeline, config, revision=revision)
+    with tempfile.TemporaryDirectory() as work:
+        made = export_lora(place, Path(work) / "lora", encoder, revision=revision, check=check, **size)
+        tensors = load_file(made.folder / "adapter_model.safetensors")
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return text_encoder_tensors(plain, type(encoder).__name__, nested=hasattr(encoder, "text_model"))

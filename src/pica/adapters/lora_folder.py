@@ -30,7 +30,8 @@ class LoraFolder:
         method: Of the adapter that this is made from.
         config: adapter_config.json.
         title, base, rows, exact, command: For README.md.
-        diffusers_prefix: For diffusers' pipelines: "unet" or "transformer"; the file that they read is written too.
+        pipeline_tensors: For diffusers' pipelines: the tensors of all parts, each under its part's name; the file that
+            they read is written too.
         gguf_base: For llama.cpp: the base model's configuration; adapter.gguf is written where it can be.
     """
 
@@ -42,7 +43,7 @@ class LoraFolder:
     rows: Sequence[GroupRow]
     exact: bool
     command: str
-    diffusers_prefix: str | None = None
+    pipeline_tensors: dict[str, Tensor] | None = None
     gguf_base: Any = None
 
 
@@ -53,9 +54,8 @@ def write_lora_folder(contents: LoraFolder, folder: Path) -> int:
     text = json.dumps(contents.config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(contents), encoding="utf-8")
-    if contents.diffusers_prefix is not None:
-        prefixed = {f"{contents.diffusers_prefix}.{k}": v for k, v in contents.tensors.items()}
-        save_file(prefixed, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    if contents.pipeline_tensors is not None:
+        save_file(contents.pipeline_tensors, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
     if contents.gguf_base is not None:
         _write_gguf(contents, folder)
     return weights.stat().st_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +79,24 @@ def save_adapter(
         type(model.peft_config[adapter_name]).from_pretrained(str(partial))
         if target.is_dir():
             _keep_other_files(target, partial)
+
+
+def save_adapters(models: Mapping[str, PeftModel], folder: Path) -> None:
+    """Save the adapters of several parts of one pipeline: the first in `folder` itself, each other in one of its name.
+
+    Raises:
+        AdapterFileError, OutputError: as `save_adapter`; the folder is as it was.
+    """
+    (_, first), *others = models.items()
+    if not others:
+        save_adapter(first, folder, save_embedding_layers=False)
+        return
+    with new_folder(folder, overwrite=True) as partial:
+        save_adapter(first, partial, save_embedding_layers=False)
+        for name, model in others:
+            save_adapter(model, partial / name, save_embedding_layers=False)
+        if folder.is_dir():
+            _keep_other_files(folder, partial)
 
 
 def _check_written(partial: Path, expected: dict[str, Tensor], target: Path) -> None:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from pica.experiments.methods import METHODS, SPECIAL
-from pica.experiments.recipe import AdapterSection, Recipe
+from pica.experiments.recipe import AdapterSection, DreamBoothSection, Recipe
 from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
@@ -15,6 +15,7 @@ from pica.tasks.records import KINDS_OF_FILE
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
     "task": ("max_new_tokens",),
+    "dreambooth": ("class_count", "resolution", "inference_steps", "draw_batch_size", "noise_levels"),
     "adapter": ("r",),
     "trainer": (
         "max_steps",
@@ -29,9 +30,15 @@ _POSITIVE_INTEGERS = {
     "baseline": ("r",),
 }
 _DEFAULT = AdapterSection()
-_AT_LEAST_ZERO = {"trainer": ("warmup", "weight_decay", "max_grad_norm")}
+_AT_LEAST_ZERO = {
+    "trainer": ("warmup", "weight_decay", "max_grad_norm"),
+    "dreambooth": ("prior_weight", "validation_pictures", "guidance"),
+}
+SUBJECT_METRICS = ("r2", "dino", "clip_i", "clip_t")
+"""What task.metric may be for dreambooth."""
 
 
+_PIPELINE = "model_index.json"  # of a folder that holds a pipeline of diffusers
 REQUIRED = "REQUIRED"
 """Stands in a recipe for a place that only the user can name."""
 
@@ -47,7 +54,7 @@ def model_problem(path: str) -> str | None:
     if path == "embedded":
         return None
     if folder.is_dir():
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or (folder / _PIPELINE).is_file():
             return None
         hint = (
             "; this is an adapter, give the model it belongs to" if (folder / "adapter_config.json").is_file() else ""
@@ -134,23 +141,35 @@ def _places(recipe: Recipe) -> Iterator[str]:
     elif problem := model_problem(recipe.model.path):
         yield f"model.path: {problem}"
     task = TASKS.get(recipe.task.name)
+    draws = task is not None and task.kind == "text-to-image"
+    if (folder := Path(recipe.model.path).expanduser()).is_dir() and draws != (folder / _PIPELINE).is_file():
+        yield (
+            f"model.path: folder {recipe.model.path!r} holds no {_PIPELINE}, so it is no pipeline of diffusers, which task "
+            "dreambooth needs."
+            if draws
+            else f"model.path: folder {recipe.model.path!r} holds a pipeline of diffusers, which is for task dreambooth."
+        )
     files = KINDS_OF_PICTURES if task is not None and task.kind == "image-classification" else KINDS_OF_FILE
     for name in ("train", "validation", "test"):
         location = getattr(recipe.data, name)
         if location == REQUIRED:
-            yield f"data.{name} is not set: give {files}, a folder or hub:OWNER/NAME with --data.{name}."
+            given = "a folder of pictures" if draws else f"{files}, a folder or hub:OWNER/NAME"
+            yield f"data.{name} is not set: give {given} with --data.{name}."
         elif location is not None and (problem := location_problem(task, location)):
             yield f"data.{name}: {problem}"
     if (
         recipe.data.train not in ("embedded", REQUIRED)
         and recipe.data.test is None
+        and not draws
         and not has_split(task, recipe.data.train, "test")
     ):
         yield (
             "data.test is required when data.train is a file or has no test file in it: results are never reported on "
             "training problems."
         )
-    if task is not None and not task.has_embedded and "embedded" in (recipe.data.train, recipe.data.test):
+    if draws and recipe.data.train == "embedded":
+        yield "data.train is not set: give a folder of pictures of one subject with --data.train."
+    elif task is not None and not task.has_embedded and "embedded" in (recipe.data.train, recipe.data.test):
         yield f"task {task.name} has no embedded problems: set data.train and data.test to files, folders or hub names."
 
 
@@ -164,9 +183,9 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         yield f"task.subset = {given.subset!r}: unknown subset{known}"
     if given.scoring == "likelihood" and task.name != "commonsense":
         yield f"task.scoring = likelihood needs problems with choices, which task {task.name} has not; leave it out."
-    if task.kind != "image-classification" and recipe.data.skip_unreadable:
+    if task.kind not in ("image-classification", "text-to-image") and recipe.data.skip_unreadable:
         yield f"data.skip_unreadable is for pictures, and task {task.name} has none; leave it out."
-    if task.kind == "image-classification" and recipe.trainer.group_by_length:
+    if task.kind in ("image-classification", "text-to-image") and recipe.trainer.group_by_length:
         yield "trainer.group_by_length is for texts: all pictures are the same size to a model; leave it out."
     if task.kind == "generation":
         for name in ("labels", "metric"):
@@ -174,7 +193,14 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
                 yield f"task.{name} is for classification tasks, and {task.name} is none; leave it out."
         if recipe.trainer.head_learning_rate is not None:
             yield f"trainer.head_learning_rate is for classification tasks, and {task.name} is none; leave it out."
+        if recipe.dreambooth != DreamBoothSection():
+            yield f"The section dreambooth is for task dreambooth, and the task is {task.name}; leave it out."
         return
+    if task.kind == "text-to-image":
+        yield from _subject_fields(recipe)
+        return
+    if recipe.dreambooth != DreamBoothSection():
+        yield f"The section dreambooth is for task dreambooth, and the task is {task.name}; leave it out."
     if given.metric is not None and given.metric not in METRICS:
         yield f"task.metric = {given.metric!r}: unknown metric{_near(given.metric, METRICS)}"
     if given.labels is not None and (len(given.labels) < 2 or len(set(given.labels)) < len(given.labels)):
@@ -188,6 +214,33 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
             f"model.path: the embedded model is a language model for arithmetic; name one for task {task.name}, for "
             f"instance {instance}, with --model.path."
         )
+
+
+def _subject_fields(recipe: Recipe) -> Iterator[str]:
+    """What task dreambooth needs, and what it has no use for."""
+    given, section = recipe.task, recipe.dreambooth
+    for name in ("labels", "template", "max_new_tokens"):
+        if getattr(given, name) is not None:
+            yield f"task.{name} is no setting of task dreambooth; leave it out."
+    if recipe.trainer.head_learning_rate is not None:
+        yield "trainer.head_learning_rate is for classification tasks, and dreambooth is none; leave it out."
+    if given.metric is not None and given.metric not in SUBJECT_METRICS:
+        yield f"task.metric = {given.metric!r}: unknown metric{_near(given.metric, SUBJECT_METRICS)}"
+    needed = {"dino": "dino", "clip_i": "clip", "clip_t": "clip"}.get(given.metric or "")
+    if needed and getattr(section, needed) is None:
+        yield f"task.metric = {given.metric!r}: needs a model; name one with --dreambooth.{needed}."
+    if needed and not section.validation_pictures:
+        yield f"task.metric = {given.metric!r}: is of drawn pictures; set dreambooth.validation_pictures above 0."
+    if not (section.instance_prompt or "").strip():
+        yield 'dreambooth.instance_prompt is not set: say what the pictures show, for instance "a photo of sks dog".'
+    if section.class_prompt is None and section.class_pictures is not None:
+        yield "dreambooth.class_pictures: say with dreambooth.class_prompt what these pictures show."
+    if section.class_prompt is not None and not section.class_prompt.strip():
+        yield "dreambooth.class_prompt is empty: say what the class is called, or leave it out."
+    if section.class_pictures is not None and Path(section.class_pictures).expanduser().is_file():
+        yield f"dreambooth.class_pictures: {section.class_pictures!r} is a file; give a folder."
+    if recipe.model.path == "embedded":
+        yield "model.path: the embedded model draws nothing; name a pipeline of diffusers with --model.path."
 
 
 def _near(name: str, known: object) -> str:

@@ -42,9 +42,13 @@ def source(recipe: Recipe, split: Split, *, limit: int | None) -> Source:
         recipe.task.template,
         recipe.data.columns,
         recipe.task.subset,
-        None if task.kind == "generation" else target_of(recipe, task),  # pyright: ignore[reportArgumentType]
+        target_of(recipe, task) if _has_classes(task) else None,  # pyright: ignore[reportArgumentType]
         recipe.data.skip_unreadable,
     )
+
+
+def _has_classes(task: Task) -> bool:
+    return task.kind in ("text-classification", "image-classification")
 
 
 def target_of(recipe: Recipe, task: ClassificationTask) -> Target:
@@ -63,7 +67,7 @@ def with_classes(recipe: Recipe, splits: Splits) -> Recipe:
         DataError: There is only one class, or another split has one that the training examples lack.
     """
     task = get_task(recipe.task.name)
-    if task.kind == "generation":
+    if not _has_classes(task):
         return recipe
     target = target_of(recipe, task)  # pyright: ignore[reportArgumentType] -- its kind says so
     if target.regression:
@@ -91,6 +95,8 @@ def load_splits(recipe: Recipe, task: Task) -> Splits:
     Raises:
         DataError: A source is missing, empty or malformed, or holds too few problems.
     """
+    if task.kind == "text-to-image":
+        return _subject_splits(recipe, task)
     data = recipe.data
     validation: list[Any] = []
     own_source = data.validation is not None or data.train == "embedded" or has_split(task, data.train, "validation")
@@ -113,6 +119,19 @@ def load_splits(recipe: Recipe, task: Task) -> Splits:
         train = kept
     if not train or not test:
         raise DataError(f"data.{'test' if train else 'train'}: no problems are left to use.")
+    return Splits(train, validation, test)
+
+
+def _subject_splits(recipe: Recipe, task: Task) -> Splits:
+    """Pictures of one subject. They are few: the ones learnt from are also measured on, unless others are named."""
+    data = recipe.data
+    train = list(task.load("train", source(recipe, "train", limit=data.train_limit)))
+    validation: list[Any] = []
+    if needs_validation(recipe) and data.validation is not None:
+        validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit)))
+    elif needs_validation(recipe):
+        train, validation = take_out(train, data.validation_limit or 1, seed=data.seed)
+    test = train if data.test is None else list(task.load("test", source(recipe, "test", limit=data.test_limit)))
     return Splits(train, validation, test)
 
 

@@ -41,6 +41,7 @@ class Evaluation:
         predictions: One for each example, in the examples' order.
         groups: Accuracy, standard error and number of examples of each data set, where there are several; the score is
             then the mean of theirs.
+        pictures: What the model drew, as PIL images by the name of their file.
     """
 
     metric: str
@@ -52,6 +53,7 @@ class Evaluation:
     tokens: int | None
     predictions: Sequence[Any]
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """All numbers, without the predictions, the metrics by their names."""

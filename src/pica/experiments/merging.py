@@ -1,5 +1,6 @@
 """An adapter and its base model made into one plain model folder."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from pica.experiments.recipe import ModelSection
 def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = "auto") -> Path:
     """Write the merged model and its tokenizer or image processor to `target`, a folder for transformers without pica.
 
+    For an adapter of a pipeline of diffusers, `target` is a pipeline folder.
+
     The sum W + dW is formed in float32 and rounded once.
 
     Args:
@@ -51,6 +54,10 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
     """
     files.check_free(target, overwrite=False)
     section = ModelSection(path=base_of(adapter, base), dtype="float32")
+    if (Path(locate(section.path)) / "model_index.json").is_file() or _of_diffusers(adapter):
+        from pica.experiments.diffusion.merging import merge_pipeline  # diffusers is an extra, and takes its seconds
+
+        return merge_pipeline(adapter, target, section, dtype=DTYPES.get(dtype))
     chosen = DTYPES[dtype] if dtype in DTYPES else _stored_dtype(section)
     if _sees_pictures(adapter, section):
         processor = load_image_processor(section)
@@ -74,6 +81,12 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
         merged.save_pretrained(str(partial))
         processor.save_pretrained(str(partial))
     return target
+
+
+def _of_diffusers(adapter: Path) -> bool:
+    """Whether an adapter's file says that it belongs to a model of diffusers."""
+    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("auto_mapping") or {}
+    return str(recorded.get("parent_library", "")).startswith("diffusers.")
 
 
 def _sees_pictures(adapter: Path, section: ModelSection) -> bool:

@@ -60,19 +60,58 @@ class TaskSection:
     """What is asked and how answers are scored."""
 
     name: str = "arithmetic"
-    """Task: arithmetic, commonsense, glue, images, math, sentiment or vtab."""
+    """Task: arithmetic, commonsense, dreambooth, glue, images, math, sentiment or vtab."""
     subset: str | None = None
     """glue: which of the eight, for instance mrpc; vtab: which of the nineteen, for instance cifar."""
     labels: list[str] | None = None
     """Classification: the classes in the order of the model's outputs; those of the training data if unset."""
     metric: str | None = None
-    """Classification: what comes first: accuracy, f1, matthews; or pearson, spearman, which make it a regression."""
+    """Classification: what comes first: accuracy, f1, matthews; or pearson, spearman, which make it a regression.
+    dreambooth: r2, dino, clip_i or clip_t."""
     scoring: Literal["generation", "likelihood"] = "generation"
     """commonsense: read the answer out of what the model writes, or take the likeliest of the choices."""
     template: str | None = None
     """Prompt: alpaca, question or plain; the task's own choice if unset."""
     max_new_tokens: int | None = None
     """Longest answer that is generated, in tokens; the task's own choice if unset."""
+
+
+@dataclass
+class DreamBoothSection:
+    """Task dreambooth: the words for the subject, pictures of its class, and what is drawn to look at."""
+
+    instance_prompt: str | None = None
+    """What the pictures of data.train show, with a rare word for the subject, for instance "a photo of sks dog"."""
+    class_prompt: str | None = None
+    """What anything of the subject's kind is called, for instance "a photo of a dog"; turns prior preservation on."""
+    class_pictures: str | None = None
+    """Folder of pictures of the class; missing ones are drawn into it before training. In the output folder if unset."""
+    class_count: int = 100
+    """Pictures of the class to learn from."""
+    prior_weight: float = 1.0
+    """Weight of the loss on pictures of the class."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; the model's own if unset."""
+    feed_forward: bool = False
+    """Adapt the feed-forward layers beside the attention, where adapter.target_modules is unset."""
+    train_text_encoder: bool = False
+    """Adapt the attention of the (first) text encoder too, with the same method and rank."""
+    validation_prompts: list[str] = field(default_factory=list)
+    """Texts to draw before and after training; the instance prompt if empty."""
+    validation_pictures: int = 4
+    """Pictures of each of them, from noise that is the same before and after; 0 draws none."""
+    inference_steps: int = 30
+    """Denoising steps of a drawn picture."""
+    guidance: float = 7.5
+    """Classifier-free guidance of drawn pictures."""
+    draw_batch_size: int = 4
+    """Pictures that are drawn, or whose loss is measured, at a time."""
+    noise_levels: int = 8
+    """Levels, spread evenly, at which the loss on each picture is measured before and after."""
+    dino: str | None = None
+    """Folder or hub name of a ViT for the DINO score of drawn pictures, for instance facebook/dino-vits16."""
+    clip: str | None = None
+    """Folder or hub name of a CLIP for CLIP-I and CLIP-T, for instance openai/clip-vit-base-patch32."""
 
 
 @dataclass
@@ -187,6 +226,8 @@ class Recipe:
     """Data."""
     task: TaskSection = field(default_factory=TaskSection)
     """Task."""
+    dreambooth: DreamBoothSection = field(default_factory=DreamBoothSection)
+    """DreamBooth."""
     adapter: AdapterSection = field(default_factory=AdapterSection)
     """Adapter."""
     trainer: TrainerSection = field(default_factory=TrainerSection)
@@ -203,8 +244,13 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         return str(path.resolve()) if path and place != "embedded" and path.exists() else place
 
     data = {name: absolute(getattr(recipe.data, name)) for name in ("train", "validation", "test")}
+    pictures = {name: absolute(getattr(recipe.dreambooth, name)) for name in ("dino", "clip")}
+    folder = recipe.dreambooth.class_pictures  # may be a folder that is still to be made
     return replace(
         recipe,
         model=replace(recipe.model, path=absolute(recipe.model.path)),
         data=replace(recipe.data, **data),
+        dreambooth=replace(
+            recipe.dreambooth, **pictures, class_pictures=str(Path(folder).expanduser().resolve()) if folder else None
+        ),
     )

@@ -31,7 +31,7 @@ from pica.experiments.measuring import machine, versions
 from pica.experiments.methods import changes_base
 from pica.experiments.models import device
 from pica.experiments.parsing import dump_recipe, load_recipe
-from pica.experiments.pipelines import make_pipeline
+from pica.experiments.pipelines import PicturePipeline, make_pipeline
 from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
 from pica.experiments.training import last_checkpoint, train
@@ -159,6 +159,8 @@ class _Run:
         self.splits = load_splits(self.recipe, self.task)
         recipe = self.recipe = with_classes(self.recipe, self.splits)
         self.pipeline = make_pipeline(recipe)
+        if isinstance(self.pipeline, PicturePipeline) and distributed.launched():
+            raise ConfigError(f"Task {recipe.task.name} trains in one process; start it without a launcher.")
         self.rows = self.pipeline.encode(self.splits.train)
         counts = {name: len(getattr(self.splits, name)) for name in ("train", "validation", "test")}
         self.reporter.say("Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
@@ -172,6 +174,8 @@ class _Run:
                 files.write_text(self.folder / files.RESOLVED, dump_recipe(recipe))
             self.begun = True
         distributed.wait()
+        if isinstance(self.pipeline, PicturePipeline):
+            self.pipeline.prepare(model, self.folder, self.reporter)
 
         metrics: dict[str, Any] = {
             "name": recipe.name,
@@ -193,6 +197,8 @@ class _Run:
             metrics["baseline"] = self._fit("baseline", section, recipe.baseline.learning_rates, None)
         if distributed.leads():
             self._write_curves(metrics)
+            if isinstance(self.pipeline, PicturePipeline):
+                self._finish_pictures(self.pipeline, metrics)
             files.write_json(self.folder / "metrics.json", metrics)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         return RunResult(self.folder, metrics)
@@ -218,7 +224,7 @@ class _Run:
 
     def _measure_base(self, model: peft.PeftModel | None) -> dict[str, Any]:
         chosen = self.pipeline.load_base() if model is None or changes_base(self.recipe.adapter) else model
-        without = chosen.disable_adapter() if isinstance(chosen, peft.PeftModel) else contextlib.nullcontext()
+        without = chosen.disable_adapter() if chosen is model else contextlib.nullcontext()  # pyright: ignore[reportCallIssue]
         with without:
             found = self._evaluate(chosen, "Base model: answering")
         self._report("Base model", found, "predictions-base.jsonl")
@@ -345,12 +351,30 @@ class _Run:
 
     def _report(self, title: str, found: Evaluation, file: str) -> None:
         files.write_jsonl(self.folder / file, found.rows())
+        draws = isinstance(self.pipeline, PicturePipeline)
         self.reporter.say(
-            f"{title}: {found.metric} {shown_score(found.metric, found.score, found.stderr)} on {found.examples} test "
-            f"problems, held-out loss {found.loss:.4f}"
+            f"{title}: {found.metric} {shown_score(found.metric, found.score, found.stderr)} on {found.examples} "
+            f"{'pictures, denoising' if draws else 'test problems, held-out'} loss {found.loss:.4f}"
         )
+        if found.pictures:
+            from pica.experiments.diffusion.drawing import write_picture
+
+            for name, picture in found.pictures.items():
+                write_picture(self.folder / _pictures_of(file) / name, picture)
         for name, group in found.groups.items():
             self.reporter.say(f"  {name}: {shown_score('accuracy', group['accuracy'], group['stderr'])}")
+
+    def _finish_pictures(self, pipeline: PicturePipeline, metrics: dict[str, Any]) -> None:
+        """Pictures side by side, and what was not measured."""
+        titles = {_pictures_of("predictions-base.jsonl"): "before"} if "base" in metrics else {}
+        for name in ("adapter", "baseline"):
+            if name in metrics:
+                suffix = name if name == "adapter" else f"{name}-{metrics[name]['method']}"
+                titles[_pictures_of(f"predictions-{suffix}.jsonl")] = metrics[name]["title"]
+        pipeline.finish(self.folder, self.splits.train, titles)
+        metrics["not_measured"] = dict(pipeline.missing_scores)
+        for score, reason in pipeline.missing_scores.items():
+            self.reporter.say(f"{score}: not measured: {reason}")
 
     def _write_curves(self, metrics: dict[str, Any]) -> None:
         """All loss curves in one table; metrics.json keeps their first and last points."""
@@ -376,3 +400,8 @@ class _Run:
                 metrics[name]["training"] = next(same)["training"]
         columns = ("run", "method", "peak_rate", "step", "epoch", "loss", "learning_rate", "grad_norm")
         files.write_csv(self.folder / "loss_curve.csv", rows, columns)
+
+
+def _pictures_of(predictions: str) -> str:
+    """The folder for the pictures that a predictions file lists."""
+    return Path(predictions).stem.replace("predictions", "pictures")

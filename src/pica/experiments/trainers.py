@@ -110,7 +110,7 @@ def classification_trainer(
         head: Parameters that `section.head_learning_rate` is for.
     """
     arguments = TrainingArguments(
-        **_common(section, learning_rate, checkpoints),
+        **common_arguments(section, learning_rate, checkpoints),
         remove_unused_columns=False,  # all columns are ours, and images are only made when a batch is
     )
     return ClassificationTrainer(
@@ -127,13 +127,14 @@ def classification_trainer(
 def generation_arguments(section: TrainerSection, learning_rate: float, checkpoints: Path) -> SFTConfig:
     """The section as TRL takes it."""
     return SFTConfig(
-        **_common(section, learning_rate, checkpoints),
+        **common_arguments(section, learning_rate, checkpoints),
         max_length=section.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},  # ids and labels are ours already
     )
 
 
-def _common(section: TrainerSection, learning_rate: float, checkpoints: Path) -> dict[str, Any]:
+def common_arguments(section: TrainerSection, learning_rate: float, checkpoints: Path) -> dict[str, Any]:
+    """The section as every trainer takes it."""
     return {
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": section.batch_size,

@@ -114,8 +114,8 @@ def train(
     return measured
 
 
-def save_adapter(model: peft.PeftModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a finite adapter, whole or not at all; of several processes the first one does.
+def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a finite adapter, whole or not at all; several where a model has `peft_models`. One process writes.
 
     Args:
         model: The trained model.
@@ -132,12 +132,16 @@ def save_adapter(model: peft.PeftModel, folder: Path, state: dict[str, torch.Ten
             "learning rate."
         )
     if leads():
-        # Embeddings are only ever trained through modules_to_save; "auto" would ask the hub about the base model.
-        saving.save_adapter(model, folder, save_embedding_layers=False, state_dict=state)
+        # Embeddings are only ever trained through modules_to_save, so that none are saved as such: whether they have
+        # changed PEFT would ask the hub about the base model.
+        if hasattr(model, "peft_models"):
+            saving.save_adapters(model.peft_models(), folder)
+        else:
+            saving.save_adapter(model, folder, save_embedding_layers=False, state_dict=state)
     wait()
 
 
-def _trained(model: peft.PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def _trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, values) of the trained parameters, of split ones this process's part."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

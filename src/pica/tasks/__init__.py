@@ -19,6 +19,7 @@ from pica.tasks.base import (
     Template,
 )
 from pica.tasks.commonsense import CommonsenseTask
+from pica.tasks.dreambooth import DreamBoothTask, folder_problem
 from pica.tasks.glue import GlueTask
 from pica.tasks.math import MathTask
 from pica.tasks.pictures import LabelledPicture, has_pictures
@@ -33,6 +34,7 @@ TASKS: dict[str, Task] = {
     for task in (
         ArithmeticTask(),
         CommonsenseTask(),
+        DreamBoothTask(),
         GlueTask(),
         ImagesTask(),
         MathTask(),
@@ -57,12 +59,16 @@ def get_task(name: str) -> Task:
 
 def location_problem(task: Task | None, location: str) -> str | None:
     """What is wrong with a data location for a task, as far as can be told without reading it; None if nothing is."""
+    if task is not None and task.kind == "text-to-image":
+        return folder_problem(location)
     pictures = task is not None and task.kind == "image-classification"
     return picture_location_problem(location) if pictures else check_location(location)
 
 
 def has_split(task: Task | None, location: str, split: Split) -> bool:
     """Whether a location is a folder that holds this split."""
+    if task is not None and task.kind == "text-to-image":
+        return False  # its folder is all of one split
     pictures = task is not None and task.kind == "image-classification"
     return has_pictures(location, split) if pictures else has_records(location, split)
 

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from pica.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
-Kind = Literal["generation", "text-classification", "image-classification"]
+Kind = Literal["generation", "text-classification", "image-classification", "text-to-image"]
 """What a model does for a task; `pica.experiments.pipelines` holds how, one file each."""
 
 

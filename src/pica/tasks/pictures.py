@@ -183,7 +183,7 @@ def read_pictures(
         found = [found[index] for index in sorted(chosen)]
     if target.labels is not None:
         check_labels(found, target.labels, split)
-    return _readable(found, skip=source.skip_unreadable)
+    return readable(found, skip=source.skip_unreadable)
 
 
 def _listed(
@@ -346,7 +346,7 @@ def _of_rows(
     return found
 
 
-def _readable(examples: Sequence[LabelledPicture], *, skip: bool) -> list[LabelledPicture]:
+def readable(examples: Sequence[LabelledPicture], *, skip: bool) -> list[LabelledPicture]:
     """The examples with their digests, without those that cannot be decoded."""
 
     def check(example: LabelledPicture) -> LabelledPicture | OSError:

@@ -16,8 +16,8 @@ from pica.errors import AdapterFileError, BasisError, QuantisationError
 from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
-from pica.tuner.sharding import in_parts, whole
 from pica.tuner.quantised import KeptLayer, backend_of, dequantised, kind_of, requantise, rounds_its_input
+from pica.tuner.sharding import in_parts, whole
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):

@@ -7,17 +7,33 @@ has a classification head shares `classification.py` and brings only its `Inputs
 from collections.abc import Callable
 from typing import Any
 
-from pica.experiments.pipelines.base import HeldOut, Pipeline
+from pica.errors import ConfigError
+from pica.experiments.pipelines.base import HeldOut, PicturePipeline, Pipeline
 from pica.experiments.pipelines.classification import text_classification
 from pica.experiments.pipelines.generation import GenerationPipeline
 from pica.experiments.pipelines.images import image_classification
 from pica.experiments.recipe import Recipe
 from pica.tasks import get_task
 
+
+def _text_to_image(recipe: Recipe, task: Any) -> Pipeline:
+    """Imported on use: diffusers is an extra, and takes its seconds."""
+    try:
+        import diffusers  # noqa: F401 -- only whether it is there
+
+        from pica.experiments.pipelines.dreambooth import DreamBoothPipeline
+    except ImportError as error:
+        raise ConfigError(
+            f"Task {task.name} needs diffusers and Pillow ({error}): pip install 'pica-peft[diffusion]'."
+        ) from error
+    return DreamBoothPipeline(recipe)
+
+
 _MAKERS: dict[str, Callable[..., Any]] = {
     "generation": GenerationPipeline,
     "text-classification": text_classification,
     "image-classification": image_classification,
+    "text-to-image": _text_to_image,
 }
 
 
@@ -34,4 +50,4 @@ def make_pipeline(recipe: Recipe) -> Pipeline:
     return _MAKERS[task.kind](recipe, task)
 
 
-__all__ = ["HeldOut", "Pipeline", "make_pipeline"]
+__all__ = ["HeldOut", "PicturePipeline", "Pipeline", "make_pipeline"]

@@ -1,9 +1,9 @@
 """What a kind of task needs of the machinery around a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import peft
@@ -85,4 +85,26 @@ class Pipeline(Protocol):
 
     def held_out(self, model: Any, examples: Sequence[Any]) -> HeldOut:
         """Measure what learning rates are chosen by, on one or more examples."""
+        ...
+
+
+@runtime_checkable
+class PicturePipeline(Pipeline, Protocol):
+    """A pipeline whose models draw pictures."""
+
+    @property
+    def missing_scores(self) -> Mapping[str, str]:
+        """Scores of pictures that were not measured, and why."""
+        ...
+
+    def prepare(self, model: Any, folder: Path, reporter: Reporter) -> None:
+        """Make what training needs and can be seen; `folder` is the run's, `model` None where no training is left.
+
+        Raises:
+            DataError, OutputError: Pictures cannot be read, or not be written.
+        """
+        ...
+
+    def finish(self, folder: Path, examples: Sequence[Any], titles: Mapping[str, str]) -> None:
+        """Put the pictures in the run's folders, `titles` by name of the folder, side by side."""
         ...

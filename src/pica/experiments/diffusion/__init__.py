@@ -1,0 +1,1 @@
+"""Text-to-image models of diffusers: what their training needs that no trainer knows."""
