@@ -154,7 +154,7 @@ def _gathered(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     if not is_sharded(trainer):
         return None
     wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
-    return trainer.accelerator.get_state_dict(wrapped)
+    return dict(trainer.accelerator.get_state_dict(wrapped))  # pyright: ignore[reportReturnType] - of tensors
 
 
 def is_sharded(trainer: Trainer) -> bool:
