@@ -145,7 +145,7 @@ def _trained(model: peft.PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, values.to_local() if hasattr(values, "to_local") else values
 
 
-def _gathered(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+def _gathered(trainer: Trainer) -> Any:
     """The model's whole state in the first process, where FSDP or DeepSpeed has split it; None where nothing has."""
     if not is_sharded(trainer):
         return None

@@ -131,10 +131,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             BasisError: The weight is on the meta device, or only a part of it is in this process.
         """
         weight = self._unmerged_weight
-        if (
-            weight is None
-        ):  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
-            raw = self.raw_weight()
+        if weight is None:
+            raw = self.raw_weight()  # PEFT's accessor gives a tensor that knows no more of which whole it is a part
             weight = raw if in_parts(raw) else self.get_base_weight()
         weight = whole(weight, self.in_features * self.out_features, self.pica_name)
         device, _ = self.compute_device_and_dtype()
