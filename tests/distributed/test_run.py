@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from transformers import LlamaForCausalLM
 
 from pica.experiments.parsing import load_recipe
@@ -69,6 +72,17 @@ def test_a_rate_that_diverges_is_out_in_both_processes(results: Results) -> None
     found = metrics(results, "diverged")["adapter"]
     assert found["learning_rate"] == 0.1
     assert ["failed" in candidate for candidate in found["candidates"]] == [False, True]
+
+
+@pytest.mark.parametrize("path", sorted(worker.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_configuration_file(path: Path) -> None:
+    config: Any = load_config_from_file(str(path))
+    assert (config.num_processes, config.main_process_port) == (2, 0)
+    if config.distributed_type == DistributedType.DEEPSPEED:
+        settings = json.loads(
+            (worker.CONFIGS.parents[1] / config.deepspeed_config["deepspeed_config_file"]).read_text()
+        )
+        assert path.stem == f"zero{settings['zero_optimization']['stage']}"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_each_process_solves_its_share_and_both_have_all(name: str, results: Res
     assert "error" not in first, first
     assert not set(first["solved"]) & set(second["solved"])
     assert len(first["solved"]) + len(second["solved"]) == LAYERS
-    layers = {n: m for n, m in worker.tiny_model().named_modules()}
+    layers: dict[str, Any] = dict(worker.tiny_model().named_modules())
     costs = [Holdings([tuple(layers[n].weight.shape) for n in found["solved"]]).costs for found in (first, second)]
     assert abs(sum(costs[0]) - sum(costs[1])) <= max(costs[0] + costs[1])
     assert first["bases"] == second["bases"] == worker.digest(worker.adapted())  # bit for bit what one process solves

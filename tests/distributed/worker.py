@@ -22,8 +22,10 @@ from typing import Any
 
 import peft
 import torch
+import torch.distributed.fsdp as fsdp_module
 import yaml
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import pica
@@ -291,7 +293,7 @@ def share_a_broken_model() -> None:
     """One layer, and so one process, cannot be solved."""
     model = tiny_model()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = float("nan")
     adapted(model)
 
 
@@ -320,7 +322,7 @@ def first_process_alone() -> dict[str, Any]:
 def shard_first() -> None:
     """The wrong order: fully_shard, then the adapter."""
     model = tiny_model()
-    torch.distributed.fsdp.fully_shard(model)
+    fully_shard(model)
     adapted(model)
 
 
@@ -374,8 +376,8 @@ def main(jobs_file: str) -> None:
     """Do the jobs [{"name", "job", "arguments"}] and write each process's results beside the file."""
     torch.set_num_threads(1)
     # torch 2.13 frees the storage of gathered FSDP1 parameters on a CPU before their copies "offloaded" to it are read
-    whole = torch.distributed.fsdp.FullStateDictConfig
-    torch.distributed.fsdp.FullStateDictConfig = lambda **_: whole(offload_to_cpu=False, rank0_only=False)  # pyright: ignore
+    whole = fsdp_module.FullStateDictConfig
+    fsdp_module.FullStateDictConfig = lambda **_: whole(offload_to_cpu=False, rank0_only=False)  # pyright: ignore
     if importlib.util.find_spec("deepspeed"):
         import deepspeed.comm.torch  # pyright: ignore[reportMissingImports]
 

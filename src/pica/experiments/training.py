@@ -149,12 +149,12 @@ def _trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, values.to_local() if hasattr(values, "to_local") else values
 
 
-def _gathered(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+def _gathered(trainer: Trainer) -> Any:
     """The model's whole state in the first process, where FSDP or DeepSpeed has split it; None where nothing has."""
     if not is_sharded(trainer):
         return None
     wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
-    return dict(trainer.accelerator.get_state_dict(wrapped))  # pyright: ignore[reportReturnType] - of tensors
+    return trainer.accelerator.get_state_dict(wrapped)
 
 
 def is_sharded(trainer: Trainer) -> bool:

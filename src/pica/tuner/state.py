@@ -107,8 +107,8 @@ def _check_matrices(slot: AdapterSlot, entries: dict[str, Tensor], bank: str) ->
         value = entries.get(group)
         if value is None:
             problems.append(f"{bank}.{group} is missing")
-        elif value.shape != (expected := slot.shapes.get(group) or matrix.shape):
-            problems.append(f"{bank}.{group} has shape {tuple(value.shape)} where {tuple(expected)} is expected")
+        elif value.shape != (whole := slot.shapes.get(group) or matrix.shape):
+            problems.append(f"{bank}.{group} has shape {tuple(value.shape)} where {tuple(whole)} is expected")
         elif not value.is_floating_point():
             problems.append(f"{bank}.{group} has dtype {value.dtype}, not a float one")
         elif not value.is_meta and not torch.isfinite(value).all():
