@@ -38,7 +38,7 @@ def test_every_field_that_a_page_names_exists(name: str):
     fields = set(
         re.findall(r"`?\b(?:--)?((?:model|data|task|dreambooth|adapter|trainer|baseline)\.[a-z_]+)\b", page(name))
     )
-    files = {"recipe.resolved", "train.jsonl", "test.jsonl"}
+    files = {"dreambooth.md", "recipe.resolved", "train.jsonl", "test.jsonl"}
     assert fields
     assert [field for field in sorted(fields - files) if f"--{field} " not in known] == []
 
