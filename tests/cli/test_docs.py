@@ -32,11 +32,13 @@ def test_the_table_of_recipes_is_complete():
     assert sorted(listed) == sorted(builtin_recipes())
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipes.md", "compare.md"])
+@pytest.mark.parametrize("name", ["cli.md", "recipes.md", "compare.md", "dreambooth.md"])
 def test_every_field_that_a_page_names_exists(name: str):
     known = option_parser("pica").format_help()
-    fields = set(re.findall(r"`?\b(?:--)?((?:model|data|task|adapter|trainer|baseline)\.[a-z_]+)\b", page(name)))
-    files = {"recipe.resolved", "train.jsonl", "test.jsonl"}
+    fields = set(
+        re.findall(r"`?\b(?:--)?((?:model|data|task|dreambooth|adapter|trainer|baseline)\.[a-z_]+)\b", page(name))
+    )
+    files = {"dreambooth.md", "recipe.resolved", "train.jsonl", "test.jsonl"}
     assert fields
     assert [field for field in sorted(fields - files) if f"--{field} " not in known] == []
 

@@ -6,23 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from tests.experiments.test_run import Recorder
 from tests.experiments.tiny_diffusion import WIDTH, WRITERS, write_subject
 
 import pica
+from pica.cli import main
 from pica.errors import BasisMismatchError, ConfigError, DataError, TargetError
+from pica.experiments.adapters import peft_config
 from pica.experiments.assessing import Request, assess
 from pica.experiments.data import load_splits
 from pica.experiments.diffusion.drawing import generator_of
 from pica.experiments.diffusion.families import Flow, Variance
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.merging import merge
-from pica.experiments.parsing import load_recipe
+from pica.experiments.parsing import builtin_recipes, load_recipe
 from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Silent
@@ -269,7 +272,10 @@ def test_gradients_reach_the_adapters_and_nothing_else(recipe: Callable[..., Rec
 def test_variance_process_follows_its_formula_in_float64():
     def scheduler(kind: str) -> Any:
         return DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=kind,  # pyright: ignore[reportArgumentType]
         ).config
 
     latents, noise = torch.randn(3, 4, 5, 5, dtype=torch.float64), torch.randn(3, 4, 5, 5, dtype=torch.float64)
@@ -332,6 +338,72 @@ def test_pictures_of_the_class_are_completed_never_drawn_twice(recipe: Callable[
     (folder / "generated-000003.png").unlink()
     prepare()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+# Built-in recipes, the page, and the command line
+
+
+@pytest.mark.parametrize("name", ["dreambooth-sd15", "dreambooth-tiny"])
+def test_a_recipe_trains_two_steps_in_miniature_and_has_its_page(
+    name: str, pipelines: Callable[[str], Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    fields = {
+        "model.path": pipelines("sd"),
+        "data.train": pictures,
+        "dreambooth.class_count": 2,
+        "dreambooth.validation_prompts": "[a sks disc, a sks disc in the snow]",
+        "dreambooth.validation_pictures": 1,
+        "dreambooth.inference_steps": 2,
+        "dreambooth.dino": tmp_path / "nowhere",
+        "dreambooth.clip": tmp_path / "nowhere",
+        "adapter.r": 4,
+        "trainer.max_steps": 2,
+    }
+    given = [word for key, value in fields.items() for word in (f"--{key}", str(value))]
+    out = tmp_path / "out"
+    assert main(["train", name, *given, "-o", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "dino: not measured: model" in shown.err
+    assert f"Report:      {out / 'report.html'}" in shown.out
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "DINO: not measured" in page
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == page
+    rows = [json.loads(line) for line in (out / "predictions-adapter.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows if "prompt" in row] == ["a sks disc", "a sks disc in the snow"]
+    assert all((out / "pictures-adapter" / row["file"]).is_file() for row in rows if "file" in row)
+
+
+def test_the_recipe_of_stable_diffusion_trains_as_many_parameters_as_it_says(pictures: Path):
+    made = load_recipe("dreambooth-sd15", [("data.train", str(pictures))])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964  # as published
+    model = peft.get_peft_model(unet, peft_config(made.adapter, task_type=None))  # pyright: ignore[reportArgumentType]
+    count = pica.coverage(model).trainable
+    assert count == 32 * (2 * 8 * (320 + 640 + 1280) + 8 * 1280)
+    assert f"{count:,}" in builtin_recipes()["dreambooth-sd15"]
+
+
+def test_pointwise_convolutions_are_adapted_and_exported(
+    recipe: Callable[..., Recipe], tmp_path: Path, pipelines: Callable[[str], Path]
+):
+    """Stable Diffusion 1 has them before and after its attention blocks."""
+    made = recipe(adapter__target_modules=["to_q", "proj_in", "proj_out"], adapter__options={"init_weights": False})
+    save_adapter(make_pipeline(made).adapt(made.adapter, seed=0), tmp_path / "adapter")
+    pipeline, other = plain(pipelines("sd")), plain(pipelines("sd"))
+    assert isinstance(pipeline.unet.mid_block.attentions[0].proj_in, torch.nn.Conv2d)
+    before = drawn(pipeline)
+    pica.load_into_pipeline(pipeline, tmp_path / "adapter")
+    pica.export_lora(tmp_path / "adapter", tmp_path / "lora", engine="diffusers")
+    other.load_lora_weights(str(tmp_path / "lora"))
+    assert (drawn(other) - before).abs().max() > 1e-3
+    torch.testing.assert_close(drawn(other), drawn(pipeline), atol=1e-4, rtol=0)
+    larger = recipe(adapter__target_modules=["conv1"])
+    with pytest.raises(TargetError, match="conv1"):
+        make_pipeline(larger).adapt(larger.adapter, seed=0)
 
 
 # Bad input

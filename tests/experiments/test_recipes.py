@@ -75,6 +75,7 @@ _TWINS = {
     "gemma-7b-commonsense",
     *(f"deberta-v3-base-{name}" for name in ("cola", "sst2", "qnli", "qqp", "rte")),
 }
+_ELSEWHERE = {"dreambooth-sd15", "dreambooth-tiny"}  # in test_dreambooth.py
 
 
 def placeholders(name: str, folder: Path) -> list[tuple[str, Any]]:
@@ -155,7 +156,11 @@ def write_data(task: str, subset: str | None, folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in _TWINS else []) for name in builtin_recipes()],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in _TWINS else [])
+        for name in builtin_recipes()
+        if name not in _ELSEWHERE
+    ],
 )
 def test_every_recipe_trains_two_steps_and_evaluates_in_miniature(name: str, tmp_path: Path):
     model, data = tmp_path / "model", tmp_path / "data"

@@ -73,7 +73,7 @@ def tiny_unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def _scheduler(**settings: Any) -> Any:
-    return DDIMScheduler(clip_sample=False, **settings)
+    return DDIMScheduler(clip_sample=False, steps_offset=1, **settings)
 
 
 def write_stable_diffusion(folder: Path) -> Path:
@@ -85,9 +85,7 @@ def write_stable_diffusion(folder: Path) -> Path:
             text_encoder=CLIPTextModel(_CLIP),
             tokenizer=tiny_tokenizer(),
             unet=tiny_unet(),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-            ),
+            scheduler=_scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
             safety_checker=None,  # pyright: ignore[reportArgumentType] -- diffusers' own way to leave it out
             feature_extractor=None,  # pyright: ignore[reportArgumentType]
             requires_safety_checker=False,

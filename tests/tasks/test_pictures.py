@@ -1,6 +1,7 @@
 """Pictures from every form of data, in every mode and size, and what is said of those that are wrong."""
 
 import io
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -149,6 +150,20 @@ def test_a_limit_samples_all_classes_and_twins_have_one_identity(tmp_path: Path)
     assert {label for label, _ in one} == {"cat", "dog"}
     assert one != other
     assert one == loaded(tmp_path, limit=8)
+
+
+def test_decoding_shows_a_bar(tmp_path: Path):
+    seen: list[tuple[str, int]] = []
+
+    @contextmanager
+    def bar(label: str, total: int):
+        steps: list[int] = []
+        yield lambda: steps.append(1)
+        seen.append((label, total))
+        assert len(steps) == total
+
+    IMAGES.load("train", Source(folder_of(tmp_path, cat__one=png(RED), dog__two=png(BLUE)), bar=bar))
+    assert seen == [("Decoding pictures", 2)]
 
 
 def test_what_is_wrong_is_named(tmp_path: Path):

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("folder", type=Path, nargs="+", help="output folder of pica compare")
+    made.add_argument("folder", type=Path, nargs="+", help="output folder of pica compare, or of a dreambooth run")
     made.add_argument(
         "--vtab",
         action="store_true",
@@ -46,6 +46,12 @@ def run(arguments: Sequence[str]) -> int:
     if len(given.folder) > 1:
         made.error("one folder at a time, but with --vtab")
     given.folder = given.folder[0]
+
+    from pica.report.pictures_page import is_picture_run, write_picture_page
+
+    if is_picture_run(given.folder):
+        print(f"Report: {write_picture_page(given.folder, page=given.output)}")
+        return 0
 
     from pica.cli.compare import print_summary
     from pica.report.comparison import write_report

@@ -66,6 +66,8 @@ def run(arguments: Sequence[str]) -> int:
 
     if leads():
         print_result(result)
+        if result.metrics["task"] == "dreambooth":
+            _print_pictures(result)
     return 0
 
 
@@ -140,7 +142,8 @@ def print_result(result: "RunResult") -> None:
     from rich.table import Table
 
     metrics = result.metrics
-    title = f"{metrics['name']}: {metrics['problems']['test']} test problems"
+    kind = "pictures" if metrics["task"] == "dreambooth" else "test problems"
+    title = f"{metrics['name']}: {metrics['problems']['test']} {kind}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     metric = metrics["adapter"]["metric"]
     for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak MiB"):
@@ -161,7 +164,7 @@ def print_result(result: "RunResult") -> None:
             )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else "loss on the test problems"
+    unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else f"loss on the {kind}"
     console.print(f"{metric} ± standard error; {unit}; times are medians")
     if head := metrics["adapter"]["parameters"]["head"]:
         console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")
@@ -171,6 +174,15 @@ def print_result(result: "RunResult") -> None:
     console.print(f"Numbers:     {result.output / 'metrics.json'}, {result.output / 'loss_curve.csv'}", markup=False)
     console.print(f"Predictions: {result.output / 'predictions-*.jsonl'}", markup=False)
     console.print(f"Recipe:      {result.output / 'recipe.resolved.yaml'}", markup=False)
+
+
+def _print_pictures(result: "RunResult") -> None:
+    """What is there to look at."""
+    from pica.report.pictures_page import GRID, write_picture_page
+
+    if (result.output / GRID).is_file():
+        print(f"Pictures:    {result.output / GRID}, {result.output / 'pictures-*'}")
+    print(f"Report:      {write_picture_page(result.output)}")
 
 
 def _scores(row: dict[str, Any]) -> tuple[str, str]:

@@ -63,7 +63,7 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
     data = recipe.data.test or recipe.data.train
     if problem := location_problem(task, data):
         raise ConfigError(f"--data: {problem}")
-    examples = list(task.load("test", source(recipe, "test", limit=recipe.data.test_limit)))
+    examples = list(task.load("test", source(recipe, "test", limit=recipe.data.test_limit, bar=reporter.bar)))
     recipe = _with_labels(recipe, examples, adapter)
     pipeline = make_pipeline(recipe)
     if adapter is not None:

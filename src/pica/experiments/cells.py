@@ -29,6 +29,7 @@ from pica.experiments.parsing import dump_recipe
 from pica.experiments.recipe import Recipe, with_absolute_paths
 from pica.experiments.reporting import Advance
 from pica.tasks import TASKS, Split
+from pica.tasks.dreambooth import picture_files
 from pica.tasks.pictures import files_of
 from pica.tasks.records import split_file, split_files
 
@@ -68,6 +69,8 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
     """The cell of a row and a seed with these learning rates to choose from."""
     recipe = with_absolute_paths(comparison.recipe(row, seed, rates))
     content = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _WITHOUT_EFFECT}
+    if TASKS[recipe.task.name].kind != "text-to-image":
+        content.pop("dreambooth")  # records from before this section was there stay good
     content["trainer"].pop("threads")  # a matter of the machine, as is the number of workers that it follows from
     content["files"] = {name: _data_digest(getattr(recipe.data, name), recipe) for name in SPLITS}
     text = json.dumps([FORMAT, content], sort_keys=True)
@@ -202,6 +205,8 @@ def _data_digest(place: str | None, recipe: Recipe) -> Any:
     if TASKS[recipe.task.name].kind == "image-classification":
         pictures = {file for split in SPLITS for file in files_of(place, split, recipe.data.columns)}
         return {os.path.relpath(file, path): _picture_digest(file) for file in pictures}
+    if TASKS[recipe.task.name].kind == "text-to-image":
+        return {file.name: _picture_digest(file) for file in picture_files(path)}
     if path.is_file():
         return _file_digest(path)
     found = [split_file(path, split) for split in SPLITS]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pica.errors import DataError
 from pica.experiments.recipe import Recipe
 from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
+from pica.tasks.base import Bar
 from pica.tasks.labelled import check_labels, checked_target, classes_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Splits:
     test: list[Any]
 
 
-def source(recipe: Recipe, split: Split, *, limit: int | None) -> Source:
+def source(recipe: Recipe, split: Split, *, limit: int | None, bar: Bar | None = None) -> Source:
     """Where one split of a recipe comes from; `location` is that of training problems where the split has no own."""
     location = getattr(recipe.data, split) or recipe.data.train
     task = get_task(recipe.task.name)
@@ -44,6 +45,7 @@ def source(recipe: Recipe, split: Split, *, limit: int | None) -> Source:
         recipe.task.subset,
         target_of(recipe, task) if _has_classes(task) else None,  # pyright: ignore[reportArgumentType]
         recipe.data.skip_unreadable,
+        bar,
     )
 
 
@@ -85,31 +87,31 @@ def needs_validation(recipe: Recipe) -> bool:
     return chooses or recipe.data.hold_out or recipe.data.refit or recipe.data.validation is not None
 
 
-def load_splits(recipe: Recipe, task: Task) -> Splits:
+def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits:
     """Read or generate all splits.
 
     Validation problems are the validation source's, else generated ones or those of the training folder, else taken out
     of the training problems by the data seed. Training problems that are test or validation problems too are left out
-    with a warning.
+    with a warning. `bar` shows how pictures are decoded.
 
     Raises:
         DataError: A source is missing, empty or malformed, or holds too few problems.
     """
     if task.kind == "text-to-image":
-        return _subject_splits(recipe, task)
+        return _subject_splits(recipe, task, bar)
     data = recipe.data
     validation: list[Any] = []
     own_source = data.validation is not None or data.train == "embedded" or has_split(task, data.train, "validation")
     if needs_validation(recipe) and own_source:
-        validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit)))
+        validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit, bar=bar)))
     if needs_validation(recipe) and not own_source:
-        everything = task.load("train", source(recipe, "train", limit=None))
+        everything = task.load("train", source(recipe, "train", limit=None, bar=bar))
         count = data.validation_limit or max(1, min(len(everything) // 10, _MOST_TAKEN_OUT))
         train, validation = take_out(everything, count, seed=data.seed)
         train = _limited(train, data.train_limit, task, seed=data.seed)
     else:
-        train = list(task.load("train", source(recipe, "train", limit=data.train_limit)))
-    test = list(task.load("test", source(recipe, "test", limit=data.test_limit)))
+        train = list(task.load("train", source(recipe, "train", limit=data.train_limit, bar=bar)))
+    test = list(task.load("test", source(recipe, "test", limit=data.test_limit, bar=bar)))
     kept = without(train, [*test, *validation])
     if len(kept) < len(train):
         action = "kept, as data.keep_test_problems says" if data.keep_test_problems else "left out"
@@ -122,16 +124,18 @@ def load_splits(recipe: Recipe, task: Task) -> Splits:
     return Splits(train, validation, test)
 
 
-def _subject_splits(recipe: Recipe, task: Task) -> Splits:
+def _subject_splits(recipe: Recipe, task: Task, bar: Bar | None) -> Splits:
     """Pictures of one subject. They are few: the ones learnt from are also measured on, unless others are named."""
     data = recipe.data
-    train = list(task.load("train", source(recipe, "train", limit=data.train_limit)))
+    train = list(task.load("train", source(recipe, "train", limit=data.train_limit, bar=bar)))
     validation: list[Any] = []
     if needs_validation(recipe) and data.validation is not None:
-        validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit)))
+        validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit, bar=bar)))
     elif needs_validation(recipe):
         train, validation = take_out(train, data.validation_limit or 1, seed=data.seed)
-    test = train if data.test is None else list(task.load("test", source(recipe, "test", limit=data.test_limit)))
+    test = (
+        train if data.test is None else list(task.load("test", source(recipe, "test", limit=data.test_limit, bar=bar)))
+    )
     return Splits(train, validation, test)
 
 

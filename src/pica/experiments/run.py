@@ -156,7 +156,7 @@ class _Run:
         """Do every phase that is not done yet, and write the results."""
         if self.recipe.trainer.threads is not None:
             torch.set_num_threads(self.recipe.trainer.threads)
-        self.splits = load_splits(self.recipe, self.task)
+        self.splits = load_splits(self.recipe, self.task, bar=self.reporter.bar)
         recipe = self.recipe = with_classes(self.recipe, self.splits)
         self.pipeline = make_pipeline(recipe)
         if isinstance(self.pipeline, PicturePipeline) and distributed.launched():

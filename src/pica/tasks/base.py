@@ -5,11 +5,13 @@ head with one output a class, or one number); `pica.tasks.TASKS` names them. Not
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pica.errors import ConfigError
 
+Bar = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 Split = Literal["train", "validation", "test"]
 Kind = Literal["generation", "text-classification", "image-classification", "text-to-image"]
 """What a model does for a task; `pica.experiments.pipelines` holds how, one file each."""
@@ -75,6 +77,7 @@ class Source:
         subset: Which data set of a task that has several.
         target: What is predicted, for classification tasks.
         skip_unreadable: Leave pictures out that cannot be decoded, with a warning, instead of refusing the data.
+        bar: Opens a progress bar, from its label and its total to a function that is called for each item done.
     """
 
     location: str
@@ -85,6 +88,7 @@ class Source:
     subset: str | None = None
     target: "Target | None" = None
     skip_unreadable: bool = False
+    bar: "Bar | None" = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

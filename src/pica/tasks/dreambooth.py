@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pica.errors import DataError
-from pica.tasks.base import Kind, Source, Split
+from pica.tasks.base import Bar, Kind, Source, Split
 from pica.tasks.pictures import PICTURES, LabelledPicture, readable
 
 SUBJECT = "subject"
@@ -21,7 +21,7 @@ class DreamBoothTask:
         """The folder's pictures by name; with a limit the first ones. See `Task.load`."""
         if source.location == "embedded":
             raise DataError("Task dreambooth has no embedded pictures; set data.train to a folder with some.")
-        return read_folder(source.location, limit=source.limit, skip=source.skip_unreadable)
+        return read_folder(source.location, limit=source.limit, skip=source.skip_unreadable, bar=source.bar)
 
 
 def folder_problem(location: str) -> str | None:
@@ -44,13 +44,16 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if not path.name.startswith("."))
 
 
-def read_folder(location: str, *, limit: int | None = None, skip: bool = False) -> list[LabelledPicture]:
+def read_folder(
+    location: str, *, limit: int | None = None, skip: bool = False, bar: Bar | None = None
+) -> list[LabelledPicture]:
     """The pictures of a folder, each decoded once, so that a bad one shows now and not after hours.
 
     Args:
         location: The folder.
         limit: Use at most this many, the first by name.
         skip: Leave out with a warning what cannot be decoded, instead of refusing it.
+        bar: As in `Source`.
 
     Raises:
         DataError: The folder is missing or has no pictures, or one cannot be decoded and `skip` is off.
@@ -58,4 +61,4 @@ def read_folder(location: str, *, limit: int | None = None, skip: bool = False) 
     if problem := folder_problem(location):
         raise DataError(problem)
     found = [LabelledPicture(path, SUBJECT, str(path)) for path in picture_files(Path(location).expanduser())]
-    return readable(found, skip=skip)[:limit]
+    return readable(found, skip=skip, bar=bar)[:limit]

@@ -9,12 +9,13 @@ import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pica.errors import ConfigError, DataError, PicaError
-from pica.tasks.base import Source, Split, Target
+from pica.tasks.base import Bar, Source, Split, Target
 from pica.tasks.columns import renamed
 from pica.tasks.labelled import Fields, check_labels, label_of
 from pica.tasks.records import ENDINGS as RECORDS
@@ -183,7 +184,7 @@ def read_pictures(
         found = [found[index] for index in sorted(chosen)]
     if target.labels is not None:
         check_labels(found, target.labels, split)
-    return readable(found, skip=source.skip_unreadable)
+    return readable(found, skip=source.skip_unreadable, bar=source.bar)
 
 
 def _listed(
@@ -346,8 +347,8 @@ def _of_rows(
     return found
 
 
-def readable(examples: Sequence[LabelledPicture], *, skip: bool) -> list[LabelledPicture]:
-    """The examples with their digests, without those that cannot be decoded."""
+def readable(examples: Sequence[LabelledPicture], *, skip: bool, bar: Bar | None = None) -> list[LabelledPicture]:
+    """The examples with their digests, without those that cannot be decoded; decodes each, which many show a bar for."""
 
     def check(example: LabelledPicture) -> LabelledPicture | OSError:
         try:
@@ -358,7 +359,12 @@ def readable(examples: Sequence[LabelledPicture], *, skip: bool) -> list[Labelle
         return replace(example, identity=hashlib.sha256(data).hexdigest())
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        checked = list(pool.map(check, examples))
+        checked = []
+        with bar("Decoding pictures", len(examples)) if bar else nullcontext() as advance:
+            for each in pool.map(check, examples):
+                checked.append(each)
+                if advance is not None:
+                    advance()
     kept = [each for each in checked if isinstance(each, LabelledPicture)]
     bad = [(example.place, each) for example, each in zip(examples, checked) if isinstance(each, OSError)]
     if not bad:

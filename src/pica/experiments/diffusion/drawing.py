@@ -91,15 +91,14 @@ def draw(
     try:
         for start in range(0, len(prompts), section.draw_batch_size):
             chosen = slice(start, start + section.draw_batch_size)
-            with torch.autocast(device().type, enabled=False):
-                drawn += pipeline(
-                    list(prompts[chosen]),
-                    num_inference_steps=section.inference_steps,
-                    guidance_scale=section.guidance,
-                    height=size,
-                    width=size,
-                    generator=list(generators[chosen]),
-                ).images
+            drawn += pipeline(
+                list(prompts[chosen]),
+                num_inference_steps=section.inference_steps,
+                guidance_scale=section.guidance,
+                height=size,
+                width=size,
+                generator=list(generators[chosen]),
+            ).images
             if advance is not None:
                 advance(len(prompts[chosen]))
     finally:

@@ -80,8 +80,8 @@ class SubjectModel(nn.Module):
                 stack.enter_context(part.disable_adapter())
             yield
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Recompute the denoiser's activations in the backward pass."""
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute the denoiser's activations in the backward pass; diffusers decides the options itself."""
         self.pipeline.components[self.family.component].enable_gradient_checkpointing()
 
     activation_checkpointing_enable = gradient_checkpointing_enable

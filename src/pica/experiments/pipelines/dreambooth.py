@@ -73,6 +73,7 @@ class DreamBoothPipeline:
                 raise ConfigError(f"task.metric = {self._metric!r} cannot be measured: {reason}.")
         self._pictures, self._class = list[LabelledPicture](), list[LabelledPicture]()
         self._latents: dict[str, tuple[Tensor, Tensor]] = {}
+        self._numbers: list[int] = []
         self._folder: Path | None = None
         self._reporter: Reporter = Silent()
 
@@ -147,7 +148,6 @@ class DreamBoothPipeline:
     ) -> Trainer:
         """transformers' `Trainer` on latents and texts that are encoded once; see `SubjectTrainer`."""
         self._ready(model)
-        model.know(self._prompts())
         return subject_trainer(
             model,
             rows,
@@ -232,10 +232,11 @@ class DreamBoothPipeline:
         return [end for end in wanted if any(name.endswith(f".{end}") for name in linear)]
 
     def _ready(self, model: SubjectModel) -> None:
-        """Have every picture that training needs, encoded."""
+        """Have every picture and text that training needs, encoded."""
         if self._with_prior and not self._class:
             self._class = self._class_pictures(model)
         self._encode(model, [*self._pictures, *self._class])
+        self._numbers = model.know(self._prompts())
 
     def _class_pictures(self, model: SubjectModel) -> list[LabelledPicture]:
         named = self._section.class_pictures
@@ -286,11 +287,11 @@ class DreamBoothPipeline:
         """Pictures of the subject, then of the class; `mean` and `deviation` (count, channels, height, width)."""
         chosen = [self._pictures[row["picture"]] for row in rows]
         weights = [1 / len(rows)] * len(rows)
-        prompts = [0] * len(rows)
+        prompts = [self._numbers[0]] * len(rows)
         if self._with_prior:
             chosen += [self._class[row["prior"]] for row in rows]
             weights += [self._section.prior_weight / len(rows)] * len(rows)
-            prompts += [1] * len(rows)
+            prompts += [self._numbers[-1]] * len(rows)
         means, deviations = zip(*(self._latents[example.place] for example in chosen))
         return {
             "mean": torch.stack(means),
