@@ -204,9 +204,9 @@ class GridDisplay:
 def print_summary(summary: "Summary", folder: Path, page: Path | None = None) -> None:
     """The table, and what lies where; `page` if it is not report.html in the folder."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from pica.cli.console import table_console
     from pica.report.comparison import shown_mean
 
     table = Table(title=summary.title, title_justify="left", box=box.SIMPLE)
@@ -219,7 +219,7 @@ def print_summary(summary: "Summary", folder: Path, page: Path | None = None) ->
         rate = f"{row.rate:g}" + ("*" if row.edge else "")
         cells = (f"{row.parameters:,}", rate, shown_mean(summary.metric, row.score))
         table.add_row(row.label, *cells, f"{row.seconds.mean:.1f}", f"{row.memory.mean:.0f}")
-    console = Console(highlight=False, soft_wrap=True)
+    console = table_console()
     console.print(table)
     console.print("mean ± standard deviation over seeds; * the best rate is at the edge of its grid\n")
     for row in summary.rows:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pica.experiments.reporting import Advance
 
 _SHARE = 0.1  # without a terminal a line is written each time this much of the work is done
+
+
+WIDE = 160
+"""Columns of a table that goes to a file or a pipe, where nothing has to be cut off."""
+
+
+def table_console() -> Console:
+    """Console for tables on standard output."""
+    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, soft_wrap=True, width=None if terminal else WIDE)
 
 
 class ConsoleReporter:

@@ -63,9 +63,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _vtab(folders: Sequence[Path], output: Path | None) -> int:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from pica.cli.console import table_console
     from pica.errors import ConfigError
     from pica.report.vtab import read_vtab, write_vtab
     from pica.report.vtab_page import write_vtab_page
@@ -82,7 +82,7 @@ def _vtab(folders: Sequence[Path], output: Path | None) -> int:
     for method in methods:
         means = ("-" if mean is None else f"{mean:.1%}" for mean in method.means.values())
         table.add_row(method.label, f"{len(method.scores)}", *means)
-    console = Console(highlight=False, soft_wrap=True)
+    console = table_console()
     console.print(table)
     console.print(
         "A mean is only given where all its sets are there. All sets counts each set the same, all groups each group."

@@ -138,8 +138,9 @@ def _formatter(base: Any) -> type:
 def print_result(result: "RunResult") -> None:
     """The comparison as a table, and what lies where."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from pica.cli.console import table_console
 
     metrics = result.metrics
     kind = "pictures" if metrics["task"] == "dreambooth" else "test problems"
@@ -162,7 +163,7 @@ def print_result(result: "RunResult") -> None:
                 f"{1000 * step:.1f}" if step else "",
                 f"{peak.get('gpu', peak['host']):.0f}",
             )
-    console = Console(highlight=False, soft_wrap=True)
+    console = table_console()
     console.print(table)
     unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else f"loss on the {kind}"
     console.print(f"{metric} ± standard error; {unit}; times are medians")
