@@ -42,6 +42,7 @@ def test_compare_then_report(pica: Callable, comparison: Path, tmp_path: Path):
     assert outcome.status == 0, outcome.err
     assert "2/2 cells" in outcome.err
     assert "PiCa r=2" in outcome.out
+    assert "…" not in outcome.out, "nothing is cut off"
     assert "BOFT: 1 failed" in outcome.out, "a method that does not fit the layers is told, not hidden"
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["seeds_done"] for row in rows] == [1, 0]
