@@ -22,6 +22,8 @@ from pica.experiments.output import write_text
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURES = PAGE.with_name("vision.md")
 """Has the table of benchmarks.digits, which is run by itself."""
+QUANTISED = PAGE.with_name("quantised.md")
+"""Has the table of benchmarks.quantised, which needs a real model."""
 RESULTS_PAGE = PAGE.with_name("results.md")
 """Has the tables of benchmarks.comparisons, which need real models and data."""
 SCRIPTS = ["basis", "step_time", "many_adapters"]
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(script)
             print(f"  {time.monotonic() - begun:.0f} s\n", flush=True)
     if not given.quick:
-        pages = (PAGE, PICTURES, RESULTS_PAGE)
+        pages = (PAGE, PICTURES, QUANTISED, RESULTS_PAGE)
         missing = [name for page in pages for name in write_page(page)]
         wrote = ", ".join(page.name for page in pages)
         print(f"Wrote {wrote}" + (f"; no results yet of {', '.join(missing)}" if missing else ""))

@@ -154,6 +154,10 @@ def _against(base: nn.Module, folder: Path, config: BankedConfig, tensors: dict[
         first = bad[0].alignment
         why = first.reason or f"deviation {first.deviation:.0%}"
         detail = f"{len(bad)} of {len(layers)} layers have another basis, e.g. {bad[0].path} ({why})"
+        if bad[0].difference and bad[0].trained_origin != bad[0].origin:
+            detail += (
+                f"; {bad[0].difference}. Give it a base model that is quantised as then (pica.verify takes a model)"
+            )
     else:
         detail = f"largest deviation {worst.alignment.deviation:.2%} (accepted up to {TOLERANCE:.0%})"
     belongs = Check("belongs to this base", not bad, detail)

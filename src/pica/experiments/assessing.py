@@ -91,6 +91,8 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
     recipe = dataclasses.replace(run or Recipe(), model=ModelSection(path=request.model, revision=request.revision))
     if adapter is not None:
         recipe.model.path = base_of(adapter, request.base)
+    if adapter is not None and (its_run := run_of(adapter)):
+        recipe.model.quantization = its_run.model.quantization  # the basis may be of the quantised weights
     recipe.model.dtype = request.dtype or (run.model.dtype if run else "float32")  # pyright: ignore[reportAttributeAccessIssue]
     changes = {
         name: getattr(request, name) for name in ("subset", "labels", "metric", "scoring", "template", "max_new_tokens")

@@ -187,6 +187,11 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         yield f"data.skip_unreadable is for pictures, and task {task.name} has none; leave it out."
     if task.kind in ("image-classification", "text-to-image") and recipe.trainer.group_by_length:
         yield "trainer.group_by_length is for texts: all pictures are the same size to a model; leave it out."
+    if task.kind != "generation" and recipe.model.quantization is not None:
+        yield (
+            f"model.quantization is for tasks that generate text, and {task.name} is none (a classifier's new head would be "
+            "quantised before it is trained); leave it out."
+        )
     if task.kind == "generation":
         for name in ("labels", "metric"):
             if getattr(given, name) is not None:

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pica.adapters.dequantise import merge_in_full
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
 from pica.experiments.assessing import run_of
@@ -37,7 +38,8 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
 
     For an adapter of a pipeline of diffusers, `target` is a pipeline folder.
 
-    The sum W + dW is formed in float32 and rounded once.
+    The sum W + dW is formed in float32 and rounded once. An adapter that a run trained on a quantised base model is merged
+    into the dequantised weights, so that the result computes what was trained, at the size of the unquantised model.
 
     Args:
         adapter: Adapter folder, of any PEFT method.
@@ -53,7 +55,10 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
         OutputError: `target` is not empty or can't be written.
     """
     files.check_free(target, overwrite=False)
-    section = ModelSection(path=base_of(adapter, base), dtype="float32")
+    run = run_of(adapter)
+    # W_q + dW: the adapter was trained on the quantised weights, and its basis may be theirs
+    quantised = None if run is None else run.model.quantization
+    section = ModelSection(path=base_of(adapter, base), dtype="float32", quantization=quantised)
     if (Path(locate(section.path)) / "model_index.json").is_file() or _of_diffusers(adapter):
         from pica.experiments.diffusion.merging import merge_pipeline  # diffusers is an extra, and takes its seconds
 
@@ -68,7 +73,8 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
     else:
         processor = load_tokenizer(section)
         model = load_model(section)
-    merged = load_adapter(model, adapter).merge_and_unload()
+    loaded = load_adapter(model, adapter)
+    merged = loaded.merge_and_unload() if section.quantization is None else merge_in_full(loaded)
     assert isinstance(merged, PreTrainedModel)
     merged = merged.to(chosen)  # pyright: ignore[reportArgumentType]
     for name, parameter in merged.named_parameters():

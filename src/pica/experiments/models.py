@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -55,7 +57,28 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     Raises:
         ConfigError: The folder is incomplete, or the hub has no such model or cannot be reached.
     """
-    return _from_pretrained(AutoModelForCausalLM, section, _options(section)).eval()
+    options = _options(section)
+    if section.quantization is not None:
+        options["quantization_config"] = _quantisation(section)
+    return _from_pretrained(AutoModelForCausalLM, section, options).eval()
+
+
+def _quantisation(section: ModelSection) -> BitsAndBytesConfig:
+    """bitsandbytes' settings; 4-bit weights with double quantisation, as QLoRA has them, computing in `section.dtype`."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization={section.quantization!r} needs bitsandbytes, which is not installed: "
+            "pip install 'pica-peft[quantised]'."
+        )
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if section.dtype == "auto" else DTYPES[section.dtype]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def load_classifier(
@@ -73,8 +96,13 @@ def load_classifier(
         The model, and the names of the modules that are newly made, since they must be trained and stored.
 
     Raises:
-        ConfigError: As `load_model`, or the files lack weights of the model's body.
+        ConfigError: As `load_model`, or the files lack weights of the model's body, or it is to be quantised.
     """
+    if section.quantization is not None:
+        raise ConfigError(
+            f"model.quantization={section.quantization!r} is for tasks that generate text; a classifier's new head would be "
+            "quantised before it is trained. Leave it out."
+        )
     options = _options(section) | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if labels is None:
         options |= {"num_labels": 1, "problem_type": "regression"}

@@ -15,6 +15,8 @@ class ModelSection:
     """Branch, tag or commit of a model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Precision of the frozen weights; "auto" takes that of the model's files."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Quantise the frozen weights by bitsandbytes on loading; tasks that generate text only. Unquantised if unset."""
     attention: str | None = None
     """Attention implementation, for instance sdpa or eager; the model's own choice if unset."""
     trust_remote_code: bool = False
