@@ -28,6 +28,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     """
 
     method: ClassVar[str] = ""  # for messages
+    mixes: ClassVar[bool] = True  # whether the samples of a batch can have an adapter each
     mismatch_remedy: ClassVar[str] = ""  # one more way out of a basis mismatch, where the method has one
 
     def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str, root: nn.Module | None = None) -> None:
