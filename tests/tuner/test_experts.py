@@ -143,7 +143,7 @@ def test_experts_can_share_otherwise(share: Any, matrices: int):
 
 def test_second_adapters_are_added_switched_and_deleted_and_cannot_be_mixed():
     name = "GptOssForCausalLM"
-    model = get_peft_model(make(name), adapter())
+    model: Any = get_peft_model(make(name), adapter())
     first = logits(model, name)
     model.add_adapter("b", adapter(r=2, target_parameters=["down_proj"]))
     model.set_adapter("b")

@@ -63,7 +63,9 @@ def expected_updates(
     """{path of a stack: (update in the stack's layout, relative error that truncation may have)}."""
     found = {}
     for path, module in root.named_modules():
-        for parameter, layers in module.stacks().items() if isinstance(module, AdaptedExperts) else ():
+        if not isinstance(module, AdaptedExperts):
+            continue
+        for parameter, layers in module.stacks().items():
             if adapter not in layers[0].pica_group:
                 continue
             updates = torch.stack([layer.weight_update(adapter) for layer in layers])

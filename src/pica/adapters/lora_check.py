@@ -183,8 +183,7 @@ def _compare_layers(
         )
     worst = 0.0
     for path, module in lora.items():
-        a = cast(Tensor, module.lora_A["default"].weight).flatten(1)  # (r, in)
-        b = cast(Tensor, module.lora_B["default"].weight).flatten(1)  # (out, r)
+        a, b = _factors(module)
         dtype = torch.promote_types(a.dtype, torch.float32)
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(a.shape[1], _PROBES, generator=generator).to(device=a.device, dtype=dtype)
@@ -207,6 +206,14 @@ def _compare_layers(
             )
         worst = max(worst, relative)
     return worst
+
+
+def _factors(module: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) of a LoRA layer."""
+    if "default" in module.lora_embedding_A:
+        return module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+    a, b = (cast(Tensor, factors["default"].weight) for factors in (module.lora_A, module.lora_B))
+    return a.flatten(1), b.flatten(1)
 
 
 def _copy_to_compare(root: nn.Module) -> nn.Module:

@@ -234,6 +234,9 @@ def _check_exportable(
         raise ExportError(f"The adapter trained token embeddings too, which a LoRA cannot hold. {ways_out}")
     if engine and engine.name != "peft" and (stacks := stack_paths(layers)):
         raise ExportError(f"{engine.name} cannot load a LoRA on experts' parameters such as {stacks[0]}. {ways_out}")
+    embeddings = [path for path, layer in layers.items() if isinstance(layer.get_base_layer(), nn.Embedding)]
+    if engine and engine.name != "peft" and embeddings:
+        raise ExportError(f"{engine.name} cannot load a LoRA on an embedding such as {embeddings[0]}. {ways_out}")
     saved = getattr(config, "modules_to_save", None) or []
     if engine and engine.modules_to_save is not None and (odd := [m for m in saved if m not in engine.modules_to_save]):
         raise ExportError(
@@ -334,6 +337,9 @@ def _tensors(
         if isinstance(layer, PicaExpert):
             continue
         a, b = layer_factors(layer, name, spectra[path], plan.rank, plan.dtype)
+        if isinstance(layer.get_base_layer(), nn.Embedding):
+            tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"] = a, b
+            continue
         ones = (1,) * layer.kernel_dims  # of a convolution both factors are convolutions too
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = (
             a.view(*a.shape, *ones),
@@ -363,12 +369,13 @@ def _lora_config(
 ) -> dict[str, Any]:
     """adapter_config.json: the fields that engines read, and no newer ones, which older readers would stumble over."""
     task = getattr(config.task_type, "value", config.task_type)
+    linear = [layer for layer in layers.values() if not isinstance(layer.get_base_layer(), nn.Embedding)]
     return {
         "alpha_pattern": {},
         "auto_mapping": config.auto_mapping,
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": all(layer.is_transposed for layer in layers.values()),
+        "fan_in_fan_out": bool(linear) and all(layer.is_transposed for layer in linear),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,

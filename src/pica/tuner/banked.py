@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -56,6 +57,7 @@ class BankedModel(BaseTuner):
     layer_class: ClassVar[type[AdaptedLinear]]
     target_module_mapping: ClassVar[Any] = DEFAULT_TARGETS  # PEFT declares lists only, and has expressions too
     _plan: AdapterPlan | None = None  # of the adapter that is being added
+    _tied: set[int] | None = None  # likewise
 
     # ---- what a method defines ---------------------------------------------------------------------------------
 
@@ -121,7 +123,7 @@ class BankedModel(BaseTuner):
                 f"{', '.join(map(repr, further))}."
             ) from error
         finally:
-            self._plan = None
+            self._plan = self._tied = None
         keep_differentiable(self.model)
         bank = get_bank(self.model, self.bank_name)
         if bank is not None and adapter_name in bank:
@@ -194,7 +196,15 @@ class BankedModel(BaseTuner):
             initial = self._initial_matrix(group, peft_config, torch.promote_types(dtype, torch.float32), device)
             bank.add_matrix(adapter_name, group.key, initial)
         plan.attach(layer, adapter_name)
+        layer.weight_is_tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._tied_parameters()
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _tied_parameters(self) -> set[int]:
+        """Identities of the parameters that several of the model's modules have; found once an adapter."""
+        if self._tied is None:
+            owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+            self._tied = {parameter for parameter, count in owners.items() if count > 1}
+        return self._tied
 
     def _layers(self) -> Iterator[AdaptedLinear]:
         return (m for m in self.model.modules() if isinstance(m, self.layer_class))
