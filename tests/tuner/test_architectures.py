@@ -117,3 +117,11 @@ def test_a_lora_that_peft_would_put_on_the_experts_is_not_written(targets: list[
     assert not (tmp_path / "lora").exists()
     pica.export_lora(model, tmp_path / "lora", check=False)
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_of_models_names_every_family_with_defaults():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = {name: row for row in page.splitlines() if row.startswith("|") for name in re.findall(r"`([^`]+)`", row)}
+    assert set(DEFAULT_TARGETS) <= set(rows)
+    for family in ("phi3", "glm4", "rwkv", "sam", "albert", "deepseek_v3", "starcoder2", "mamba2", "gpt_oss"):
+        assert all(f"`{target}`" in rows[family] for target in DEFAULT_TARGETS[family])

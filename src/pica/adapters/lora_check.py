@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pica.adapters.base_model import share_tensors
+from pica.adapters.expert_factors import expected_updates, lora_update
 from pica.adapters.factors import SharedSpectrum
 from pica.adapters.pipelines import denoiser_inputs
 from pica.basis import full_precision
 from pica.errors import ExportError
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import BANK_NAMES
+from pica.tuner.experts import AdaptedExperts, PicaExpert
 
 # Half-precision models up to this size are compared in float32, on a copy: rounding in a deep model would otherwise hide
 # what is measured, and processors without half-precision arithmetic are slow at it.
@@ -80,12 +82,15 @@ def check_folder(
             adapted = _copy_to_compare(root).eval()
             batch = _batch(adapted, inputs)
             layers = {p: m for p, m in adapted.named_modules() if isinstance(m, AdaptedLinear)}
+            stacks = expected_updates(adapted, adapter, spectra, rank)
             _activate(adapted, adapter)
             expected = output_of(adapted, batch)
             plain = plain_copy(adapted)
             base = output_of(plain, batch)
             reloaded = _reload(plain, folder)
-            worst = _compare_layers(reloaded, layers, adapter, spectra, filled, rank, torch.finfo(dtype).eps)
+            plain_spectra = {p: s for p, s in spectra.items() if p in layers}  # experts are in `stacks`
+            worst = _compare_layers(reloaded, layers, adapter, plain_spectra, filled, rank, torch.finfo(dtype).eps)
+            worst = max(worst, _compare_stacks(reloaded, stacks, torch.finfo(dtype).eps))
             found = output_of(reloaded, batch)
     finally:
         for parameter, flag in flags:
@@ -113,7 +118,7 @@ def _reload(plain: nn.Module, folder: Path) -> PeftModel:
     """
     try:
         reloaded = PeftModel.from_pretrained(plain, str(folder)).eval()
-        if not getattr(reloaded.peft_config["default"], "target_parameters", None):
+        if _parameters_of(reloaded.peft_config["default"]) == _parameters_of(PeftConfig.from_pretrained(str(folder))):
             return reloaded
         why = "it adapts experts instead"
     except ValueError as error:
@@ -128,6 +133,33 @@ def _reload(plain: nn.Module, folder: Path) -> PeftModel:
     )
 
 
+def _parameters_of(config: PeftConfig) -> set[str]:
+    return set(getattr(config, "target_parameters", None) or ())
+
+
+def _compare_stacks(reloaded: PeftModel, stacks: Mapping[str, tuple[Tensor, float]], eps: float) -> float:
+    """Largest relative error of the update of a stack of experts; raises where one is larger than it may be."""
+    worst, found = 0.0, set()
+    for path, module in reloaded.get_base_model().named_modules():
+        if not isinstance(module, ParamWrapper):
+            continue
+        name, update = lora_update(module)
+        key = f"{path.replace('.base_layer', '')}.{name}"
+        wanted, allowed = stacks.get(key, (torch.zeros_like(update), 0.0))
+        found.add(key)
+        gap = float((update.to(wanted) - wanted).norm() / wanted.norm().clamp(min=torch.finfo(wanted.dtype).tiny))
+        if not gap <= allowed * (1 + 1e-6) + 16 * eps:
+            raise ExportError(
+                f"{key}: the exported update differs from the adapter's by {gap:.2g} of its size, where {allowed:.2g} is "
+                "allowed. Nothing was written; please report this."
+            )
+        worst = max(worst, gap)
+    if found != set(stacks):
+        odd = sorted(found ^ set(stacks))
+        raise ExportError(f"PEFT does not adapt {odd[0]} as it should. Nothing was written; please report this.")
+    return worst
+
+
 def _compare_layers(
     reloaded: PeftModel,
     layers: Mapping[str, AdaptedLinear],
@@ -138,7 +170,11 @@ def _compare_layers(
     eps: float,
 ) -> float:
     """Largest relative error of a layer's update on random inputs; raises where one is larger than it may be."""
-    lora = {p: m for p, m in reloaded.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    lora = {
+        p: m
+        for p, m in reloaded.get_base_model().named_modules()
+        if type(m) is not ParamWrapper and isinstance(m, LoraLayer)
+    }
     if set(lora) != {*spectra, *filled}:
         odd = sorted(set(lora) ^ {*spectra, *filled})
         raise ExportError(
@@ -147,8 +183,7 @@ def _compare_layers(
         )
     worst = 0.0
     for path, module in lora.items():
-        a = cast(Tensor, module.lora_A["default"].weight).flatten(1)  # (r, in)
-        b = cast(Tensor, module.lora_B["default"].weight).flatten(1)  # (out, r)
+        a, b = _factors(module)
         dtype = torch.promote_types(a.dtype, torch.float32)
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(a.shape[1], _PROBES, generator=generator).to(device=a.device, dtype=dtype)
@@ -171,6 +206,14 @@ def _compare_layers(
             )
         worst = max(worst, relative)
     return worst
+
+
+def _factors(module: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) of a LoRA layer."""
+    if "default" in module.lora_embedding_A:
+        return module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+    a, b = (cast(Tensor, factors["default"].weight) for factors in (module.lora_A, module.lora_B))
+    return a.flatten(1), b.flatten(1)
 
 
 def _copy_to_compare(root: nn.Module) -> nn.Module:
@@ -206,10 +249,11 @@ def _activate(model: nn.Module, adapter: str) -> None:
 def plain_copy(root: nn.Module) -> nn.Module:
     """The base model of `root` without any trace of adapters, sharing its tensors."""
     plain = share_tensors(root)
-    wrapped = [(n, m) for n, m in plain.named_modules() if isinstance(m, (AdaptedLinear, AuxiliaryTrainingWrapper))]
+    ours = (AdaptedLinear, AdaptedExperts, AuxiliaryTrainingWrapper)
+    wrapped = [(n, m) for n, m in plain.named_modules() if isinstance(m, ours) and not isinstance(m, PicaExpert)]
     for path, module in wrapped:
         parent_path, _, name = path.rpartition(".")
-        inner = module.base_layer if isinstance(module, AdaptedLinear) else module.original_module
+        inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
         setattr(plain.get_submodule(parent_path), name, inner)
     for name in BANK_NAMES:
         plain._modules.pop(name, None)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pica.adapters.base_model import load_base_model, read_peft_config, share_tensors
 from pica.adapters.engines import Engine, EngineName, find_engine
+from pica.adapters.expert_factors import adapted_experts, parameter_paths, stack_paths, stack_tensors
 from pica.adapters.factors import GroupRow, SharedSpectrum, choose_rank, layer_factors, shared_spectra
 from pica.adapters.folders import check_replaceable, new_folder
 from pica.adapters.lora_check import CheckResult, check_folder
@@ -26,6 +27,7 @@ from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders, denoiser_name
 from pica.errors import ConfigError, ExportError
 from pica.tuner.adapted import AdaptedLinear, verify_loaded
 from pica.tuner.bank import find_banks
+from pica.tuner.experts import PicaExpert
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class ExportPlan:
         dtype: Precision of the file.
         rows: The known error of each group; `exact` where all are zero.
         filled: Layers that get a zero adapter, for the engine's sake.
-        target_modules: As written to adapter_config.json.
+        target_modules, target_parameters: As written to adapter_config.json.
         notes: What the user should know, one sentence each.
         engine: The engine that it is for.
     """
@@ -55,6 +57,7 @@ class ExportPlan:
     target_modules: tuple[str, ...]
     notes: tuple[str, ...]
     engine: Engine | None
+    target_parameters: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -148,7 +151,12 @@ def export_lora(
     root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
     for bank in (b for _, b in find_banks(root) if b.unverified):
         verify_loaded(bank)  # weights that transformers loaded are held against their fingerprint on first use
-    layers = {p: m for p, m in base_modules(root).items() if isinstance(m, AdaptedLinear) and name in m.pica_group}
+    layers: dict[str, AdaptedLinear] = {
+        p: m
+        for p, m in base_modules(root).items()
+        if isinstance(m, AdaptedLinear) and not isinstance(m, PicaExpert) and name in m.pica_group
+    }
+    layers.update(adapted_experts(root, name))
     _check_exportable(root, config, layers, rules)
     spectra = shared_spectra(layers, name)
     plan = _plan(root, name, layers, spectra, rules, rank, energy, dtype, fill_siblings)
@@ -157,7 +165,11 @@ def export_lora(
     if on_plan is not None:
         on_plan(plan)
     recorded = base_model_name or config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
-    tensors = {**_tensors(layers, name, spectra, plan), **_extra_tensors(root, name, plan.dtype)}
+    tensors = {
+        **_tensors(layers, name, spectra, plan),
+        **stack_tensors(root, name, spectra, plan.rank, plan.dtype),
+        **_extra_tensors(root, name, plan.dtype),
+    }
     if rules and rules.name == "diffusers":
         others = {f"{denoiser_name(type(root).__name__)}.{k}": v for k, v in tensors.items()} | others
     contents = LoraFolder(
@@ -220,6 +232,11 @@ def _check_exportable(
         raise ExportError(f"The adapter trained biases too (bias={bias!r}), which engines ignore or refuse. {ways_out}")
     if getattr(config, "trainable_token_indices", None):
         raise ExportError(f"The adapter trained token embeddings too, which a LoRA cannot hold. {ways_out}")
+    if engine and engine.name != "peft" and (stacks := stack_paths(layers)):
+        raise ExportError(f"{engine.name} cannot load a LoRA on experts' parameters such as {stacks[0]}. {ways_out}")
+    embeddings = [path for path, layer in layers.items() if isinstance(layer.get_base_layer(), nn.Embedding)]
+    if engine and engine.name != "peft" and embeddings:
+        raise ExportError(f"{engine.name} cannot load a LoRA on an embedding such as {embeddings[0]}. {ways_out}")
     saved = getattr(config, "modules_to_save", None) or []
     if engine and engine.modules_to_save is not None and (odd := [m for m in saved if m not in engine.modules_to_save]):
         raise ExportError(
@@ -263,7 +280,8 @@ def _plan(
     if siblings or (engine and engine.every_layer):
         filled = missing_members(set(layers), linear_shapes(root), siblings=siblings)
     modules = base_modules(root)
-    all_paths = [*layers, *(shape.path for shape in filled)]
+    all_paths = [p for p, layer in layers.items() if not isinstance(layer, PicaExpert)]
+    all_paths += [shape.path for shape in filled]
     if engine and engine.every_layer and (gaps := incomplete_roles(all_paths, modules)):
         role, number = next(iter(gaps.items()))
         raise ExportError(
@@ -283,6 +301,7 @@ def _plan(
         rows=tuple(s.row(chosen) for s in unique),
         filled=tuple(filled),
         target_modules=tuple(names),
+        target_parameters=tuple(plain_names(stack_paths(layers), parameter_paths(root))),
         notes=tuple(notes),
         engine=engine,
     )
@@ -315,7 +334,12 @@ def _tensors(
     """{path: ...} of every LoRA tensor under PEFT's names. Nothing is shared, as safetensors demands."""
     tensors = {}
     for path, layer in layers.items():
+        if isinstance(layer, PicaExpert):
+            continue
         a, b = layer_factors(layer, name, spectra[path], plan.rank, plan.dtype)
+        if isinstance(layer.get_base_layer(), nn.Embedding):
+            tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"] = a, b
+            continue
         ones = (1,) * layer.kernel_dims  # of a convolution both factors are convolutions too
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = (
             a.view(*a.shape, *ones),
@@ -345,12 +369,13 @@ def _lora_config(
 ) -> dict[str, Any]:
     """adapter_config.json: the fields that engines read, and no newer ones, which older readers would stumble over."""
     task = getattr(config.task_type, "value", config.task_type)
+    linear = [layer for layer in layers.values() if not isinstance(layer.get_base_layer(), nn.Embedding)]
     return {
         "alpha_pattern": {},
         "auto_mapping": config.auto_mapping,
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": all(layer.is_transposed for layer in layers.values()),
+        "fan_in_fan_out": bool(linear) and all(layer.is_transposed for layer in linear),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -363,6 +388,7 @@ def _lora_config(
         "rank_pattern": {},
         "revision": revision or config.revision,
         "target_modules": list(plan.target_modules),
+        **({"target_parameters": list(plan.target_parameters)} if plan.target_parameters else {}),
         "task_type": task,
         "use_dora": False,
         "use_rslora": False,

@@ -102,7 +102,10 @@ def _article(method: str) -> str:
 
 def _readme(contents: LoraFolder) -> str:
     """Model card: what this is, how to load it, what it leaves out."""
-    rank, targets = contents.config["r"], ", ".join(contents.config["target_modules"])
+    rank, targets = (
+        contents.config["r"],
+        ", ".join([*contents.config["target_modules"], *contents.config.get("target_parameters", [])]),
+    )
     head = [
         "---",
         "library_name: peft",

@@ -115,12 +115,16 @@ def example_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tenso
     inputs: dict[str, Tensor] = {}
     if main == "input_ids":
         inputs["input_ids"] = torch.zeros(batch, length, dtype=torch.long)
+        if "pixel_values" in accepted and not _innermost(model).can_generate():  # pyright: ignore[reportCallIssue]
+            inputs["pixel_values"] = _pixels(config, batch, dtype)  # as many captions as pictures: CLIP
     elif main == "pixel_values":
-        image = getattr(config, "vision_config", config)
-        side = image.image_size if isinstance(image.image_size, int) else image.image_size[0]
-        inputs["pixel_values"] = torch.zeros(batch, getattr(image, "num_channels", 3), side, side, dtype=dtype)
+        inputs["pixel_values"] = _pixels(config, batch, dtype)
+        if "input_points" in accepted:
+            inputs["input_points"] = torch.zeros(batch, 1, 1, 2, dtype=dtype)
     elif main == "input_features" and hasattr(config, "max_source_positions"):
         inputs["input_features"] = torch.zeros(batch, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
+    elif main == "input_values" and hasattr(config, "inputs_to_logits_ratio"):
+        inputs["input_values"] = torch.zeros(batch, length * config.inputs_to_logits_ratio, dtype=dtype)
     else:
         raise TraceError(f"its main input is {main!r}, which is not known here")
     if "labels" in accepted:
@@ -130,6 +134,12 @@ def example_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tenso
     elif "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = torch.zeros(batch, length, dtype=torch.long)
     return inputs
+
+
+def _pixels(config: Any, batch: int, dtype: torch.dtype) -> Tensor:
+    image = getattr(config, "vision_config", config)
+    side = image.image_size if isinstance(image.image_size, int) else image.image_size[0]
+    return torch.zeros(batch, getattr(image, "num_channels", 3), side, side, dtype=dtype)
 
 
 def positions(config: Any) -> int | None:

@@ -21,13 +21,14 @@ from pica.tuner.sharding import in_parts, whole
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """A frozen linear layer (or Conv1D, or 1x1 convolution) y = W x + b, to which adapters add updates of W.
+    """A frozen linear layer (Conv1D, 1x1 convolution, embedding) y = W x + b, to which adapters add updates of W.
 
     A method says what an update is: its coordinates of the input, the product with its parameters, the change of the
     weight, and how its frozen basis is held against a fingerprint.
     """
 
     method: ClassVar[str] = ""  # for messages
+    mixes: ClassVar[bool] = True  # whether the samples of a batch can have an adapter each
     mismatch_remedy: ClassVar[str] = ""  # one more way out of a basis mismatch, where the method has one
 
     def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str, root: nn.Module | None = None) -> None:
@@ -37,8 +38,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._bank = (bank,)  # in a tuple, so that it is not registered a second time
         self.pica_name = name
         self.pica_group: dict[str, str] = {}
+        self.weight_is_tied = False  # whether another module has the very same parameter; the model finds out
         self._unmerged_weight: Tensor | None = None  # W before the first merge
         self._kept: KeptLayer | None = None  # the same of a quantised layer
+        self._tied_weight: nn.Parameter | None = None  # what the layer had before a merge untied it
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
@@ -46,7 +49,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.quantised_as = kind_of(base_layer, self.quantization_backend)
         self._float_dtype = None if self.quantization_backend is None else _float_dtype(root)
         self.in_features, self.out_features = features_of(base_layer)
-        self.is_transposed = isinstance(base_layer, Conv1D)
+        # weights that are stored as (in, out); an embedding is the linear layer of one-hot inputs
+        self.is_transposed = isinstance(base_layer, (Conv1D, nn.Embedding))
         # trailing dimensions of its weight, each of size 1: (out, in, 1, 1) of a Conv2d
         self.kernel_dims = len(base_layer.kernel_size) if is_pointwise(base_layer) else 0
 
@@ -263,8 +267,21 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if self._unmerged_weight is None:
                 # On the CPU no copy is made: set_base_weight swaps the storage in, so this keeps the old one.
                 self._unmerged_weight = self.get_base_weight().detach().cpu()
+            if self.weight_is_tied and self._tied_weight is None:
+                self._untie()
             self.set_base_weight(merged)
         self.merged_adapters.extend(names)
+
+    def _untie(self) -> None:
+        """Give the base layer a parameter of its own, so that a merge does not reach the module that shares it."""
+        base: Any = self.get_base_layer()
+        self._tied_weight = base.weight
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        warnings.warn(
+            f"{self.method}: the weight of {self.pica_name} is tied to another module's, which has no adapter. The merge "
+            "gives this layer a weight of its own, and the merged model is no longer tied; unmerge ties it again.",
+            stacklevel=3,
+        )
 
     def unmerge(self) -> None:
         """Put the base weight back exactly as it was before the first merge."""
@@ -276,6 +293,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if self.get_base_layer() is not restored:  # HQQ's layers are replaced, not changed
                 self.base_layer = restored
             self._kept = None
+        elif self._tied_weight is not None:
+            self.get_base_layer().weight = self._tied_weight
+            self._tied_weight = self._unmerged_weight = None
         else:
             original = cast(Tensor, self._unmerged_weight)
             self.set_base_weight(original.to(self.get_base_weight().device))

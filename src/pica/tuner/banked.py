@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,9 @@ from pica.tuner.targets import (
 )
 from pica.tuner.undo import all_or_nothing
 
+# components of paths that lead to what adapters brought
+NOT_THE_MODELS = BANK_NAMES | {"expert_adapters"}
+
 
 class AdapterPlan(Protocol):
     """What one adapter needs, worked out and solved before the model is touched."""
@@ -53,6 +57,7 @@ class BankedModel(BaseTuner):
     layer_class: ClassVar[type[AdaptedLinear]]
     target_module_mapping: ClassVar[Any] = DEFAULT_TARGETS  # PEFT declares lists only, and has expressions too
     _plan: AdapterPlan | None = None  # of the adapter that is being added
+    _tied: set[int] | None = None  # likewise
 
     # ---- what a method defines ---------------------------------------------------------------------------------
 
@@ -75,7 +80,7 @@ class BankedModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         # An expression may be wide enough to match the bank that an earlier adapter left; that is nobody's wish.
-        return BANK_NAMES.isdisjoint(key.split(".")) and BaseTuner._check_target_module_exists(peft_config, key)
+        return NOT_THE_MODELS.isdisjoint(key.split(".")) and BaseTuner._check_target_module_exists(peft_config, key)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         defaults = peft_config.target_modules is None and DEFAULT_TARGETS.get(str(model_config.get("model_type")))  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,7 +123,7 @@ class BankedModel(BaseTuner):
                 f"{', '.join(map(repr, further))}."
             ) from error
         finally:
-            self._plan = None
+            self._plan = self._tied = None
         keep_differentiable(self.model)
         bank = get_bank(self.model, self.bank_name)
         if bank is not None and adapter_name in bank:
@@ -164,26 +169,42 @@ class BankedModel(BaseTuner):
                 "supported."
             )
         current_key = plain_name(current_key)
+        self._ensure_plan(peft_config, adapter_name)
+        bank = ensure_bank(self.model, self.bank_name)
+        layer = (
+            target if isinstance(target, self.layer_class) else self.layer_class(target, bank, current_key, self.model)
+        )
+        self._attach(peft_config, adapter_name, layer)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _ensure_plan(self, peft_config: PeftConfig, adapter_name: str) -> AdapterPlan:
         if self._plan is None:
             self._plan = self._make_plan(peft_config)
             self._forget_stranded_adapters()
             keys = [g.key for g in self._plan.groups.values()]
             _check_name(adapter_name, keys, get_bank(self.model, self.bank_name))
-        plan = self._plan
-        bank = ensure_bank(self.model, self.bank_name)
-        group = plan.groups[current_key]
-        layer = (
-            target if isinstance(target, self.layer_class) else self.layer_class(target, bank, current_key, self.model)
-        )
+        return self._plan
+
+    def _attach(self, peft_config: PeftConfig, adapter_name: str, layer: AdaptedLinear) -> None:
+        """Give a layer the adapter that was planned for it, and its group a matrix if it has none."""
+        plan, bank = self._ensure_plan(peft_config, adapter_name), layer.bank
+        group = plan.groups[layer.pica_name]
         device, dtype = layer.compute_device_and_dtype()
         if adapter_name not in bank or group.key not in bank.matrices(adapter_name):
             # float32 over float32 and narrower bases, float64 over float64 ones
             initial = self._initial_matrix(group, peft_config, torch.promote_types(dtype, torch.float32), device)
             bank.add_matrix(adapter_name, group.key, initial)
         plan.attach(layer, adapter_name)
+        layer.weight_is_tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._tied_parameters()
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+
+    def _tied_parameters(self) -> set[int]:
+        """Identities of the parameters that several of the model's modules have; found once an adapter."""
+        if self._tied is None:
+            owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+            self._tied = {parameter for parameter, count in owners.items() if count > 1}
+        return self._tied
 
     def _layers(self) -> Iterator[AdaptedLinear]:
         return (m for m in self.model.modules() if isinstance(m, self.layer_class))
@@ -284,6 +305,10 @@ class BankedModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {n for m in self._layers() for n in m.pica_group}
+        if any(n in m.pica_group for m in self._layers() if not m.mixes for n in adapter_names):
+            raise ValueError(
+                "Adapters with target_parameters cannot be mixed in a batch: run each by itself (set_adapter)."
+            )
         if unknown := {n for n in adapter_names if n != "__base__"} - known:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         repeats = _rows_per_input(kwargs)

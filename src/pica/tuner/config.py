@@ -47,6 +47,13 @@ class PicaConfig(BankedConfig):
             "{'down_proj': 64}. Layers of a group with a smaller rank use the first columns of its matrix."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Stacks of experts' weights to adapt, as ends of parameter paths, e.g. ['experts.down_proj']. Each "
+            "expert has its own basis; all experts of all blocks share one matrix."
+        },
+    )
     save_basis: bool = field(
         default=False,
         metadata={
@@ -80,6 +87,9 @@ class PicaConfig(BankedConfig):
                 found.append(f"{what}={rank!r} must be a whole number of at least 1")
         if self.basis_from is not None and (not isinstance(self.basis_from, str) or not self.basis_from.strip()):
             found.append(f"basis_from={self.basis_from!r} must be a folder or the name of a model on the hub")
+        names = self.target_parameters
+        if names is not None and not (isinstance(names, (list, set, tuple)) and all(isinstance(n, str) for n in names)):
+            found.append(f"target_parameters={names!r} must be a list of names")
         if self.projection not in PROJECTIONS:
             found.append(f"projection={self.projection!r} is unknown; use one of {', '.join(PROJECTIONS)}")
         return found

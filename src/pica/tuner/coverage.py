@@ -113,4 +113,4 @@ def _pattern_of(path: str, targets: object) -> str:
         hits = [t for t in targets if path == t or path.endswith(f".{t}")]
         if hits:
             return max(hits, key=len)
-    return path.rpartition(".")[2]
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)  # of experts, their stack

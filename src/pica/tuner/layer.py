@@ -6,6 +6,7 @@ import hashlib
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_precision, solve_basis
@@ -226,8 +227,11 @@ class PicaLinear(AdaptedLinear):
     def preferred_side(self, weight: Tensor) -> Side:
         """The side with fewer features, unless the output side would be spoilt.
 
-        That is so where a large bias drowns the response (see `BIAS_LIMIT`), or the layer rounds its input.
+        That is so where a large bias drowns the response (see `BIAS_LIMIT`), or the layer rounds its input. An embedding's
+        output is as good as its input: nothing was computed on the way.
         """
+        if isinstance(self.get_base_layer(), nn.Embedding):
+            return "out"
         if weight.shape[1] <= weight.shape[0] or not self.output_is_exact():
             return "in"
         bias = getattr(self.get_base_layer(), "bias", None)
@@ -284,7 +288,12 @@ class PicaLinear(AdaptedLinear):
             projector = self.require_projector(projection)
             if rank < projector.shape[0]:
                 projector = projector[:rank]
-            if self.side(projection) == "in":
+            if self.side(projection) == "in" and isinstance(self.get_base_layer(), nn.Embedding):
+                scale = getattr(
+                    self.get_base_layer(), "embed_scale", 1.0
+                )  # of embeddings that multiply what they look up
+                coords[projection] = (F.embedding(x, projector.T) * scale).to(y.dtype)
+            elif self.side(projection) == "in":
                 if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
                     x = x.to(y.dtype)  # base layers that cast their input themselves
                 coords[projection] = coordinates(x, projector)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pica.tuner.bank import BANK_NAME, get_bank
+from pica.tuner.bank import BANK_NAME, ensure_bank, get_bank
 from pica.tuner.banked import BankedModel
 from pica.tuner.combining import check_combination, config_of_combination, fill_combination
 from pica.tuner.config import PicaConfig
+from pica.tuner.experts import AdaptedExperts, wrap_stack
 from pica.tuner.layer import PicaLinear, verify_loaded
 from pica.tuner.meaning import take_fingerprint
 from pica.tuner.plan import Plan
@@ -73,6 +74,19 @@ class PicaModel(BankedModel):
         if (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
             slot.set_fingerprint(fingerprint)
         fill_combination(bank, adapters, weights, adapter_name, combination_type, density)
+
+    def _inject_parameters(
+        self, peft_config: PicaConfig, model: nn.Module, adapter_name: str, *_: Any, **__: Any
+    ) -> list[str]:
+        """PEFT's injection on `target_parameters`: the experts' modules run as they are, on adapted weights."""
+        plan = cast(Plan, self._ensure_plan(peft_config, adapter_name))
+        bank = ensure_bank(self.model, self.bank_name)
+        for stack in plan.stacks:
+            wrap_stack(model, stack.path, stack.parameter, stack.experts, bank)
+            experts = cast(AdaptedExperts, model.get_submodule(stack.path))
+            for layer in experts.stacks()[stack.parameter]:
+                self._attach(peft_config, adapter_name, layer)
+        return [f"{stack.path}.{stack.parameter}" for stack in plan.stacks]
 
     def _initial_matrix(
         self, group: Group, peft_config: PicaConfig, dtype: torch.dtype, device: torch.device

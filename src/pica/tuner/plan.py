@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +18,7 @@ from pica.errors import ConfigError, TargetError
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
+from pica.tuner.experts import ExpertView, PicaExpert, expert_layers, target_stacks
 from pica.tuner.layer import PicaLinear, features_of, projection_key
 from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.sharding import check_placement, describe, loads_in_one_process
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Stack(NamedTuple):
+    """Experts that `target_parameters` chose: the path of their module, their parameter, and each of them by its path."""
+
+    path: str
+    parameter: str
+    experts: dict[str, nn.Module]
+
+
 class Plan:
     """What one adapter needs, worked out before the model is touched.
 
@@ -38,15 +47,23 @@ class Plan:
         groups, requests: For the plain path of each target layer, its group and what it asks of its basis.
         bases: Solved bases, by path: for layers that have none of that projection yet, or too small a one, and whose
             weights are materialised.
+        stacks: Experts among the layers.
     """
 
     def __init__(self, tuner: PicaModel, config: PicaConfig) -> None:
         layers = {plain_name(path): module for path, module in target_layers(tuner, config, PicaLinear)}
+        self.stacks: list[Stack] = []
+        named = {path: path for path in layers}  # experts go by the name of their stack
+        for path, module, parameter in target_stacks(tuner.model, config):
+            experts = expert_layers(plain_name(path), module, parameter)
+            self.stacks.append(Stack(path, parameter, experts))
+            named.update(dict.fromkeys(experts, f"{path}.{parameter}"))
+            layers.update(experts)
         members = []
         limited: list[str] = []
         for path, module in layers.items():
             in_features, out_features = features_of(_base_of(module))
-            wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
+            wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), named[path]), config.r)
             rank = min(wanted, max_rank(out_features, in_features, config.projection))
             if rank < wanted:
                 limited.append(f"{path} ({out_features} x {in_features}: {rank})")
@@ -63,7 +80,7 @@ class Plan:
             self.groups.update({m.path: group for m in group.members})
         # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
         wrapped = {
-            path: module if isinstance(module, PicaLinear) else PicaLinear(module, PicaBank(), path, tuner.model)
+            path: module if isinstance(module, PicaLinear) else _wrap(module, path, tuner.model)
             for path, module in layers.items()
         }
         tensors = _named_tensors(config, wrapped)
@@ -144,6 +161,10 @@ def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[st
             "the same model, with the same module names."
         )
     return {path: name_of(f"{path}.weight") for path in layers}
+
+
+def _wrap(module: nn.Module, path: str, root: nn.Module) -> PicaLinear:
+    return (PicaExpert if isinstance(module, ExpertView) else PicaLinear)(module, PicaBank(), path, root)
 
 
 def _base_of(module: nn.Module) -> nn.Module:

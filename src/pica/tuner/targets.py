@@ -56,13 +56,16 @@ def refusal(method: str, path: str, module: nn.Module, family: str, root: nn.Mod
         return f"Target module {path} is not supported: it routes tokens to experts and is no plain layer. {leave_out}"
     if problem := problem_of(module, root):
         return f"Target module {path} ({type(module).__name__}) is not supported: {problem}. {leave_out}"
-    if is_supported(module):
+    if is_supported(module) or (method == "PiCa" and isinstance(module, nn.Embedding) and module.max_norm is None):
         return None
     what = f"Target module {path} ({type(module).__name__}) is not supported: {method} adapts linear layers "
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         why = why_not_pointwise(module)
         return f"{what}and convolutions with kernel 1, one group and no padding, and {why}. {leave_out}"
-    return f"{what}(torch.nn.Linear, transformers' Conv1D, 1x1 convolutions, quantised linear layers). {leave_out}"
+    more = ", embeddings without max_norm" if method == "PiCa" else ""
+    return (
+        f"{what}(torch.nn.Linear, transformers' Conv1D, 1x1 convolutions, quantised linear layers{more}). {leave_out}"
+    )
 
 
 def check_targets(config: PeftConfig, model: nn.Module) -> None:
