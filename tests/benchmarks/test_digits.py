@@ -87,5 +87,5 @@ def test_the_whole_command_in_miniature(tmp_path: Path, monkeypatch: pytest.Monk
     assert comparisons.main([str(tmp_path / "work" / "compared")]) == 0
     assert (tmp_path / "comparisons" / "digits" / "report.html").is_file()
     assert "| head only | 170 |" in page.read_text()
-    assert "30 training problems" in page.read_text()
+    assert "40 training problems" in page.read_text()
     assert "old" not in page.read_text()

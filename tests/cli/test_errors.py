@@ -171,7 +171,7 @@ def test_debug_shows_the_traceback_as_well(pica: Callable, monkeypatch: pytest.M
 def test_bugs_show_their_traceback_and_ask_for_a_report(
     pica: Callable, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fail(*given: object) -> None:
+    def fail(*given: object, **named: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(runs, "load_splits", fail)

@@ -237,11 +237,6 @@ def test_status_tells_the_truth(tiny_llama):
     assert by_layer["q_proj"] == ["default"]
 
 
-def test_add_weighted_adapter_is_not_offered(tiny_llama):
-    with pytest.raises(AttributeError, match="add_weighted_adapter"):
-        get_peft_model(tiny_llama(), config()).add_weighted_adapter(["default"], [1.0], "sum")
-
-
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
