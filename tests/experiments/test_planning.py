@@ -223,9 +223,9 @@ def test_a_family_without_defaults_asks_for_targets(tmp_path: Path):
     config.save_pretrained(tmp_path)
     plan = estimate(Question(str(tmp_path), target_modules=["dense_h_to_4h"], batches=(1,), lengths=(4,)))
     assert plan.kind == "BloomForCausalLM"
-    config = transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, image_size=32)
+    config = transformers.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64, vocab_size=96)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no default targets for 'convnext'.*--target-modules"):
+    with pytest.raises(ConfigError, match="no default targets for 'xlnet'.*--target-modules"):
         estimate(Question(str(tmp_path), batches=(1,)))
 
 

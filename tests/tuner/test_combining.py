@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pica import PicaConfig
 from pica.errors import ConfigError
+from pica.tuner.bank import PicaBank, get_bank
 from pica.tuner.layer import PicaLinear
 
 IDS = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -25,6 +26,12 @@ def two(tiny_llama: Any, first: PicaConfig, second: PicaConfig) -> PeftModel:
     model = get_peft_model(tiny_llama(), first, adapter_name="one")
     model.add_adapter("two", second)
     return model
+
+
+def bank_of(model: PeftModel) -> PicaBank:
+    bank = get_bank(model.get_base_model())
+    assert bank is not None
+    return bank
 
 
 def updates(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -44,7 +51,9 @@ def test_the_update_is_the_weighted_sum(tiny_llama, ranks: tuple[int, int], shar
     assert found.keys() == first.keys()
     for path, update in found.items():
         torch.testing.assert_close(update, 0.5 * first[path] - 2.0 * second[path], atol=2e-6, rtol=1e-5)
-    assert model.peft_config["both"].r == 8
+    combined = model.peft_config["both"]
+    assert isinstance(combined, PicaConfig)
+    assert combined.r == 8
     assert model.active_adapter == "one"
 
 
@@ -87,8 +96,8 @@ def test_ways_that_leave_entries_out(tiny_llama, how: str):
     model = two(tiny_llama, config(), config())
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "all", how, density=1.0)
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "few", how, density=0.2)
-    for group, matrix in model.base_model.model.pica_M["few"].items():
-        full = model.base_model.model.pica_M["all"][group]
+    for group, matrix in bank_of(model).matrices("few").items():
+        full = bank_of(model).matrices("all")[group]
         assert 0 < (matrix != 0).float().mean() < 0.5
         assert full.count_nonzero() == full.numel()
 
@@ -107,7 +116,7 @@ def test_what_cannot_be_added_up_is_refused_and_the_model_left_alone(tiny_llama,
     with pytest.raises(ConfigError, match=why):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
     assert set(model.peft_config) == {"one", "two"}
-    assert set(model.base_model.model.pica_M) == {"one", "two"}
+    assert set(bank_of(model)) == {"one", "two"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Exit status: 0 done; 2 something the user can put right; 130 interrupted; 1 a bu
 import contextlib
 import importlib
 import keyword
+import logging
 import os
 import signal
 import sys
@@ -34,6 +35,9 @@ COMMANDS = {
     "env": "versions, devices and caches for a bug report",
 }
 
+# What these say when they are imported, as they are wherever they are installed, is of parts that they do without.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+
 USAGE = """usage: pica COMMAND ...
        pica COMMAND --help
 
@@ -56,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("PICA_DEBUG", "") not in ("", "0")
     cached = "--no-cache" not in arguments
     arguments = [argument for argument in arguments if argument not in ("--debug", "--no-cache")]
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with contextlib.nullcontext() if cached else _without_cache():
             return _dispatch(arguments)

@@ -75,7 +75,7 @@ def _quantisation(section: ModelSection) -> BitsAndBytesConfig:
     compute = torch.bfloat16 if section.dtype == "auto" else DTYPES[section.dtype]
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_quant_type=str(section.quantization),
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )

@@ -189,7 +189,7 @@ def target_stacks(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, n
         bare = module
         if isinstance(module, (AdaptedExperts, BaseTunerLayer)):
             inside = (*inside, f"{path}.")
-            bare = cast(nn.Module, module._modules["base_layer"])
+            bare = cast(nn.Module, cast(nn.Module, module)._modules["base_layer"])
         for name, parameter in bare.named_parameters(recurse=False):
             key = f"{path}.{name}"
             if parameter.ndim == 3:
