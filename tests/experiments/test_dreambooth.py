@@ -116,7 +116,7 @@ def plain(folder: Path) -> Any:
                 "dreambooth__class_count": 3,
             },
         ),
-        ("sdxl", {}),
+        pytest.param("sdxl", {}, marks=pytest.mark.slow),
         ("sd3", {"dreambooth__feed_forward": True}),
     ],
 )

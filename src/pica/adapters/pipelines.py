@@ -145,7 +145,7 @@ def _remove(model: Any, adapter_name: str) -> None:
         model.delete_adapter(adapter_name)
 
 
-def denoiser_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+def denoiser_inputs(model: nn.Module) -> dict[str, Any] | None:
     """Random inputs, the same each time, for a denoiser of a known class; None for other models.
 
     Known are UNet2DConditionModel (with the conditions of Stable Diffusion 1, 2 and XL) and SD3Transformer2DModel.

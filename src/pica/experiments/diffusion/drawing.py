@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pica.errors import ConfigError
-from pica.experiments.diffusion.loading import models_of
+from pica.experiments.diffusion.loading import models_of, quiet
 from pica.experiments.models import device
 from pica.experiments.output import translated_write_errors
 from pica.experiments.recipe import DreamBoothSection
@@ -63,12 +63,14 @@ def moments(pipeline: Any, pictures: Sequence[Any], size: int) -> tuple[Tensor, 
     values = torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (count, 3, size, size) in [-1, 1]
     vae = pipeline.vae
     before = vae.dtype
-    vae.to(device=device(), dtype=torch.float32)
+    with quiet():  # diffusers warns of any change of precision
+        vae.to(device=device(), dtype=torch.float32)
     try:
         distribution = vae.encode(values.to(device())).latent_dist
         return distribution.mean.float().cpu(), distribution.std.float().cpu()
     finally:
-        vae.to(before)
+        with quiet():
+            vae.to(before)
 
 
 @torch.no_grad()

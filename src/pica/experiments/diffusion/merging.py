@@ -9,7 +9,7 @@ import torch
 from pica.adapters.pipelines import adapter_folders, stored_dtype
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
-from pica.experiments.diffusion.loading import load_pipeline, local_folder
+from pica.experiments.diffusion.loading import load_pipeline, local_folder, quiet
 from pica.experiments.models import load_adapter
 from pica.experiments.recipe import ModelSection
 
@@ -37,7 +37,8 @@ def merge_pipeline(adapter: Path, target: Path, section: ModelSection, *, dtype:
         if (model := pipeline.components.get(part)) is None:
             raise AdapterFileError(f"{str(place)!r} belongs to a {part}, which the pipeline has not.")
         joined: Any = load_adapter(model, place).merge_and_unload()
-        merged[part] = joined.to(dtype or stored_dtype(folder / part))
+        with quiet():  # diffusers warns of any change of precision
+            merged[part] = joined.to(dtype or stored_dtype(folder / part))
         for weight, parameter in merged[part].named_parameters():
             if not torch.isfinite(parameter).all():
                 raise AdapterFileError(
