@@ -122,7 +122,9 @@ def test_a_lora_that_peft_would_put_on_the_experts_is_not_written(targets: list[
 def test_the_page_of_models_names_every_family_with_defaults():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     first_table = page.split("## Which layers")[0]
-    rows = {name: row for row in first_table.splitlines() if row.startswith("|") for name in re.findall(r"`([^`]+)`", row)}
+    rows = {
+        name: row for row in first_table.splitlines() if row.startswith("|") for name in re.findall(r"`([^`]+)`", row)
+    }
     assert set(DEFAULT_TARGETS) <= set(rows)
     for family in ("phi3", "glm4", "rwkv", "sam", "albert", "deepseek_v3", "starcoder2", "mamba2", "gpt_oss"):
         assert all(f"`{target}`" in rows[family] for target in DEFAULT_TARGETS[family])

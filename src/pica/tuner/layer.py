@@ -77,7 +77,9 @@ class PicaLinear(AdaptedLinear):
     def install_basis(self, projection: str, basis: Basis) -> None:
         """Make `basis` the one that adapters of `projection` use, in the layer's compute dtype on its device."""
         device, dtype = self.compute_device_and_dtype()
-        if device.type == "meta" and not basis.projector.is_meta:  # another process solved it, and this one is still to receive its weights
+        if (
+            device.type == "meta" and not basis.projector.is_meta
+        ):  # another process solved it, and this one is still to receive its weights
             device = torch.device("cpu")
         # The projector is derived from the base weight, so no state dict holds it; `save_basis` stores it on request.
         self.register_buffer(buffer_name(projection), basis.projector.to(device=device, dtype=dtype), persistent=False)
