@@ -22,13 +22,14 @@ COPIED = ("report.html", "results.csv", "results.json", "comparison.yaml")
 
 
 def comparison_table(summary: Summary) -> str:
-    """A Markdown table: one line a method, in the comparison's order."""
+    """A Markdown table: one line a method that was run, in the comparison's order."""
     header = ["method", "trainable", "learning rate", summary.metric, "test loss", "seconds", "seeds"]
     seeds = len(summary.content["seeds"])
     shown: list[list[Any]] = []
     for row in summary.rows:
         if not row.done:
-            shown.append([row.label, "", "", "failed" if row.failures else "not run", "", "", ""])
+            if row.failures:
+                shown.append([row.label, "", "", "failed", "", "", ""])
             continue
         rates = ", ".join(f"{candidate['learning_rate']:g}" for candidate in row.candidates)
         rate = f"{row.rate:g} of {rates}" + (" (edge)" if row.edge else "")
