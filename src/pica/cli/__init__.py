@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.nullcontext() if cached else _without_cache():
             return _dispatch(arguments)
     except Interrupted as stopped:
-        if _first_process():
+        if first_process():
             _say(_how_to_go_on(stopped))
         return 130
     except KeyboardInterrupt:
-        if _first_process():
+        if first_process():
             _say("Interrupted; nothing was left unfinished on disk.")
         return 130
     except PicaError as error:
@@ -109,7 +109,7 @@ def _dispatch(arguments: list[str]) -> int:
         _say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
         return 2
     if name not in ("train", "env") and os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
-        if _first_process():
+        if first_process():
             _say(f"error: Only pica train runs in several processes; start pica {name} without the launcher.")
         return 2
     module = f"{name}_" if keyword.iskeyword(name) else name
@@ -164,7 +164,8 @@ def _how_to_go_on(stopped: Interrupted) -> str:
     return f"Interrupted; {where}. Continue with: pica train --resume {stopped.folder}"
 
 
-def _first_process() -> bool:
+def first_process() -> bool:
+    """Whether this is the one of several processes that speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pica.cli import first_process
 from pica.experiments.reporting import Advance
 
 _SHARE = 0.1  # without a terminal a line is written each time this much of the work is done
@@ -30,8 +31,7 @@ class ConsoleReporter:
     """Shows notes and bars to a person, on standard error."""
 
     def __init__(self) -> None:
-        others = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=others)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not first_process())
 
     def say(self, text: str) -> None:
         """Print lines that stay."""

@@ -19,6 +19,7 @@ from pica.errors import ConfigError, PicaError, TargetError
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import BANK_NAMES, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
+from pica.tuner.experts import ADAPTERS as EXPERT_ADAPTERS
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
@@ -35,7 +36,7 @@ from pica.tuner.targets import (
 from pica.tuner.undo import all_or_nothing
 
 # components of paths that lead to what adapters brought
-NOT_THE_MODELS = BANK_NAMES | {"expert_adapters"}
+NOT_THE_MODELS = BANK_NAMES | {EXPERT_ADAPTERS}
 
 
 class AdapterPlan(Protocol):

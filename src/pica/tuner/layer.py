@@ -77,10 +77,8 @@ class PicaLinear(AdaptedLinear):
     def install_basis(self, projection: str, basis: Basis) -> None:
         """Make `basis` the one that adapters of `projection` use, in the layer's compute dtype on its device."""
         device, dtype = self.compute_device_and_dtype()
-        if (
-            device.type == "meta" and not basis.projector.is_meta
-        ):  # another process solved it, and this one is still to receive its weights
-            device = torch.device("cpu")
+        if device.type == "meta" and not basis.projector.is_meta:
+            device = torch.device("cpu")  # another process solved it, and this one is still to receive its weights
         # The projector is derived from the base weight, so no state dict holds it; `save_basis` stores it on request.
         self.register_buffer(buffer_name(projection), basis.projector.to(device=device, dtype=dtype), persistent=False)
         self._made[projection] = (basis.side, basis.solver)
