@@ -41,12 +41,15 @@ def interleaved(
 
 
 def ratios(taken: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Median time over the reference's, and the middle half of the ratios of the same round."""
+    """Median, and middle half, of each round's time over the reference's in the same round.
+
+    A round's ratio is spared what slows the machine for longer than a round; a ratio of two medians is not.
+    """
     found = {}
     for name, times in taken.items():
         paired = sorted(t / r for t, r in zip(times, taken[reference]))
         found[name] = {
-            "ratio": round(statistics.median(times) / statistics.median(taken[reference]), 4),
+            "ratio": round(statistics.median(paired), 4),
             "lower": round(paired[len(paired) // 4], 4),
             "upper": round(paired[(3 * len(paired)) // 4 - (len(paired) % 4 == 0)], 4),
         }

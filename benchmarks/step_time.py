@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.harness import describe_machine, interleaved, ratios, save, table
-from benchmarks.methods import ALL, FEWEST, FLOOR, adapt, trainable
+from benchmarks.methods import ALL, FEWEST, FLOOR, REFERENCE, adapt, trainable
 from benchmarks.models import load, title
 from pica.experiments.measuring import PeakMemory
 
@@ -112,6 +112,16 @@ def main(argv: list[str] | None = None) -> int:
     what = "Training step, compiled whole," if given.compile else "Training step,"
     markdown = f"{what} {title(given.model, given.layers)}, {shape}; medians of {repetitions} rounds.\n\n"
     markdown += table(header[: len(rows[0])], rows)
+    beside = {rank: f"{REFERENCE}{rank}" for rank in (8, 32, 128, 256) if f"{REFERENCE}{rank}" in methods}
+    beside_reference = {
+        rank: ratios({name: taken[f"PiCa r={rank}"], "ref": taken[name]}, "ref")[name]
+        for rank, name in beside.items()
+        if f"PiCa r={rank}" in methods
+    }
+    if beside_reference:
+        shown = [f"{r['ratio']:.3f} ({r['lower']:.2f} to {r['upper']:.2f}) at r={n}" for n, r in beside_reference.items()]
+        markdown += f"\nPiCa's step over that of the reference formulation: {', '.join(shown)}.\n"
+    result |= {"over_reference": beside_reference}
     result |= {"batch": [given.batch, given.length], "dtype": given.dtype, "model": title(given.model, given.layers)}
     result |= {"compiled": given.compile}
     result |= {"seconds": taken, "time_ratio": time_ratio, "memory_mib": memory, "trainable": counts}
