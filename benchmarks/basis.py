@@ -6,6 +6,7 @@ python -m benchmarks.basis [--quick]
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import describe_machine, interleaved, ratios, save, table
-from pica.basis import BasisRequest, solve_basis, solve_many
+from pica.basis import BasisRequest, solve_many
 from pica.experiments.measuring import PeakMemory
 
 # q, k, v, up, down of one block: (out, in)
@@ -52,14 +53,25 @@ def measure(shapes: list[tuple[int, int]], rank: int, blocks: int, repetitions: 
     return {"seconds": taken, "ratio": ratios(taken, "full SVD")["pica"]}
 
 
-def beyond_gram(out: int, inn: int, rank: int) -> float:
-    """Peak MiB of one solve beyond its Gram matrix."""
-    w = weight(out, inn, 0)
-    solve_basis(w[:64, :64].contiguous(), 4)  # libraries are loaded before anything is measured
+def beyond_gram(shapes: list[tuple[int, int]], rank: int) -> float:
+    """Peak MiB of solving one block beyond its largest Gram matrix; the bases themselves are counted in.
+
+    Measured on the second solve: the buffers that BLAS keeps for each thread are there before, once for the process.
+    """
+    weights = {str(i): weight(out, inn, i) for i, (out, inn) in enumerate(shapes)}
+    requests = [BasisRequest(name, min(rank, *w.shape)) for name, w in weights.items()]
+
+    def load(request: BasisRequest) -> tuple[Tensor, Any]:
+        w = weights[request.name]
+        return w, "in" if w.shape[1] <= len(w) else "out"
+
+    solve_many(requests, load)
+    gc.collect()
     resting = psutil.Process().memory_info().rss / 2**20
     peak = PeakMemory()
-    solve_basis(w, min(rank, out, inn))
-    return peak.read()["host"] - resting - min(out, inn) ** 2 * 4 / 2**20
+    bases = solve_many(requests, load)
+    assert len(bases) == len(shapes)
+    return peak.read()["host"] - resting - max(min(s) for s in shapes) ** 2 * 4 / 2**20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         used = [s for s in shapes if max(s) <= 4096] if given.quick else shapes
         repetitions = 1 if given.quick else 3 if large else 5
         found = measure(used, rank, blocks, repetitions, warmup=1)
-        memory = max(beyond_gram(*s, rank) for s in used)
+        memory = beyond_gram(used, rank)
         result[name] = found | {"beyond_gram_mib": memory, "shapes": used, "rank": rank, "blocks": blocks}
         rows.append([f"{name}, {blocks} block(s)", rank, f"{found['ratio']['ratio']:.3f}", f"{max(0.0, memory):.0f}"])
     markdown = f"Bases of q k v up down, random weights, {result['machine']['cores']} cores.\n\n" + table(

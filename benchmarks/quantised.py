@@ -32,7 +32,7 @@ from pica.tasks import get_task
 from pica.tasks.base import Example, Source
 from pica.tuner.quantised import keep_differentiable
 
-RATES = (3e-4, 1e-3, 5e-3)
+RATES = (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 BATCH, VALIDATION, TEST = 4, 32, 64
 METHODS = ("PiCa, dequantised basis", "PiCa, basis_from the unquantised model", "QLoRA")
 

@@ -119,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
         if f"PiCa r={rank}" in methods
     }
     if beside_reference:
-        shown = [f"{r['ratio']:.3f} ({r['lower']:.2f} to {r['upper']:.2f}) at r={n}" for n, r in beside_reference.items()]
+        shown = [
+            f"{r['ratio']:.3f} ({r['lower']:.2f} to {r['upper']:.2f}) at r={n}" for n, r in beside_reference.items()
+        ]
         markdown += f"\nPiCa's step over that of the reference formulation: {', '.join(shown)}.\n"
     result |= {"over_reference": beside_reference}
     result |= {"batch": [given.batch, given.length], "dtype": given.dtype, "model": title(given.model, given.layers)}

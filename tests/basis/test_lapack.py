@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from pica.basis import _lapack
 
@@ -97,3 +98,30 @@ def test_failure_of_lapack_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_lapack, "_routine", lambda name, dtype: fails)
     with pytest.raises(np.linalg.LinAlgError, match="info 3"):
         _lapack.eigenvectors(torch.eye(4), 0, 0)
+
+
+def blas_threads() -> set[int]:
+    return {library.num_threads for library in _lapack._controller().lib_controllers if library.user_api == "blas"}
+
+
+def test_blas_has_its_threads_back_when_the_last_is_through() -> None:
+    """Two that overlap, of which the first to come is the first to go."""
+    with threadpool_limits(limits=2, user_api="blas"):
+        first, second = _lapack._one_blas_thread(), _lapack._one_blas_thread()
+        first.__enter__()
+        second.__enter__()
+        assert blas_threads() == {1}
+        first.__exit__(None, None, None)
+        assert blas_threads() == {1}
+        second.__exit__(None, None, None)
+        assert blas_threads() == {2}
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(8, 1), (7, 2)])
+def test_small_problems_are_solved_by_one_thread(monkeypatch: pytest.MonkeyPatch, limit: int, threads: int) -> None:
+    seen = []
+    monkeypatch.setattr(_lapack, "ONE_THREAD", limit)
+    monkeypatch.setattr(_lapack, "_eigenvectors", lambda *_: seen.append(blas_threads()))
+    with threadpool_limits(limits=2, user_api="blas"):
+        _lapack.eigenvectors(torch.eye(8), 0, 1)
+    assert seen == [{threads}]

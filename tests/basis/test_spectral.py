@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pica.basis import BasisRequest, direction_signs, max_rank, solve_basis, solve_many, spectral
+from pica.basis._progress import fits_beside
 from pica.errors import BasisError, ConfigError, RankError
 
 SHAPES = {"square": (48, 48), "tall": (96, 40), "wide": (40, 96)}
@@ -315,6 +316,7 @@ def test_small_weights_are_solved_side_by_side_to_the_same_bases(monkeypatch):
     requests = [BasisRequest(name, 4) for name in weights]
     expected = [solve_basis(weights[r.name], 4) for r in requests]
     monkeypatch.setattr("pica.basis._progress.SIDE_BY_SIDE", 50)
+    monkeypatch.setattr("pica.basis._progress.ROOM", 0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -329,6 +331,33 @@ def test_small_weights_are_solved_side_by_side_to_the_same_bases(monkeypatch):
     for found, wanted in zip(solved, expected):
         torch.testing.assert_close(found.projector, wanted.projector, atol=1e-5, rtol=0)
         assert found.side == wanted.side
+
+
+def test_a_large_weight_has_all_cores_also_after_small_ones(monkeypatch):
+    weights = {f"layers.{i}": decaying(24, 20) if i % 3 else decaying(70, 60) for i in range(7)}
+    threads: dict[str, int] = {}
+
+    def solve(weight, rank, **options):
+        threads[options["name"]] = torch.get_num_threads()
+        return solve_basis(weight, rank, **options)
+
+    monkeypatch.setattr("pica.basis._progress.SIDE_BY_SIDE", 50)
+    monkeypatch.setattr("pica.basis._progress.ROOM", 0)
+    monkeypatch.setattr("pica.basis._progress.solve_basis", solve)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        solve_many([BasisRequest(name, 4) for name in weights], lambda r: (weights[r.name], "in"))
+    finally:
+        torch.set_num_threads(before)
+    assert [threads[name] for name in weights] == [2, 1, 1, 2, 1, 1, 2]
+
+
+def test_large_weights_share_the_machine_where_memory_allows():
+    assert fits_beside((16384, 2048), 256, workers=2)
+    assert not fits_beside((16384, 2048), 256, workers=16)  # one after another, with 16 cores each
+    assert not fits_beside((14336, 4096), 256, workers=2)
+    assert fits_beside((1536, 576), 128, workers=64)
 
 
 def test_precision_switches_are_put_back_after_threads():

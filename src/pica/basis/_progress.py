@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from pica.basis._precision import full_precision
 from pica.basis._split import SWITCH, Holdings, Solved, meet, process_index, share_out
 from pica.basis.cache import cached_solve_basis
-from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis
+from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis, working_bytes
 from pica.errors import BasisError
 
 Result = TypeVar("Result")
@@ -33,6 +33,8 @@ LOG_SECONDS = 15.0
 QUIET_SECONDS = 3.0
 # Weights whose smaller side is at most this long are solved side by side: a Gram matrix of 4 MB.
 SIDE_BY_SIDE = 1024
+# Larger ones as well, as long as all that are solved at a time take at most this many bytes beyond one Gram matrix.
+ROOM = 60 * 2**20
 
 
 def solve_many(
@@ -128,10 +130,10 @@ def with_progress(results: Iterable[Result], total: int) -> list[Result]:
 def _solve_each(
     requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, Side]]
 ) -> Iterator[Basis]:
-    """Bases in order. Small weights on the CPU are solved side by side, a core each; large ones one after another.
+    """Bases in order: side by side, a core each, where that is small or fits into `ROOM`; else one after another.
 
-    The eigenvalue problem of a small weight is too small to share between cores. Two large ones at a time would need
-    twice the memory, and their products keep all cores busy anyway.
+    An eigenvalue problem gains little from several cores, the products of a large weight gain from all. So large ones
+    share the machine only where every core then has one, and where that costs little memory.
     """
     workers = torch.get_num_threads()
     waiting: deque[Future[Basis]] = deque()
@@ -139,10 +141,12 @@ def _solve_each(
         pool: ThreadPoolExecutor | None = None
         for request in requests:
             weight, side = load(request)
-            small = weight.device.type == "cpu" and min(weight.shape) <= SIDE_BY_SIDE
-            if not (small and workers > 1 and len(requests) > 1):
+            shared = weight.device.type == "cpu" and fits_beside(weight.shape, request.rank, workers)
+            if not (shared and workers > 1 and len(requests) > 1):
                 while waiting:
                     yield waiting.popleft().result()
+                stack.close()  # this one gets all cores again
+                pool = None
                 yield _solve(request, weight, side)
                 continue
             if pool is None:
@@ -152,6 +156,12 @@ def _solve_each(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def fits_beside(shape: Sequence[int], rank: int, workers: int) -> bool:
+    """Whether `workers` weights of this shape, (out, in), are solved side by side on the CPU."""
+    short = min(shape)
+    return short <= SIDE_BY_SIDE or workers * working_bytes(shape, rank) - 4 * short**2 <= ROOM
 
 
 def _solve(request: BasisRequest, weight: Tensor, side: Side) -> Basis:

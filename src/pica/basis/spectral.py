@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +32,7 @@ Side = Literal["in", "out"]
 PROJECTIONS = ("principal", "minor", "random")
 
 # Upcasting a half-precision weight happens in slices of this many elements, so it never costs a full copy.
-SLICE_ELEMENTS = 2**20
+SLICE_ELEMENTS = 2**18
 # Solved beyond the rank and dropped: directions just inside the cut mix with those just outside it, so cut further out.
 SPARE_DIRECTIONS = 8
 # Rows of a solved basis whose inner products miss the identity by more than this are solved again, another way.
@@ -139,6 +139,17 @@ def solve_basis(
             return basis
         projector = basis.projector if basis.side == "in" else basis.projector / scale
         return Basis(projector, basis.side, basis.gains * scale, projection, basis.solver)
+
+
+def working_bytes(shape: Sequence[int], rank: int) -> int:
+    """About what solving a float32 (or half precision) weight (out, in) takes at its peak, the weight not counted.
+
+    That is the Gram matrix at first; later the directions, twice in float64, their images and a slice of the weight.
+    """
+    short, long, count = min(shape), max(shape), min(rank + SPARE_DIRECTIONS, *shape)
+    gram = 4 * short**2 + 4 * count * short
+    finish = 2 * 8 * count * short + 4 * count * long + 8 * SLICE_ELEMENTS
+    return max(gram, finish)
 
 
 def _check(weight: Tensor, rank: int, projection: str, side: str, name: str) -> None:
@@ -277,10 +288,11 @@ def _finish(
     """
     # |W v| and |W^T u| are accurate to eps * |W|, where the square root of an eigenvalue is only to sqrt(eps) * |W|.
     rows = _orthonormal(rows.double())
-    image = _apply(w, rows, solved_side)  # W v: (k, out), or W^T u: (k, in)
+    image, products = _images(w, rows, solved_side, dtype)  # W v: (k, out), or W^T u: (k, in)
     if projection == "principal":
-        rows, image = _separate(rows, image)
-    gains = image.norm(dim=1)
+        rows = _separate(rows, image, products)
+    few = image.split(max(1, SLICE_ELEMENTS // image.shape[1]))  # a norm in another dtype copies what it is of
+    gains = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=rows.dtype) for part in few])
     floor = max(w.shape) * torch.finfo(dtype).eps * float(gains.max())  # `dtype`: what the weight itself resolves
     keep = (gains > floor).nonzero().squeeze(1)[:rank]
     if len(keep) and int(keep[-1]) + 1 == len(keep):  # the first ones, as always but for "minor": views
@@ -289,11 +301,12 @@ def _finish(
         rows, image, gains = rows[keep], image[keep], gains[keep].unsqueeze(1)
     # P = V^T = S^-1 U^T W; a positive factor leaves its signs alone
     signs = direction_signs(rows if solved_side == "in" else image).unsqueeze(1)
+    # `image` is divided in place: it can be the largest thing in memory
     if side == "in":
-        projector = rows if solved_side == "in" else image.div_(gains)
-    else:
-        projector = (rows if solved_side == "out" else image.div_(gains)) / gains  # S^-1 U^T, U^T = S^-1 V^T W^T
-    return Basis((projector * signs).to(dtype).contiguous(), side, gains.squeeze(1).to(dtype), projection, solver)
+        projector = rows * signs if solved_side == "in" else image.mul_(signs / gains)
+    else:  # S^-1 U^T, U^T = S^-1 V^T W^T
+        projector = rows * (signs / gains) if solved_side == "out" else image.mul_(signs / gains**2)
+    return Basis(projector.to(dtype).contiguous(), side, gains.squeeze(1).to(dtype), projection, solver)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
@@ -302,31 +315,41 @@ def _orthonormal(rows: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
-def _separate(rows: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+def _separate(rows: Tensor, image: Tensor, products: Tensor) -> Tensor:
     """Rotate the directions within their span so that their images are orthogonal, in falling order of length.
 
     A float32 Gram matrix tells two directions apart only to eps * (s_1 / s_i)^2 over their relative gap, so neighbours
     come out mixed, differently on each device. The span is far more accurate than its directions, and within it the
-    problem is (k, k): small enough for float64. `image` is overwritten: it can be the largest thing in memory.
+    problem is (k, k): small enough for float64.
+
+    Args:
+        rows: The directions, (k, n), float64.
+        image: Their images, (k, m); rotated in place.
+        products: Inner products of the images, (k, k), float64.
+    Returns:
+        The rotated directions.
     """
-    rotation = torch.linalg.eigh(image @ image.T)[1].flip(1).T  # (k, k), rows: new directions in terms of the old
+    rotation = torch.linalg.eigh(products)[1].flip(1).T  # (k, k), rows: new directions in terms of the old
     for part in image.split(max(1, SLICE_ELEMENTS // len(image)), dim=1):
-        part.copy_(rotation @ part)
-    return rotation @ rows, image
+        part.copy_(rotation @ part.to(rotation.dtype))
+    return rotation @ rows
 
 
-def _apply(w: Tensor, rows: Tensor, side: Side) -> Tensor:
-    """rows W^T (side "in": images W v) or rows W (side "out"), in the dtype of `rows`, upcasting slice by slice."""
-    if w.dtype == rows.dtype:
-        return rows @ w.T if side == "in" else rows @ w
+def _images(w: Tensor, rows: Tensor, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """rows W^T (side "in": images W v) or rows W (side "out"), rounded to `dtype`, and their inner products, unrounded.
+
+    The products are made in the dtype of `rows`, (k, n), slice by slice, so that nothing else is as large as the images.
+    """
     dim, kept = (0, w.shape[0]) if side == "in" else (1, w.shape[1])
-    images = rows.new_empty(len(rows), kept)
+    images, products = rows.new_empty(len(rows), kept, dtype=dtype), rows.new_zeros(len(rows), len(rows))
     at = 0
     for part in _slices(w, dim, rows.dtype):
         count = part.shape[dim]
-        images[:, at : at + count] = rows @ (part.T if side == "in" else part)
+        image = rows @ (part.T if side == "in" else part)
+        products.addmm_(image, image.T)
+        images[:, at : at + count] = image
         at += count
-    return images
+    return images, products
 
 
 def _random_basis(weight: Tensor, rank: int, dtype: torch.dtype, seed: int, name: str) -> Basis:
@@ -340,5 +363,5 @@ def _random_basis(weight: Tensor, rank: int, dtype: torch.dtype, seed: int, name
     gaussian = torch.from_numpy(generator.standard_normal((rank, columns)))
     rows = torch.linalg.qr(gaussian.T)[0].T  # (rank, in); QR leaves the signs open
     rows = (rows * direction_signs(rows).unsqueeze(1)).contiguous().to(device=weight.device, dtype=dtype)
-    gains = _apply(weight, rows, "in").norm(dim=1)
+    gains = _images(weight, rows, "in", dtype)[0].norm(dim=1)
     return Basis(rows, "in", gains, "random", "qr")
