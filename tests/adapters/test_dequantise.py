@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -13,17 +12,13 @@ from transformers import AutoModelForCausalLM
 from pica import PicaConfig
 from pica.adapters.dequantise import merge_in_full
 from pica.errors import QuantisationError
-from pica.tuner.quantised import keep_differentiable
-from tests.quantising import KINDS, quantisation
+from tests.quantising import KINDS, load_quantised
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def adapted(folder: Any, kind: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **quantisation(kind))
-    keep_differentiable(base)
+    base = load_quantised(folder, kind)
     torch.manual_seed(0)
     return get_peft_model(base, PicaConfig(r=8, init_weights=False, inference_mode=True)).eval()
 

@@ -1,19 +1,24 @@
-"""Quantised base models, really quantised: by bitsandbytes and torchao, on the CPU."""
+"""Quantised base models, really quantised: by bitsandbytes, torchao and HQQ, on the CPU."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-from tests.quantising import KINDS, WEIGHT_ONLY, WEIGHT_ONLY_NAMES, quantisation
+from safetensors.torch import save_file
+from tests.quantising import KINDS, WEIGHT_ONLY, WEIGHT_ONLY_NAMES, load_quantised
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers.integrations.bitnet import AutoBitLinear
+from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.integrations.gemma_quant import QuantizedLinear
 
 import pica
 import pica.tuner.quantised
@@ -23,7 +28,6 @@ from pica.basis.fingerprint import decode
 from pica.errors import BasisMismatchError, ConfigError, QuantisationError, TargetError
 from pica.tuner.bank import find_banks
 from pica.tuner.layer import PicaLinear
-from pica.tuner.quantised import keep_differentiable
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"r": 8, "init_weights": False, "task_type": "CAUSAL_LM"}
@@ -43,12 +47,7 @@ def kind(request) -> str:
 
 
 def load(folder: str, kind: str | None = None, **more: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries' own deprecations
-        options = {} if kind is None else quantisation(kind)
-        model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options, **more}).eval()
-    keep_differentiable(model)  # on CPUs with AVX512-BF16 a forward pass would round the scales to bfloat16
-    return model
+    return load_quantised(folder, kind, **more)
 
 
 def adapted(folder: str, kind: str | None, **settings: Any) -> Any:
@@ -159,7 +158,8 @@ def test_half_precision_models_compute_in_their_dtype(folder):
     assert logits_of(model).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["bnb nf4", "torchao int4", "torchao int8"])  # bnb's int8 mixes the samples of a batch
+# bnb's int8 mixes the samples of a batch
+@pytest.mark.parametrize("kind", ["bnb nf4", "torchao int4", "torchao int8", "hqq int4"])
 def test_several_adapters_mixed_batches_and_disabling(folder, kind):
     base = logits_of(load(folder, kind))
     model = adapted(folder, kind)
@@ -188,9 +188,8 @@ def test_a_saved_adapter_computes_the_same_bit_for_bit(folder, kind, tmp_path):
 
 
 def test_the_fingerprint_records_whose_weights(folder, kind):
-    origin = {"torchao int8 dynamic": "torchao", "torchao int8": "torchao", "torchao int4": "torchao"}
-    origin |= {"bnb nf4 double": "bnb nf4"}
-    assert origins(adapted(folder, kind)) == {origin.get(kind, kind)}
+    origin = kind if kind.startswith("bnb") else kind.split()[0]
+    assert origins(adapted(folder, kind)) == {origin.removesuffix(" double")}
     assert origins(adapted(folder, kind, basis_from=folder)) == {"a named checkpoint"}
     assert origins(adapted(folder, None, basis_from=folder)) == {""}
 
@@ -228,7 +227,7 @@ def test_basis_from_is_the_basis_of_the_named_weights(folder, kind):
         assert error(change, x.double() @ formula(layer, rows).T) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["bnb nf4", "torchao int4"])
+@pytest.mark.parametrize("kind", ["bnb nf4", "torchao int4", "hqq int4"])
 def test_adapters_go_between_the_quantised_and_the_unquantised_base(folder, kind, tmp_path):
     """The same basis, so the same update: trained on either, loaded on the other."""
     on_quantised = adapted(folder, kind, basis_from=folder)
@@ -348,9 +347,10 @@ def test_merging_quantises_the_sum_and_unmerging_is_exact(folder, kind):
 def step(kind: str, weight: Tensor) -> Tensor:
     """Largest rounding error of each entry: half the widest gap of the code, times the scale of its block."""
     rows, columns = weight.shape
-    size = {"bnb": 64, "torchao": 32}[kind.split()[0]] if "int8" not in kind else columns
+    size = {"bnb": 64, "torchao": 32, "hqq": 64}[kind.split()[0]] if "8" not in kind else columns
     scale = weight.reshape(-1, size).abs().amax(dim=1, keepdim=True).expand(-1, size).reshape(rows, columns)
-    gaps = {"int8": 1 / 127, "int4": 1 / 7, "nf4": 0.304, "fp4": 0.334}
+    # hqq: 2/15 between codes, and it moves a block's zero by up to half of that and more
+    gaps = {"hqq": 3 / 15, "int8": 1 / 127, "float8": 1 / 14, "int4": 1 / 7, "nf4": 0.304, "fp4": 0.334}
     gap = next(value for name, value in gaps.items() if name in kind)
     return scale * (0.5 * gap * 1.02 + (0.02 if "double" in kind else 1e-3))
 
@@ -370,7 +370,7 @@ def test_a_second_adapter_over_a_merged_one(folder):
         assert torch.equal(layer.frozen_weight(), plain[layer.pica_name])
 
 
-@pytest.mark.parametrize("kind", ["bnb nf4", "bnb int8", "torchao int8"])
+@pytest.mark.parametrize("kind", ["bnb nf4", "bnb int8", "torchao int8", "hqq int4"])
 def test_merge_and_unload_leaves_a_quantised_model(folder, kind):
     model = adapted(folder, kind)
     kinds = {type(layer.get_base_layer()) for layer in layers_of(model)}
@@ -381,6 +381,32 @@ def test_merge_and_unload_leaves_a_quantised_model(folder, kind):
     assert not layers_of(plain)
     assert type(plain.model.layers[0].mlp.up_proj) in kinds
     assert torch.equal(logits_of(plain), merged)
+
+
+def test_a_merge_keeps_the_bias_of_an_hqq_layer(tiny_llama, tmp_path):
+    """PEFT puts a new layer in the old one's place, without its bias."""
+    pytest.importorskip("hqq", reason="hqq is not installed")
+    plain = tiny_llama(intermediate_size=128, num_hidden_layers=1, attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    plain.save_pretrained(tmp_path)
+    model = adapted(str(tmp_path), "hqq int4")
+    biases = {layer.pica_name: layer.get_base_layer().bias for layer in layers_of(model)}
+    before = logits_of(model)
+    with pytest.warns(UserWarning, match="quantises"):
+        model.merge_adapter()
+    for layer in layers_of(model):
+        base: Any = layer.get_base_layer()
+        assert (base.bias is None) == ("mlp" in layer.pica_name)
+        assert base.bias is biases[layer.pica_name]
+        assert not base.training
+        x = torch.randn(2, layer.in_features)
+        wanted = x @ base.dequantize().T + (0 if base.bias is None else base.bias)
+        assert error(layer(x), wanted) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(logits_of(model), before)
 
 
 def test_a_merge_that_cannot_be_quantised_leaves_the_layer_alone(folder, monkeypatch):
@@ -426,27 +452,97 @@ def test_training_over_layers_without_a_backward_pass_is_refused(folder):
         get_peft_model(model, PicaConfig(r=8))
 
 
-class Float8Linear(nn.Linear):
-    """Like transformers' fine-grained FP8: a weight that means nothing without its scales."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features, bias=False)
-        self.weight = nn.Parameter(plain.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-
-
 class OtherBackend(ForwardOnlyQuantizationBackend):
     layer_type = "linear"
 
 
+def fine_grained_fp8(plain: nn.Linear) -> nn.Module:
+    made = FP8Linear(plain.in_features, plain.out_features, block_size=(64, 64))
+    made.weight = nn.Parameter(plain.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return made
+
+
+def bitnet(plain: nn.Linear) -> nn.Module:
+    made = AutoBitLinear(plain.in_features, plain.out_features, bias=False, online_quant=True)
+    made.weight = plain.weight
+    return made
+
+
+def gemma(plain: nn.Linear) -> nn.Module:
+    return QuantizedLinear(plain.in_features, plain.out_features, num_bits=4)
+
+
+def torchao_qat(plain: nn.Linear) -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    qat = pytest.importorskip("torchao.quantization.qat", reason="torchao is not installed")
+    holder = nn.Sequential(plain)
+    torchao.quantize_(holder, qat.QATConfig(torchao.Int8DynamicActivationIntxWeightConfig(), step="prepare"))
+    return holder[0]
+
+
+def quanto(plain: nn.Linear) -> nn.Module:
+    library = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    holder = nn.Sequential(plain)
+    library.quantize(holder, weights=library.qint8)
+    library.freeze(holder)
+    return holder[0]
+
+
+def compressed_tensors(plain: nn.Linear) -> nn.Module:
+    library: Any = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
+    holder = nn.Sequential(plain)
+    scheme = library.QuantizationScheme(targets=["Linear"], weights=library.QuantizationArgs(num_bits=8))
+    library.apply_quantization_config(holder, library.QuantizationConfig(config_groups={"all": scheme}))
+    return holder[0]
+
+
 @pytest.mark.parametrize("config", [PicaConfig, SvftConfig])
-def test_unknown_kinds_are_refused_in_one_sentence(tiny_llama, config):
+@pytest.mark.parametrize("make", [fine_grained_fp8, bitnet, gemma, torchao_qat, quanto, compressed_tensors])
+def test_other_kinds_are_refused_in_one_sentence(tiny_llama, make, config):
+    """Some of their layers hold a plain weight, but compute with another one."""
     model = tiny_llama()
-    model.model.layers[1].mlp.up_proj = Float8Linear(model.model.layers[1].mlp.up_proj)
+    layer = make(model.model.layers[1].mlp.up_proj)
+    model.model.layers[1].mlp.up_proj = layer
     with pytest.raises(
-        TargetError, match=r"up_proj \(Float8Linear\) is not supported: it is quantised in a way that is not"
+        TargetError, match=rf"up_proj \({type(layer).__name__}\) is not supported: it is quantised in a way that is not"
     ):
         get_peft_model(model, config(target_modules=["up_proj"]))
     assert not find_banks(model)
+
+
+def test_a_quantised_embedding_is_refused(tiny_llama):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = tiny_llama()
+    plain = model.model.embed_tokens
+    made = bnb.nn.Embedding8bit(plain.num_embeddings, plain.embedding_dim)
+    made.load_state_dict(plain.state_dict())
+    model.model.embed_tokens = made.to("cpu")
+    with pytest.raises(TargetError, match=r"embed_tokens \(Embedding8bit\) is not supported: it is quantised in a way"):
+        get_peft_model(model, PicaConfig(target_modules=["embed_tokens"]))
+
+
+def test_a_checkpoint_that_transformers_dequantises_is_a_plain_model(folder, tmp_path):
+    """Fine-grained FP8 on a CPU: what is adapted is what the file's codes and scales say."""
+    state = load(folder).state_dict()
+    wanted = {}
+    for name in [name for name in state if name.endswith("proj.weight")]:
+        weight = state[name]
+        scale = weight.abs().max() / 448
+        state[name] = (weight / scale).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        wanted[name.removesuffix(".weight")] = state[name].float() * scale
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU it stays quantised")
+    model = get_peft_model(load(str(tmp_path)), PicaConfig(**SETTINGS)).eval()
+    for layer in layers_of(model):
+        assert layer.quantised_as == ""
+        assert error(layer.frozen_weight(), wanted[layer.pica_name]) < 1e-6
+    before = logits_of(model)
+    assert error(logits_of(model.merge_and_unload()), before) < 1e-5
 
 
 def test_kinds_that_only_run_forward_have_their_weight_from_there(tiny_llama, monkeypatch):
@@ -479,7 +575,7 @@ def test_kinds_that_only_run_forward_have_their_weight_from_there(tiny_llama, mo
 # ---- SVFT, and bitsandbytes' repacking ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bnb nf4", "bnb int8", "torchao int4"])
+@pytest.mark.parametrize("kind", ["bnb nf4", "bnb int8", "torchao int4", "hqq int4"])
 def test_svft_takes_its_singular_vectors_from_the_dequantised_weight(folder, kind, tmp_path):
     torch.manual_seed(0)
     config = SvftConfig(pattern="banded", off_diagonals=1, init_weights=False)

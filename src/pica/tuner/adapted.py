@@ -16,7 +16,7 @@ from pica.errors import AdapterFileError, BasisError, QuantisationError
 from pica.tuner.bank import AdapterSlot, PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
-from pica.tuner.quantised import KeptLayer, backend_of, dequantised, kind_of, requantise, rounds_its_input
+from pica.tuner.quantised import KeptLayer, backend_of, carry_over, dequantised, kind_of, requantise, rounds_its_input
 from pica.tuner.sharding import in_parts, whole
 
 
@@ -229,8 +229,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise QuantisationError(
-                f"{self.pica_name}: a {backend.backend_name} layer cannot be merged into. "
-                "Merge into an unquantised copy of the base model instead (pica merge does)."
+                f"{self.pica_name}: a {self.quantised_as} layer cannot be merged into. Merge in full precision instead "
+                "(pica.adapters.dequantise.merge_in_full), or onto the unquantised base model (pica merge)."
             )
         if in_parts(self.raw_weight()):
             raise ValueError(
@@ -262,6 +262,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             )
             kept = self._kept or KeptLayer(self.get_base_layer())
             requantise(self.set_base_weight, merged, kept, self.pica_name, self.quantised_as)
+            carry_over(kept.layer, self.get_base_layer())
             self._kept = kept
         else:
             if self._unmerged_weight is None:

@@ -24,6 +24,12 @@ from pica.errors import QuantisationError
 
 # Backends of PEFT that only run forward, of which a forward pass over the unit vectors is the weight.
 _LINEAR_FORWARD_ONLY = ("gptq", "awq", "aqlm", "eetq")
+# Packages whose linear layers hold a weight that their forward pass rounds, scales or rotates first: it may look plain.
+_QUANTISERS = (
+    "auto_gptq", "auto_round", "awq", "bitsandbytes", "compressed_tensors", "fouroversix", "fp_quant", "gptqmodel",
+    "modelopt", "neural_compressor", "optimum", "quark", "sinq", "torchao", "torch.ao", "transformer_engine",
+    "transformers.integrations", "vptq",
+)  # fmt: skip
 _UNIT_ROWS = 256  # unit vectors that go through such a layer at a time
 SUPPORTED = "bitsandbytes 8-bit and 4-bit, torchao, HQQ, GPTQ, AWQ, AQLM and EETQ"
 
@@ -55,7 +61,15 @@ def kind_of(layer: nn.Module, backend: QuantizationBackend | None) -> str:
         return "bnb int8"
     if backend.backend_name == "bnb 4bit":
         return f"bnb {getattr(layer.weight, 'quant_type', '4bit')}"
+    if backend.backend_name == "gptq":
+        return _gptqmodel_method(layer)
     return backend.backend_name
+
+
+def _gptqmodel_method(layer: nn.Module) -> str:
+    """What PEFT calls gptq is any layer of GPTQModel, which implements AWQ and other methods as well."""
+    methods = [str(getattr(method, "value", method)) for method in getattr(layer, "SUPPORTS_METHODS", None) or ["gptq"]]
+    return "gptq" if "gptq" in methods else methods[0]
 
 
 def problem_of(layer: nn.Module, root: nn.Module | None = None) -> str | None:
@@ -70,11 +84,23 @@ def problem_of(layer: nn.Module, root: nn.Module | None = None) -> str | None:
         ):
             return None
         return f"it is quantised by {backend.backend_name}, which is not supported; supported are {SUPPORTED}"
+    if not isinstance(layer, (nn.Linear, Conv1D, nn.Embedding)):
+        return None
     plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 2
-    if isinstance(layer, (nn.Linear, Conv1D)) and (not plain or type(weight).__module__.startswith("optimum.")):
-        held = f"its weight is {type(weight).__name__}" + (f", {weight.dtype}" if isinstance(weight, Tensor) else "")
-        return f"it is quantised in a way that is not supported ({held}); supported are {SUPPORTED}"
-    return None
+    if plain and not (_is_of_quantiser(type(layer)) or _is_of_quantiser(type(weight)) or _has_scheme(layer)):
+        return None
+    held = f"its weight is {type(weight).__name__}" + (f", {weight.dtype}" if isinstance(weight, Tensor) else "")
+    way_out = "; load the model with CompressedTensorsConfig(dequantize=True)" if _has_scheme(layer) else ""
+    return f"it is quantised in a way that is not supported ({held}){way_out}; supported are {SUPPORTED}"
+
+
+def _is_of_quantiser(kind: type) -> bool:
+    return any(f"{kind.__module__}.".startswith(f"{package}.") for package in _QUANTISERS)
+
+
+def _has_scheme(layer: nn.Module) -> bool:
+    """Whether compressed-tensors has put its own forward pass into a plain layer."""
+    return getattr(layer, "quantization_scheme", None) is not None
 
 
 def rounds_its_input(layer: nn.Module, backend: QuantizationBackend | None) -> bool:
@@ -87,6 +113,8 @@ def rounds_its_input(layer: nn.Module, backend: QuantizationBackend | None) -> b
         return False
     if backend.backend_name == "bnb 8bit":
         return True
+    if backend.backend_name == "gptq":
+        return kind_of(layer, backend) not in ("gptq", "awq")  # others may
     weight = getattr(layer, "weight", None)
     marks = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
     return any(getattr(weight, mark, None) is not None for mark in marks)
@@ -103,34 +131,47 @@ def dequantised(layer: nn.Module, backend: QuantizationBackend, in_features: int
 
 
 def _by_forward(layer: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor:
-    """W^T as the layer's answers to the unit vectors, less its bias: in slices, without its hooks."""
+    """W^T as the layer's answers to the unit vectors, less its bias: in slices, without its hooks.
+
+    As if for training: GPTQModel's layers else turn to a kernel without a backward pass, see `keep_differentiable`.
+    """
     device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
     bias = getattr(layer, "bias", None)
     columns = []
-    with torch.no_grad():
-        for start in range(0, in_features, _UNIT_ROWS):
-            count = min(_UNIT_ROWS, in_features - start)
-            units = torch.zeros(count, in_features, dtype=dtype, device=device)
-            units[torch.arange(count), torch.arange(start, start + count)] = 1
-            y = layer.forward(units)
-            columns.append(y if bias is None else y - bias.to(y.dtype))
+    for start in range(0, in_features, _UNIT_ROWS):
+        count = min(_UNIT_ROWS, in_features - start)
+        units = torch.zeros(count, in_features, dtype=dtype, device=device)
+        units[torch.arange(count), torch.arange(start, start + count)] = 1
+        with torch.enable_grad():
+            y = layer.forward(units.requires_grad_()).detach()
+        columns.append(y if bias is None else y - bias.detach().to(y.dtype))
     return torch.cat(columns).T.contiguous()
 
 
-# ---- bitsandbytes on the CPU -----------------------------------------------------------------------------------------
+# ---- kernels without a backward pass ---------------------------------------------------------------------------------
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Have bitsandbytes leave the 4-bit weights of a model as they are.
+    """Have bitsandbytes and GPTQModel keep to what has a backward pass.
 
-    On CPUs with AVX512-BF16 a layer that runs once in evaluation mode is repacked for a kernel that has no backward pass:
-    a model that is evaluated between two training steps would lose its gradients without a word, and its scales would be
-    rounded to bfloat16. On other devices this changes nothing.
+    A layer of theirs that runs once in evaluation mode on a CPU is repacked, for good, for a kernel that has none
+    (bitsandbytes' 4-bit layers where there is AVX512-BF16, and their scales are rounded to bfloat16; most of GPTQModel's):
+    a model that is evaluated before or between training steps would lose its gradients without a word. On other devices
+    this changes nothing for bitsandbytes. What GPTQModel has repacked already cannot be undone.
     """
     for module in model.modules():
         if module.__dict__.get("support_avx512bf16_for_cpu"):
             module.__dict__["support_avx512bf16_for_cpu"] = False
             undo_cpu_packing(module)
+        elif (
+            "linear_mode" in module.__dict__
+            and module.__dict__["linear_mode"] is None
+            and _is_of_quantiser(type(module))
+        ):
+            scales: Any = module.scales
+            x = torch.zeros(1, int(module.in_features), dtype=scales.dtype, device=scales.device)  # pyright: ignore[reportArgumentType]
+            with torch.enable_grad():
+                module.forward(x.requires_grad_())  # the first input decides for all that follow
 
 
 def tensors_of_states(model: nn.Module) -> list[Tensor]:
@@ -155,9 +196,21 @@ def check_differentiable(model: nn.Module) -> None:
     """Refuse to train over layers that have no backward pass: all adapters below one would silently get no gradient.
 
     Raises:
-        QuantisationError: torchao quantises the activations of a layer.
+        QuantisationError: torchao quantises the activations of a layer, or GPTQModel runs it with a kernel for inference.
     """
     for name, module in model.named_modules():
+        if type(module).__module__.startswith("gptqmodel."):
+            if getattr(module, "SUPPORTS_TRAINING", True) is False:
+                raise QuantisationError(
+                    f"{name} is a {type(module).__name__} of GPTQModel, and such layers pass no gradient on, so nothing "
+                    "below them could be trained. Load the base model with another backend of GPTQModel "
+                    "('auto_trainable' or 'torch'); a trained adapter can be loaded onto either."
+                )
+            if str(getattr(module, "linear_mode", None)).lower().endswith("inference"):
+                raise QuantisationError(
+                    f"{name} has run in evaluation, and GPTQModel has repacked it there for a kernel that passes no "
+                    "gradient on. Load the base model again and put the adapter on it before it runs."
+                )
         weight = module._parameters.get("weight")
         if type(weight).__module__.startswith("torchao.") and rounds_its_input(module, backend_of(module)):
             raise QuantisationError(
@@ -231,6 +284,16 @@ class KeptLayer:
             for key in ("requires_grad", "data"):
                 if key not in self._of_weight:
                     weight.__dict__.pop(key, None)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give the layer that PEFT has put in the place of `old` (HQQ's) what else that had: PEFT leaves out the bias."""
+    if new is old:
+        return
+    new.bias = old.bias  # pyright: ignore[reportArgumentType]
+    new.train(old.training)
+    for key, value in old.__dict__.items():
+        new.__dict__.setdefault(key, value)
 
 
 def requantise(set_weight: Callable[[Tensor], None], weight: Tensor, kept: KeptLayer, name: str, kind: str) -> None:
