@@ -167,7 +167,8 @@ def test_saved_exported_and_merged_adapters_compute_the_same(folders, kind, tmp_
     assert error(logits_of(load(folders[kind])), trained) > 1e-2
     model.save_pretrained(tmp_path / "adapter")
     (_, bank), *_ = find_banks(model)
-    assert {p.origin for p in decode(bank.matrices("default").fingerprint.numpy().tobytes())[0].values()} == {kind}
+    fingerprint: Any = bank.matrices("default").fingerprint
+    assert {p.origin for p in decode(fingerprint.numpy().tobytes())[0].values()} == {kind}
     assert torch.equal(logits_of(PeftModel.from_pretrained(load(folders[kind]), tmp_path / "adapter")), trained)
     export_lora(model, tmp_path / "lora")
     # without pica GPTQModel's kernel rounds to bfloat16
