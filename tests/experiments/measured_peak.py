@@ -1,6 +1,7 @@
 """A script: measures what a training step really takes, each case in a process of its own. Cases come as JSON on stdin.
 
-Each case has the folder of a config.json, method, r, batch, length, dtype and checkpointing; answers are bytes, as JSON.
+Each case has the folder of a config.json, method, r, batch, length, dtype, quantization, target_parameters and
+checkpointing; answers are bytes, as JSON.
 """
 
 import ctypes
@@ -8,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import transformers
 from transformers import AutoConfig
 
 import pica
+from pica.experiments.models import quantisation
+from pica.experiments.recipe import ModelSection
 from pica.experiments.tracing import _enable_checkpointing, example_inputs
 
 
@@ -29,7 +33,16 @@ def prepared(case: dict[str, Any], config: Any) -> tuple[Any, Any]:
     config.use_cache = False
     kind = getattr(transformers, config.architectures[0])
     model = kind._from_config(config, dtype=getattr(torch, case["dtype"]))
-    own = pica.PicaConfig(r=case["r"])
+    if case["quantization"]:
+        section = ModelSection(quantization=case["quantization"], dtype=case["dtype"])
+        with tempfile.TemporaryDirectory() as place:
+            model.save_pretrained(place)
+            packing = quantisation(section)
+            model = kind.from_pretrained(place, dtype=getattr(torch, case["dtype"]), quantization_config=packing)
+            for parameter in model.parameters():  # what is not quantised keeps the whole file mapped, which counts too
+                if type(parameter) is torch.nn.Parameter:
+                    parameter.data = parameter.data.clone()
+    own = pica.PicaConfig(r=case["r"], target_parameters=case["target_parameters"])
     if case["method"] == "lora":
         config_of: Any = peft.get_peft_model(model, own).peft_config["default"]
         targets = sorted(config_of.target_modules)

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
 import torch
 import transformers
 from tests import families
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     BertConfig,
     GPT2Config,
@@ -28,8 +29,13 @@ from transformers import (
 from pica import PicaConfig
 from pica.basis.cache import cache_use
 from pica.errors import ConfigError, PicaError
+from pica.experiments import planning
+from pica.experiments.models import load_model
+from pica.experiments.packing import packed, parts
 from pica.experiments.planning import Question, basis_seconds, build, estimate, solver_rates
+from pica.experiments.recipe import ModelSection
 from pica.experiments.tracing import Allocations
+from pica.tuner.experts import PicaExpert
 from pica.tuner.layer import PicaLinear
 
 CONFIGS: dict[str, tuple[str, PreTrainedConfig]] = {
@@ -186,25 +192,96 @@ def test_allocations_are_those_that_live_at_once():
     assert counted.live == 0
 
 
-def test_a_step_that_depends_on_values_leaves_a_note_and_the_rest(tmp_path: Path):
-    config = MixtralConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("share", ["role", "none"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_experts_are_counted_as_they_are_adapted(name: str, share: str, tmp_path: Path, monkeypatch):
+    config = families.config_of(name)
+    monkeypatch.setattr(planning, "load_config", lambda _: config)  # the file's number of experts, and no other
+    monkeypatch.setenv("PICA_CACHE_DIR", str(tmp_path / "cache"))
+    asked: dict[str, Any] = {"target_parameters": EXPERTS, "share": share}
+    plan = estimate(Question(name, r=12, lora_rank=3, batches=(2,), lengths=(6,), **asked))
+    real = peft.get_peft_model(families.make(name), PicaConfig(r=12, **asked))
+    layers = [m for m in real.modules() if isinstance(m, PicaLinear)]
+    assert any(isinstance(layer, PicaExpert) for layer in layers)
+    assert sum(g.layers for g in plan.groups) == len(layers)
+    assert plan.parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert plan.basis_bytes == sum(layer.require_projector("principal").nbytes for layer in layers)
+    real.save_pretrained(str(tmp_path / "adapter"))
+    assert plan.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert plan.basis_seconds >= len(layers) * solver_rates()[0]
+    lora = peft.LoraConfig(r=3, target_modules=plan_targets(real), target_parameters=EXPERTS)
+    beside = peft.get_peft_model(families.make(name), lora)
+    assert plan.memory[-1].parameters == sum(p.numel() for p in beside.parameters() if p.requires_grad)
+    assert all(step.total for entry in plan.memory for step in entry.steps), plan.notes
+
+
+def plan_targets(model: peft.PeftModel) -> list[str]:
+    config: Any = model.peft_config["default"]
+    return sorted(config.target_modules)
+
+
+def test_a_published_mixture_takes_a_copy_of_its_experts_and_little_time(tmp_path: Path):
+    config = MixtralConfig(  # of 8x7B, but for 30 of 32 blocks
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        dtype="bfloat16",
     )
-    plan = estimate(Question(folder_of(tmp_path, "MixtralForCausalLM", config), batches=(1,), lengths=(8,)))
-    assert plan.memory[0].steps[0].total is None
-    assert any("no estimate of activations" in note for note in plan.notes)
-    assert plan.parameters > 0
+    folder = folder_of(tmp_path, "MixtralForCausalLM", config)
+    asked: dict[str, Any] = {"r": 16, "batches": (1,), "lengths": (64,), "checkpointing": True}
+    attention, experts = (estimate(Question(folder, target_parameters=chosen, **asked)) for chosen in (None, EXPERTS))
+    block = 2 * 8 * 3 * 4096 * 14336  # bytes of a block's experts
+    more = (experts.memory[0].steps[0].activations or 0) - (attention.memory[0].steps[0].activations or 0)
+    assert 1.5 * block < more < 2.2 * block  # the copy, and the gradients of it
+    assert experts.parameters - attention.parameters == 16 * (2 * 14336 + 4096)
+    assert experts.basis_bytes - attention.basis_bytes == 2 * 8 * 16 * (4096 + 14336) * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_quantised_weights_and_bases_are_those_of_the_loaded_model(kind: Any, dtype: Any, tmp_path: Path):
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=96, intermediate_size=200, num_hidden_layers=1, num_attention_heads=4
+    )
+    folder = folder_of(tmp_path, "LlamaForCausalLM", config)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    plan = estimate(Question(folder, r=4, quantization=kind, dtype=dtype, batches=(2,), lengths=(6,)))
+    model = load_model(ModelSection(path=folder, quantization=kind, dtype=dtype))
+    tensors = [part for t in (*model.parameters(), *model.buffers()) for part in parts(t)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert plan.memory[0].weights == sum(storages.values())
+    assert plan.model_parameters == sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
+    adapted = peft.get_peft_model(model, PicaConfig(r=4))
+    layers = [m for m in adapted.modules() if isinstance(m, PicaLinear)]
+    assert plan.basis_bytes == sum(layer.require_projector("principal").nbytes for layer in layers)
+    assert plan.parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert all(step.total for entry in plan.memory for step in entry.steps), plan.notes
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_unpacked_weight_of_a_4_bit_layer_is_counted(tokens: int):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    parameter = bitsandbytes.nn.Params4bit(torch.empty(256, 4096, device="meta"), quant_type="nf4")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, weight = torch.zeros(tokens, 4096, dtype=torch.bfloat16), packed(parameter)
+        known = {part.untyped_storage()._cdata for part in (x, *parts(weight))}
+        with Allocations(known) as counted:
+            y = bitsandbytes.matmul_4bit(x, weight.t(), quant_state=weight.quant_state)  # pyright: ignore[reportAttributeAccessIssue]
+    assert counted.live == y.nbytes == 2 * tokens * 256
+    assert counted.peak == y.nbytes + 2 * 256 * 4096
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"target_parameters": ["experts.down_proj"]}, "It has no stacks of experts"),
         ({"r": 0}, "--r must be 1 or more, got 0"),
         ({"batches": ()}, "--batch must be 1 or more, got nothing"),
         ({"lengths": (4000,)}, "--length 4000 is more than the 2048 positions"),
@@ -249,12 +326,20 @@ class Case:
     batch: int = 6
     length: int = 256
     dtype: str = "float32"
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    target_parameters: list[str] | None = None
     checkpointing: bool = False
 
 
 def _llama(**changes: Any) -> LlamaConfig:
     sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
     return LlamaConfig(**{**sizes, "num_attention_heads": 6, "num_key_value_heads": 2, **changes})
+
+
+def _mixtral(**changes: Any) -> MixtralConfig:
+    sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}
+    return MixtralConfig(**{**sizes, **changes})
 
 
 CASES = {
@@ -278,6 +363,10 @@ CASES = {
         "ViTForImageClassification",
         ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=6),
     ),
+    "llama, nf4": Case("LlamaForCausalLM", _llama(), quantization="nf4"),
+    "llama, int8": Case("LlamaForCausalLM", _llama(), quantization="int8"),
+    "mixtral": Case("MixtralForCausalLM", _mixtral(), batch=2, target_parameters=EXPERTS),
+    "mixtral, bfloat16": Case("MixtralForCausalLM", _mixtral(), target_parameters=EXPERTS, dtype="bfloat16"),
 }
 
 
@@ -294,6 +383,8 @@ def test_memory_is_within_15_percent_of_what_is_measured(tmp_path: Path):
             batches=(case.batch,),
             lengths=(case.length,),
             dtype=case.dtype,
+            quantization=case.quantization,
+            target_parameters=case.target_parameters,
             checkpointing=case.checkpointing,
         )
         name = "PiCa" if case.method == "pica" else "LoRA"
@@ -307,6 +398,8 @@ def test_memory_is_within_15_percent_of_what_is_measured(tmp_path: Path):
                 "batch": case.batch,
                 "length": case.length,
                 "dtype": case.dtype,
+                "quantization": case.quantization,
+                "target_parameters": case.target_parameters,
                 "checkpointing": case.checkpointing,
             }
         )

@@ -14,6 +14,8 @@ EPILOG = """examples:
   pica plan ./Llama-3.1-8B --budget 2M                           the largest r with at most 2,000,000 parameters
   pica plan ./Llama-3.1-8B --budget 4MB                          ... whose file has at most 4,000,000 bytes
   pica plan Qwen/Qwen3-8B --target-modules q_proj v_proj --json
+  pica plan ./Llama-3.1-70B --quantization nf4 --checkpointing
+  pica plan ./Mixtral-8x7B --target-parameters experts.gate_up_proj experts.down_proj
 
 Nothing is loaded or allocated. Memory is that of one optimizer step after the first, with AdamW; libraries, the data
 and what an allocator wastes come on top. docs/plan.md says how each number is found.
@@ -40,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: the family's)")
     made.add_argument(
+        "--target-parameters",
+        nargs="+",
+        metavar="NAME",
+        help="stacks of experts' weights to adapt, of mixtures of experts",
+    )
+    made.add_argument(
         "--share", default="role", metavar="HOW", help="role, none, or a number of layers (default: role)"
     )
     made.add_argument("--lora-rank", type=int, default=16, metavar="R", help="of the LoRA shown beside (default: 16)")
@@ -52,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the frozen weights (default: auto, the configuration's)",
+    )
+    made.add_argument(
+        "--quantization", choices=("nf4", "fp4", "int8"), help="of the frozen weights, as pica train has it"
     )
     made.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     made.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
@@ -77,11 +88,13 @@ def run(arguments: Sequence[str]) -> int:
             budget=budget,
             budget_in_bytes=in_bytes,
             target_modules=given.target_modules,
+            target_parameters=given.target_parameters,
             share=int(given.share) if given.share.isdigit() else given.share,
             lora_rank=given.lora_rank,
             batches=given.batch,
             lengths=given.length,
             dtype=given.dtype,
+            quantization=given.quantization,
             checkpointing=given.checkpointing,
             revision=given.revision,
         )
@@ -141,7 +154,8 @@ def as_text(found: "Estimate") -> str:
         memory.append([f"{label}: total", *(size(m.steps[i].total) for m in found.memory)])
     return "\n".join(
         [
-            f"{found.model}: {found.kind}, {found.model_parameters:,} parameters in {found.dtype}; PiCa r={found.r}",
+            f"{found.model}: {found.kind}, {found.model_parameters:,} parameters in {found.dtype}"
+            f"{f', quantised to {found.quantization}' if found.quantization else ''}; PiCa r={found.r}",
             "",
             _table(groups),
             "",

@@ -59,12 +59,16 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     """
     options = _options(section)
     if section.quantization is not None:
-        options["quantization_config"] = _quantisation(section)
+        options["quantization_config"] = quantisation(section)
     return _from_pretrained(AutoModelForCausalLM, section, options).eval()
 
 
-def _quantisation(section: ModelSection) -> BitsAndBytesConfig:
-    """bitsandbytes' settings; 4-bit weights with double quantisation, as QLoRA has them, computing in `section.dtype`."""
+def quantisation(section: ModelSection) -> BitsAndBytesConfig:
+    """bitsandbytes' settings; 4-bit weights with double quantisation, as QLoRA has them, computing in `section.dtype`.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"model.quantization={section.quantization!r} needs bitsandbytes, which is not installed: "

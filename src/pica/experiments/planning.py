@@ -5,25 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-import pica
-from pica.basis import Basis, max_rank, solve_basis
+from pica.basis import max_rank, solve_basis
 from pica.basis.cache import SMALLEST_ELEMENTS
 from pica.basis.fingerprint import choose_mode, encoded_size
 from pica.errors import ConfigError, PicaError
-from pica.experiments.models import DTYPES, load_config
+from pica.experiments.layout import adapt, build
+from pica.experiments.models import DTYPES, load_config, quantisation
+from pica.experiments.packing import resting_bytes
 from pica.experiments.recipe import ModelSection
 from pica.experiments.tracing import StepTracer, TraceError, positions
 from pica.tuner.bank import BANK_NAME, AdapterSlot, get_bank
@@ -44,10 +42,12 @@ class Question:
         r: Rank; with `budget` the largest one that fits is looked for instead.
         budget: Trained parameters at most, or bytes of the adapter's file where `budget_in_bytes`.
         target_modules: As PicaConfig's; None: the model family's default.
+        target_parameters: As PicaConfig's: stacks of experts' weights.
         share: As PicaConfig's.
         lora_rank: Of the LoRA that is shown beside the one with as many parameters.
         batches, lengths: Of the training steps; all combinations. Lengths None: 512 tokens, or what positions there are.
         dtype: Of the frozen weights: float32, bfloat16, float16, or auto for the configuration's.
+        quantization: nf4, fp4 or int8, as a recipe's `model.quantization`; None: not quantised.
         checkpointing: Whether activations are computed again in the backward pass.
         revision: Branch, tag or commit of a model on the hub.
     """
@@ -57,18 +57,23 @@ class Question:
     budget: int | None = None
     budget_in_bytes: bool = False
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     share: Any = "role"
     lora_rank: int = 16
     batches: Sequence[int] = (1, 8)
     lengths: Sequence[int] | None = None
     dtype: str = "auto"
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
     checkpointing: bool = False
     revision: str | None = None
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """Layers that share one matrix M (out_features, rank). `in_features` lists the widths that occur."""
+    """Layers that share one matrix M (out_features, rank). `in_features` lists the widths that occur.
+
+    `layers` counts each expert of a stack, since each has a basis of its own.
+    """
 
     name: str
     layers: int
@@ -94,7 +99,7 @@ class TrainingMemory:
     """Bytes of one method's training, by part.
 
     Attributes:
-        weights: The base model's parameters and buffers.
+        weights: The base model's parameters and buffers, quantised where they are.
         basis: Projectors, in the dtype that the layers compute in.
         adapter, optimizer: Trained parameters, and AdamW's two moments of them.
         steps: By batch and length.
@@ -116,7 +121,8 @@ class Estimate:
 
     Attributes:
         kind: Class of the model.
-        dtype: Of its weights.
+        dtype: Of its weights, before they are quantised.
+        quantization: How they are quantised, if they are.
         model_parameters: Of the base model.
         groups: What shares a matrix.
         parameters, adapter_bytes: Trained, and the size of adapter_model.safetensors, to the byte.
@@ -130,6 +136,7 @@ class Estimate:
     model: str
     kind: str
     dtype: str
+    quantization: str | None
     model_parameters: int
     r: int
     groups: list[GroupRow]
@@ -160,14 +167,18 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
     dtype = _dtype(config, question.dtype)
     notes: list[str] = []
     if getattr(config, "quantization_config", None) is not None:
-        notes.append(f"The model's quantisation is left aside: weights are counted in {_name(dtype)}.")
+        counted = question.quantization or _name(dtype)
+        notes.append(f"The model's own quantisation is left aside: weights are counted in {counted}.")
         delattr(config, "quantization_config")
     progress("Laying out the model")
-    base = build(config, dtype)
-    kind, base_parameters, weights = type(base).__name__, _elements(base.parameters()), _bytes(base)
+    packing = None
+    if question.quantization is not None:
+        packing = quantisation(ModelSection(quantization=question.quantization, dtype=cast(Any, question.dtype)))
+    base = build(config, dtype, packing)
+    kind, base_parameters, weights = type(base).__name__, _elements(base.parameters()), resting_bytes(base)
     r = question.r
     if question.budget is not None:
-        r = _rank_within(question, adapt(build(config, dtype), _pica(question, 1), notes))
+        r = _rank_within(question, adapt(build(config, dtype, packing), _pica(question, 1), notes))
     adapted = adapt(base, _pica(question, r), notes)
     layers = _layers(adapted)
     groups = _groups(adapted, layers)
@@ -175,32 +186,24 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
     basis_bytes = sum(group.basis_bytes for group in groups)
     progress("Timing the solver")
     seconds = sum(basis_seconds(layer.out_features, layer.in_features) for layer in layers)
-    targets: Any = getattr(adapted.peft_config[ADAPTER], "target_modules", None)
-    targets = targets if isinstance(targets, str) else sorted(targets)
     shapes = {group.name: (group.out_features, group.rank) for group in groups}
     m_dtype = next(iter(_slot(adapted).values())).dtype
     adapter_bytes = file_bytes(shapes, [layer.r[ADAPTER] for layer in layers], m_dtype)
-    memory = []
-    widths = [layer.in_features + layer.out_features for layer in layers]
-    equal = max(1, round(parameters / sum(widths)))
-    for method, rank in (("PiCa", r), ("LoRA", equal), ("LoRA", question.lora_rank)):
-        if method == "LoRA" and any(m.method == method and m.rank == rank for m in memory):
-            continue
-        progress(f"Running a training step of {method} r={rank} without content")
-        if method == "PiCa":
-            model, trained, basis = adapted, parameters, basis_bytes
-        else:
-            lora = LoraConfig(r=rank, target_modules=targets)
-            model, trained, basis = adapt(build(config, dtype), lora, notes), rank * sum(widths), 0
-        adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        optimizer = MOMENTS * adapter
-        fixed = weights + basis + adapter + optimizer
-        steps = _steps(model, question, fixed, f"{method} r={rank}", notes)
-        memory.append(TrainingMemory(method, rank, trained, weights, basis, adapter, optimizer, steps))
+    memory = [_memory("PiCa", r, adapted, question, weights, basis_bytes, notes, progress)]
+    widths = sum(layer.in_features + layer.out_features for layer in layers)
+    for rank in dict.fromkeys((max(1, round(parameters / widths)), question.lora_rank)):
+        lora = LoraConfig(r=rank, **_targets(adapted))
+        try:
+            model = adapt(build(config, dtype, packing), lora, notes)
+        except PicaError as error:
+            notes.append(f"There is no LoRA beside it: {error}")
+            break
+        memory.append(_memory("LoRA", rank, model, question, weights, 0, notes, progress))
     return Estimate(
         model=question.model,
         kind=kind,
         dtype=_name(dtype),
+        quantization=question.quantization,
         model_parameters=base_parameters,
         r=r,
         groups=groups,
@@ -217,62 +220,17 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
 
-def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration, on the meta device: the class that it names, else a causal language model.
-
-    Raises:
-        ConfigError: transformers cannot build one.
-    """
-    names = getattr(config, "architectures", None) or []
-    named = getattr(transformers, names[0], None) if names else None
-    try:
-        with torch.device("meta"):
-            if isinstance(named, type) and issubclass(named, PreTrainedModel):
-                return named._from_config(config, dtype=dtype)
-            auto: Any = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-            return auto.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
-        line = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(
-            f"A model of type {config.model_type!r} cannot be built from its config: {line[0]}"
-        ) from error
-
-
-def adapt(model: PreTrainedModel, config: peft.PeftConfig, notes: list[str]) -> PeftModel:
-    """The model with an adapter, still on the meta device; warnings on PiCa's ranks become notes.
-
-    Raises:
-        ConfigError: The family has no default targets.
-        PicaError: PiCa refuses the targets.
-    """
-    pica.register()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
-    except PicaError:
-        raise
-    except ValueError as error:
-        if "target_modules" in str(error) and getattr(config, "target_modules", None) is None:
-            raise ConfigError(
-                f"There are no default targets for {model.config.model_type!r}; name the layers with --target-modules."
-            ) from error
-        raise ConfigError(f"The adapter cannot be put on the model: {error}") from error
-    notes.extend(str(w.message).removeprefix("PiCa: ") for w in caught if str(w.message).startswith("PiCa: "))
-    if not isinstance(adapted, PeftModel):
-        raise ConfigError(f"PEFT cannot adapt a {type(model).__name__}.")
-    for layer in adapted.modules():
-        if isinstance(layer, PicaLinear):
-            for projection, request in layer.requests.items():
-                columns = min(layer.in_features, layer.out_features)
-                side = "in" if layer.in_features <= layer.out_features else "out"
-                projector = torch.empty(request.rank, columns, device="meta")
-                layer.install_basis(projection, Basis(projector, side, projector[:, 0], request.projection, "eigh"))
-    return adapted
-
-
 def _pica(question: Question, r: int) -> PicaConfig:
-    return PicaConfig(r=r, target_modules=question.target_modules, share=question.share)
+    return PicaConfig(
+        r=r, target_modules=question.target_modules, target_parameters=question.target_parameters, share=question.share
+    )
+
+
+def _targets(adapted: PeftModel) -> dict[str, Any]:
+    """What another method has to be told to adapt the same."""
+    config: Any = adapted.peft_config[ADAPTER]
+    names = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    return {"target_modules": names, "target_parameters": config.target_parameters}
 
 
 def _layers(model: nn.Module) -> list[PicaLinear]:
@@ -294,10 +252,6 @@ def _elements(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() for t in tensors)
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
 # ---- sizes -------------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +259,6 @@ def _groups(model: PeftModel, layers: Sequence[PicaLinear]) -> list[GroupRow]:
     rows = []
     for key, matrix in _slot(model).items():
         members = [layer for layer in layers if layer.pica_group[ADAPTER] == key]
-        projectors = [layer.projector(layer.pica_projection[ADAPTER]) for layer in members]
         rows.append(
             GroupRow(
                 name=key,
@@ -314,10 +267,16 @@ def _groups(model: PeftModel, layers: Sequence[PicaLinear]) -> list[GroupRow]:
                 out_features=matrix.shape[0],
                 rank=matrix.shape[1],
                 parameters=matrix.numel(),
-                basis_bytes=sum(p.nbytes for p in projectors if p is not None),
+                basis_bytes=sum(_projector(layer).nbytes for layer in members),
             )
         )
     return rows
+
+
+def _projector(layer: PicaLinear) -> torch.Tensor:
+    found = layer.projector(layer.pica_projection[ADAPTER])
+    assert found is not None
+    return found
 
 
 def _slot(model: PeftModel) -> AdapterSlot:
@@ -352,7 +311,7 @@ def _cache_bytes(layers: Sequence[PicaLinear], dtype: torch.dtype) -> int:
     """Projectors and gains, in float32 or better, of the weights that are large enough to be kept."""
     size = torch.promote_types(dtype, torch.float32).itemsize
     kept = [layer for layer in layers if layer.in_features * layer.out_features >= SMALLEST_ELEMENTS]
-    return sum(size * layer.r[ADAPTER] * (min(layer.in_features, layer.out_features) + 1) for layer in kept)
+    return sum(size * layer.r[ADAPTER] * (_projector(layer).shape[1] + 1) for layer in kept)
 
 
 def _rank_within(question: Question, model: PeftModel) -> int:
@@ -427,6 +386,25 @@ def basis_seconds(out_features: int, in_features: int) -> float:
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _memory(
+    method: str,
+    rank: int,
+    model: PeftModel,
+    question: Question,
+    weights: int,
+    basis: int,
+    notes: list[str],
+    progress: Callable[[str], None],
+) -> TrainingMemory:
+    progress(f"Running a training step of {method} r={rank} without content")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapter = sum(p.nbytes for p in trained)
+    optimizer = MOMENTS * adapter
+    fixed = weights + basis + adapter + optimizer
+    steps = _steps(model, question, fixed, f"{method} r={rank}", notes)
+    return TrainingMemory(method, rank, _elements(trained), weights, basis, adapter, optimizer, steps)
 
 
 def _steps(model: PeftModel, question: Question, fixed: int, label: str, notes: list[str]) -> list[Step]:

@@ -20,10 +20,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pica.errors import ConfigError
+from pica.experiments.packing import is_unpacked, packed, parts
 
 
 class TraceError(Exception):
     """The step cannot be run without values; says why."""
+
+
+# the kernel of mixtures of experts: torch's own rule for tensors without content knows bfloat16 alone
+_GROUPED = (torch.ops.aten._grouped_mm.default,)
+
+# of bitsandbytes' 4-bit layers: beyond a few tokens it unpacks the whole weight, in the dtype of its input
+_QUANTISED_PRODUCT = "bitsandbytes::gemm_4bit"
+
+
+def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """A tensor of the shape that the product by groups has: of rows (S, N), or of weights (groups, M, N)."""
+    if left.ndim == 2 and right.ndim == 2:
+        return left.new_empty(len(offsets), left.shape[0], right.shape[1])
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
 class Allocations(TorchDispatchMode):
@@ -39,7 +54,14 @@ class Allocations(TorchDispatchMode):
         self._known = set(known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func in _GROUPED:
+            result = _grouped_product(*args[:3])
+        elif func.name() == _QUANTISED_PRODUCT:
+            unpacked = args[0].new_empty(args[2])
+            self._add(unpacked.untyped_storage())
+            result = func(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
@@ -171,7 +193,9 @@ def _replace_tensors(model: nn.Module) -> list[torch.UntypedStorage]:
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor, parameter: bool) -> Tensor:
-        if id(tensor) not in made:
+        if id(tensor) not in made and is_unpacked(tensor):
+            made[id(tensor)] = packed(tensor)
+        elif id(tensor) not in made:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if parameter else empty
         return made[id(tensor)]
@@ -183,7 +207,7 @@ def _replace_tensors(model: nn.Module) -> list[torch.UntypedStorage]:
                 if tensor is not None:
                     kept.append(tensor)
                     tensors[name] = fake(tensor, parameter)  # pyright: ignore[reportArgumentType]
-    return [tensor.untyped_storage() for tensor in made.values()]
+    return [part.untyped_storage() for tensor in made.values() for part in parts(tensor)]
 
 
 def _enable_checkpointing(model: Any) -> None:

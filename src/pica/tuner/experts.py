@@ -139,7 +139,7 @@ def add_to_stack(stack: Tensor, layers: Sequence[PicaExpert], adapter_name: str)
         width = max(layer.matrix(adapter_name).shape[1] for layer in layers)
         matrices = torch.stack([_widened(layer.matrix(adapter_name), width, dim=1) for layer in layers])
     rank = matrices.shape[-1]
-    rows = [layer.require_projector(layer.pica_projection[adapter_name])[: layer.r[adapter_name]] for layer in layers]
+    rows = [_first_rows(layer, adapter_name) for layer in layers]
     directions = torch.stack([_widened(part, rank, dim=0) for part in rows])  # (experts, rank, in)
     left, right = matrices.to(device=stack.device, dtype=stack.dtype), directions.to(stack)
     with torch.autocast(stack.device.type, enabled=False):  # which would narrow what stands for a parameter
@@ -148,10 +148,18 @@ def add_to_stack(stack: Tensor, layers: Sequence[PicaExpert], adapter_name: str)
         return torch.baddbmm(stack, left, right)
 
 
+def _first_rows(layer: PicaExpert, adapter_name: str) -> Tensor:
+    """The directions that the adapter uses, itself where that is all of them: experts may be thousands."""
+    projector, rank = layer.require_projector(layer.pica_projection[adapter_name]), layer.r[adapter_name]
+    return projector if projector.shape[0] <= rank else projector[:rank]
+
+
 def _widened(matrix: Tensor, size: int, *, dim: int) -> Tensor:
     """`matrix` with zeros at the end of `dim`, where it has fewer than `size`; cut where it has more."""
     missing = size - matrix.shape[dim]
-    if missing <= 0:
+    if missing == 0:
+        return matrix
+    if missing < 0:
         return matrix.narrow(dim, 0, size)
     shape = list(matrix.shape)
     shape[dim] = missing
