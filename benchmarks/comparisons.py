@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, save, table
+from benchmarks.harness import copy_comparison, save, table
 from benchmarks.run import RESULTS_PAGE, write_page
 from pica.report.summary import Summary, shown_mean, summarise
-
-COPIED = ("report.html", "results.csv", "results.json", "comparison.yaml")
 
 
 def comparison_table(summary: Summary) -> str:
@@ -61,10 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     for folder in given.folders:
         summary = summarise(folder)
         name = summary.content["name"]
-        place = RESULTS / "comparisons" / name
-        place.mkdir(parents=True, exist_ok=True)
-        for file in COPIED:
-            shutil.copyfile(folder / file, place / file)
+        copy_comparison(folder, name)
         numbers = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         save(f"comparison_{name}", {"comparison": numbers}, heading(summary) + comparison_table(summary))
         print(comparison_table(summary))

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 
 import pica.cli
 from benchmarks.comparisons import comparison_table
-from benchmarks.harness import describe_machine, save
+from benchmarks.harness import copy_comparison, describe_machine, save
 from pica.experiments.output import write_json
 from pica.report.summary import summarise
 
@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     found, markdown = results(compared, known)
     save(given.name, describe_machine() | found, markdown)
+    copy_comparison(compared, given.name)
     print(markdown)
     return 0
 

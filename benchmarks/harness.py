@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -62,6 +63,18 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     numeric = [all(c[:1] in "-+0123456789" or c in ("", "–") for c in column) for column in zip(*cells)]
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---:" if n else "---" for n in numeric) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells]) + "\n"
+
+
+COPIED = ("report.html", "results.csv", "results.json", "comparison.yaml")
+"""What is kept of an output folder of pica compare."""
+
+
+def copy_comparison(folder: Path, name: str) -> None:
+    """Keep the page and the numbers of a comparison in the results folder, under comparisons/NAME."""
+    place = RESULTS / "comparisons" / name
+    place.mkdir(parents=True, exist_ok=True)
+    for file in COPIED:
+        shutil.copyfile(folder / file, place / file)
 
 
 def save(name: str, result: Mapping[str, Any], markdown: str, folder: Path | None = None) -> None:

@@ -78,13 +78,17 @@ def test_the_whole_command_in_miniature(tmp_path: Path, monkeypatch: pytest.Monk
     assert "then on 40 digits" in table
     assert "| head only | 170 |" in table
     assert "LoRA" not in table, "only what was run is in the table"
+    compared = tmp_path / "work" / "compared"
+    for file in harness.COPIED:
+        assert (tmp_path / "comparisons" / "digits" / file).read_bytes() == (compared / file).read_bytes()
+    (tmp_path / "comparisons" / "digits" / "report.html").unlink()
 
     page = tmp_path / "results-page.md"
     page.write_text("before\n<!-- results of comparison_digits -->\nold\n<!-- end of comparison_digits -->\nafter\n")
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
     for module in (comparisons, run):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
         monkeypatch.setattr(module, "RESULTS_PAGE", page)
-    assert comparisons.main([str(tmp_path / "work" / "compared")]) == 0
+    assert comparisons.main([str(compared)]) == 0
     assert (tmp_path / "comparisons" / "digits" / "report.html").is_file()
     assert "| head only | 170 |" in page.read_text()
     assert "40 training problems" in page.read_text()

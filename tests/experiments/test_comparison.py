@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tests.experiments.tiny_vision import write_tiny_vision
@@ -170,3 +173,35 @@ def test_a_changed_picture_makes_new_cells(written: Callable[..., str], tmp_path
     (folder / "train" / "a" / "three.png").rename(folder / "train" / "a" / "one.png")
     (folder / "train" / "a" / "notes.md").write_text("no picture")
     assert key() == keys[2]
+
+
+@pytest.mark.parametrize("form", ["names", "typed"])
+def test_a_changed_picture_that_a_table_names_makes_new_cells(written: Callable[..., str], tmp_path: Path, form: str):
+    folder, shots_folder = tmp_path / "pictures", tmp_path / "shots"
+    folder.mkdir()
+    shots_folder.mkdir()
+    held = {"bytes": b"inside", "path": "../shots/unused.png"}
+    shots: list[Any] = ["../shots/one.png", "../shots/two.png", "../shots/missing.png"]
+    if form == "typed":
+        shots = [{"bytes": None, "path": name} for name in shots] + [held]
+    rows = {"image": shots, "label": list("abab")[: len(shots)]}
+    features = {"image": datasets.Image(decode=False), "label": datasets.Value("string")}
+    made = datasets.Dataset.from_dict(rows, datasets.Features(features) if form == "typed" else None)
+    for split in ("train", "test"):
+        pq.write_table(made.data.table, folder / f"{split}.parquet")
+    model = write_tiny_vision(tmp_path / "vit")
+
+    def key() -> str:
+        places = [("task.name", "images"), ("model.path", str(model)), ("data.train", str(folder))]
+        comparison = load_comparison(written(), overrides=places)
+        return make_cell(comparison, comparison.rows[0], 0, (0.1,)).key
+
+    for file in ("one", "two"):
+        (shots_folder / f"{file}.png").write_bytes(b"first")
+    before = key()
+    (shots_folder / "unused.png").write_bytes(b"named by none, or held")
+    assert key() == before
+    (shots_folder / "two.png").write_bytes(b"other")
+    assert key() != before
+    (shots_folder / "two.png").write_bytes(b"first")
+    assert key() == before

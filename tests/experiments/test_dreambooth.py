@@ -445,7 +445,7 @@ def test_pictures_of_all_sizes_and_modes_become_one_kind(recipe: Callable[..., R
         ({"data.train": "embedded"}, "data.train is not set"),
         ({"dreambooth.instance_prompt": None}, "instance_prompt is not set"),
         ({"dreambooth.class_pictures": "empty"}, "dreambooth.class_prompt"),
-        ({"model.path": "empty"}, "no config.json"),
+        ({"model.path": "empty"}, "no model_index.json"),
         ({"model.path": "classifier"}, "no model_index.json"),
         ({"task.metric": "accuracy"}, "task.metric"),
         ({"task.metric": "dino"}, "--dreambooth.dino"),
@@ -462,6 +462,13 @@ def test_what_cannot_be_is_said_before_anything_is_read(
     (tmp_path / "classifier" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=said):
         recipe(**{key.replace(".", "__"): value for key, value in change.items()})
+
+
+def test_a_wrong_model_folder_is_one_sentence(recipe: Callable[..., Recipe], tmp_path: Path):
+    with pytest.raises(ConfigError) as caught:
+        recipe(model__path=str(tmp_path))
+    assert str(caught.value).count("model.path") == 1
+    assert "config.json" not in str(caught.value)
 
 
 def test_a_wrong_pipeline_or_size_is_refused(recipe: Callable[..., Recipe], tmp_path: Path):

@@ -136,19 +136,21 @@ def _names(recipe: Recipe) -> Iterator[str]:
 
 
 def _places(recipe: Recipe) -> Iterator[str]:
-    if recipe.model.path == REQUIRED:
-        yield "model.path is not set: give a model folder or a hub name with --model.path."
-    elif problem := model_problem(recipe.model.path):
-        yield f"model.path: {problem}"
     task = TASKS.get(recipe.task.name)
     draws = task is not None and task.kind == "text-to-image"
-    if (folder := Path(recipe.model.path).expanduser()).is_dir() and draws != (folder / _PIPELINE).is_file():
-        yield (
-            f"model.path: folder {recipe.model.path!r} holds no {_PIPELINE}, so it is no pipeline of diffusers, which task "
-            "dreambooth needs."
-            if draws
-            else f"model.path: folder {recipe.model.path!r} holds a pipeline of diffusers, which is for task dreambooth."
-        )
+    folder = Path(recipe.model.path).expanduser()
+    if recipe.model.path == REQUIRED:
+        yield "model.path is not set: give a model folder or a hub name with --model.path."
+    elif draws and folder.is_dir():
+        if not (folder / _PIPELINE).is_file():
+            yield (
+                f"model.path: folder {recipe.model.path!r} holds no {_PIPELINE}, so it is no pipeline of diffusers, which "
+                "task dreambooth needs."
+            )
+    elif problem := model_problem(recipe.model.path):
+        yield f"model.path: {problem}"
+    elif (folder / _PIPELINE).is_file():
+        yield f"model.path: folder {recipe.model.path!r} holds a pipeline of diffusers, which is for task dreambooth."
     files = KINDS_OF_PICTURES if task is not None and task.kind == "image-classification" else KINDS_OF_FILE
     for name in ("train", "validation", "test"):
         location = getattr(recipe.data, name)

@@ -137,8 +137,8 @@ def has_pictures(location: str, split: Split) -> bool:
 def files_of(location: str, split: Split, columns: Mapping[str, str]) -> list[Path]:
     """The files that decide one split: class folders' pictures, a list and the pictures that it names, or tables.
 
-    Pictures that a .parquet or .arrow file names instead of holding are left out. So are those of a list that is in
-    disorder: it is for `read_pictures` to say so.
+    That includes pictures that a table names instead of holding. Those of a list or table that is in disorder are left
+    out: it is for `read_pictures` to say so.
 
     Args:
         location: As a source's.
@@ -150,7 +150,7 @@ def files_of(location: str, split: Split, columns: Mapping[str, str]) -> list[Pa
         return []
     places = (_split_places(path, split) if path.is_dir() else [path]) or [path]
     if places[0].suffix in TABLES:
-        return places
+        return sorted({*places, *_named_in(places, renamed(FIELDS, columns)["image"])})
     lists = [file for file in (places[0], *_metadata(places[0])) if file.is_file()]
     try:
         listed = _listed(split, Source(location, columns=columns), Target(), renamed(FIELDS, columns), None)
@@ -316,6 +316,33 @@ def _table(paths: Sequence[Path]) -> Any:
     except Exception as error:  # pyarrow and datasets raise many kinds; all mean that the file is no good
         lines = str(error).splitlines() or [type(error).__name__]
         raise DataError(f"{paths[0]}: not a readable {paths[0].suffix} file ({lines[0]}).") from error
+
+
+def _named_in(places: Sequence[Path], accepted: Sequence[str]) -> Iterator[Path]:
+    """Pictures that a table names instead of holding, where they are; no picture in it is read."""
+    from pyarrow import compute, types
+
+    try:
+        rows = _table(places)
+    except DataError:
+        return
+    column = next((name for name in accepted if name in rows.column_names), None)
+    if column is None:
+        return
+    for part in rows.data.column(column).chunks:
+        if types.is_struct(part.type):
+            known = {field.name for field in part.type}
+            if "path" not in known:
+                continue
+            named = part.field("path")
+            if "bytes" in known:
+                named = named.filter(compute.is_null(part.field("bytes")))  # pyright: ignore[reportAttributeAccessIssue]
+        elif types.is_string(part.type) or types.is_large_string(part.type):
+            named = part
+        else:
+            continue
+        files = (places[0].parent / name for name in named.to_pylist() if name)
+        yield from (file for file in files if file.is_file())
 
 
 def _of_rows(
