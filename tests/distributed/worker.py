@@ -6,7 +6,6 @@ Run by itself it does the jobs of a JSON file (see `main`); tests call `fit` for
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -436,11 +435,11 @@ def launched_with(launch: str | None, *, on_cpu: bool = True, **changes: str) ->
         return
     arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{launch}.yaml"), "-m", "pica"])
     arguments, defaults, _ = _validate_launch_command(arguments)
-    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as the command does
-    with contextlib.chdir(CONFIGS.parents[1]):  # where the paths in these files begin
-        told = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    fields = getattr(defaults, "deepspeed_config", {})
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)  # as the command does
+    told = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
     told = {key: value for key, value in told.items() if "FSDP" in key or "DEEPSPEED" in key} | changes
-    if file := told.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+    if file := told.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):  # as seen from the folder that holds docs/
         told["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(CONFIGS.parents[1] / file)
     before = {name: os.environ.get(name) for name in told}
     original = PartialState.__init__
