@@ -13,6 +13,10 @@ class ConfigError(PicaError, ValueError):
     """A recipe, a configuration or a command-line argument is wrong; the message lists every problem found."""
 
 
+class LaunchError(ConfigError):
+    """The launcher's settings do not fit a run. Raised in all of its processes alike, so that one of them may speak."""
+
+
 class TargetError(PicaError, ValueError):
     """An entry of `target_modules` matches no layer of the model."""
 

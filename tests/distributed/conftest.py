@@ -64,6 +64,7 @@ def results(folder: Path) -> Results:
         done = folder / "results.json"
         if not done.exists():
             worker.tiny_model().save_pretrained(folder / "base")
+            worker.tiny_mixture().save_pretrained(folder / "mixture")
             write_tiny_llama(folder / "model")
             done.write_text(json.dumps(run_jobs(all_jobs(folder), folder)))
         return json.loads(done.read_text())

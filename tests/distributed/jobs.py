@@ -23,10 +23,12 @@ ALIKE: dict[str, dict[str, Any]] = {
         "ddp_find_unused_parameters": False,
         "adapter": {"share": "none"},
     },
+    "ddp, mixture": {"mixture": "mixture"},
     "ddp, svft": {"adapter": {"method": "svft"}},
     "fsdp2": FSDP2,
     "fsdp2, accumulation, checkpointing": {**FSDP2, "accumulation": 2, "reentrant": False},
     "fsdp2, reentrant": {**FSDP2, "reentrant": True},
+    "fsdp2, mixture": {**FSDP2, "mixture": "mixture"},
     "fsdp2, svft": {**FSDP2, "adapter": {"method": "svft"}},
     "fsdp2, weights in the first process": {
         **worker.fsdp(2, cpu_ram_efficient_loading=True),
@@ -43,6 +45,16 @@ RESUMED: dict[str, dict[str, Any]] = {
     "fsdp2": FSDP2,
     "fsdp2, sharded checkpoint": worker.fsdp(2, state_dict_type="SHARDED_STATE_DICT"),
 }
+
+
+# torch cannot restore the state of an optimizer that has none, as plain SGD
+ADAM = {"trainer__optimizer": "adamw_torch", "trainer__learning_rates": [0.001, 0.01]}
+LAUNCHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "run, fsdp2": ({}, {"launch": "fsdp2"}),
+    "run, fsdp1": ({}, {"launch": "fsdp1", "FSDP_SYNC_MODULE_STATES": "false"}),
+    "interrupted, fsdp2": (ADAM, {"launch": "fsdp2", "interrupt": True}),
+}
+"""{name: (changes to the recipe, what `pica train` is as if launched with)}."""
 
 
 def recipe(folder: Path, output: Path, **overrides: Any) -> dict[str, Any]:
@@ -66,13 +78,17 @@ def recipe(folder: Path, output: Path, **overrides: Any) -> dict[str, Any]:
     return quick | {key.replace("__", "."): value for key, value in overrides.items()}
 
 
+def placed(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`arguments` of `fit` with base models' names as paths."""
+    return arguments | {key: str(folder / arguments[key]) for key in ("base", "mixture") if key in arguments}
+
+
 def all_jobs(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """{name: (job, arguments)}, with `base` and `model` in `folder` as base models."""
+    """{name: (job, arguments)}, with `base`, `mixture` and `model` in `folder` as base models."""
     base = str(folder / "base")
     jobs: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, arguments in {**ALIKE, "ddp, reentrant": REENTRANT}.items():
-        place = {"base": base} if "base" in arguments else {}
-        jobs[name] = ("fit", {"folder": str(folder / name), **arguments, **place})
+        jobs[name] = ("fit", {"folder": str(folder / name), **placed(arguments, folder)})
     for name, arguments in RESUMED.items():
         jobs[f"resumed {name}"] = ("resume", {"folder": str(folder / f"resumed {name}"), **arguments})
     jobs["loaded"] = ("load_when_sharded", {"folder": str(folder / "loaded"), "saved": str(folder / "ddp")})
@@ -88,6 +104,14 @@ def all_jobs(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         "sharded first": ("shard_first", {}),
         "run": ("run_recipe", {"fields": recipe(folder, folder / "run")}),
         "interrupted": ("run_recipe", {"fields": recipe(folder, folder / "interrupted"), "interrupt": True}),
+        **{
+            name: ("run_recipe", {"fields": recipe(folder, folder / name, **changes), **arguments})
+            for name, (changes, arguments) in LAUNCHED.items()
+        },
+        "fsdp on a cpu": (
+            "run_recipe",
+            {"fields": recipe(folder, folder / "fsdp on a cpu"), "launch": "fsdp2", "on_cpu": False},
+        ),
         "diverged": (
             "run_recipe",
             {"fields": recipe(folder, folder / "diverged", trainer__learning_rates=[0.1, 1e30])},

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import worker
 from tests.distributed.conftest import Results
-from tests.distributed.jobs import ALIKE, RESUMED
+from tests.distributed.jobs import ALIKE, RESUMED, placed
 
 # Both sum the same float32 numbers in another order.
 LOSS, MATRIX = 2e-6, 1e-6
@@ -23,8 +23,8 @@ def test_two_processes_train_like_one(name: str, results: Results, folder: Path,
     first, second = results[name]
     assert "error" not in first, first.get("trace")
     assert first["kind"] == KINDS[name.partition(",")[0]]
-    arguments = {k: v for k, v in ALIKE[name].items() if k in ("accumulation", "reentrant", "adapter")}
-    alone = worker.fit(str(tmp_path), **arguments)
+    kept = ("accumulation", "reentrant", "adapter", "mixture")
+    alone = worker.fit(str(tmp_path), **{k: v for k, v in placed(ALIKE[name], folder).items() if k in kept})
     assert first["losses"] == pytest.approx(alone["losses"], abs=LOSS)
     assert first["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     assert first["bases"] == second["bases"]
@@ -44,7 +44,8 @@ def test_two_processes_train_like_one(name: str, results: Results, folder: Path,
 @pytest.mark.parametrize("name", ALIKE)
 def test_what_two_processes_saved_loads_in_one(name: str, results: Results, folder: Path) -> None:
     assert "error" not in results[name][0]
-    model = peft.PeftModel.from_pretrained(worker.tiny_model(), str(folder / name)).eval()
+    base = worker.tiny_mixture() if "mixture" in ALIKE[name] else worker.tiny_model()
+    model = peft.PeftModel.from_pretrained(base, str(folder / name)).eval()
     batch = worker.collate(worker.rows()[:4])
     with torch.no_grad():
         tuned = model(**batch).loss

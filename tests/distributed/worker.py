@@ -24,9 +24,19 @@ import peft
 import torch
 import torch.distributed.fsdp as fsdp_module
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import pica
 from pica.basis import _progress, _split
@@ -38,6 +48,7 @@ from pica.experiments.run import start
 from pica.tuner.sharding import in_parts, is_dtensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 CONFIGS = Path(__file__).parents[2] / "docs" / "accelerate"
 
 
@@ -50,9 +61,11 @@ def fsdp(version: int, **changes: Any) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": plain | changes}
 
 
-def zero(stage: int) -> dict[str, Any]:
-    """Arguments of a trainer with the documentation's DeepSpeed settings."""
-    return {"deepspeed": str(CONFIGS / f"zero{stage}.json")}
+def zero(stage: int, **changes: Any) -> dict[str, Any]:
+    """Arguments of a trainer with the documentation's DeepSpeed settings, `changes` to those of ZeRO."""
+    settings = json.loads((CONFIGS / f"zero{stage}.json").read_text())
+    settings["zero_optimization"] |= changes
+    return {"deepspeed": settings}
 
 
 def tiny_model(**overrides: Any) -> LlamaForCausalLM:
@@ -73,10 +86,29 @@ def tiny_model(**overrides: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
 
 
+def tiny_mixture() -> Qwen3MoeForCausalLM:
+    """A mixture of four experts with random weights, the same in each process."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "moe_intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+
+
 def adapted(model: Any = None, method: str = "pica", **settings: Any) -> peft.PeftModel:
     config = pica.PicaConfig if method == "pica" else pica.SvftConfig
-    options = {"r": 8, **settings} if method == "pica" else settings
-    found = peft.get_peft_model(model or tiny_model(), config(target_modules=TARGETS, **options))
+    options = {"target_modules": TARGETS, **({"r": 8} if method == "pica" else {}), **settings}
+    found = peft.get_peft_model(model or tiny_model(), config(**options))
     assert isinstance(found, peft.PeftModel)
     return found
 
@@ -180,6 +212,7 @@ def load(base: str, **placement: Any) -> LlamaForCausalLM:
 
 def _start_anew(*, fsdp: bool, efficient: bool = False) -> None:
     """Forget the kind of training of the job before."""
+    unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     for name in [n for n in os.environ if n.startswith("FSDP_") or "DEEPSPEED" in n]:
@@ -194,10 +227,12 @@ def fit(
     folder: str,
     *,
     base: str | None = None,
+    mixture: str | None = None,
     placement: dict[str, Any] | None = None,
     adapter: dict[str, Any] | None = None,
     reentrant: bool | None = None,
     efficient: bool = False,
+    before: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Train for three steps and save as users do; what came of it.
@@ -205,10 +240,12 @@ def fit(
     Args:
         folder: Where to save.
         base: Folder of the base model; without one it is made anew.
+        mixture: Folder of a mixture of experts, to adapt attention and experts of it in place of the base model.
         placement: Fields of a `DistributedConfig` to load it with.
         adapter: See `adapted`.
         reentrant: Which checkpointing, if any.
         efficient: Whether FSDP loads the weights in the first process only.
+        before: Whether the model is made before the trainer's arguments, so that ZeRO-3 does not load it in parts.
         arguments: Of the trainer.
     """
     _start_anew(fsdp=efficient, efficient=efficient)
@@ -218,15 +255,20 @@ def fit(
 
     def make() -> peft.PeftModel:
         loaded = None if base is None else load(base, **(placement or {}))
+        settings = dict(adapter or {})
+        if mixture is not None:
+            loaded = Qwen3MoeForCausalLM.from_pretrained(mixture)
+            settings |= {"target_modules": ["q_proj"], "target_parameters": STACKS, "basis_from": mixture}
         found["in parts"] = loaded is not None and in_parts(next(loaded.parameters()))
         with solved() as names:
-            model = adapted(loaded, **(adapter or {}))
+            model = adapted(loaded, **settings)
         found["solved"] = names
         if reentrant is not None:
             model.enable_input_require_grads()
         return model
 
-    trainer = make_trainer(make, folder, **arguments)
+    made = make() if before else None
+    trainer = make_trainer(lambda: made or make(), folder, **arguments)
     trainer.train()
     trainer.save_model(folder)
     return outcome(trainer, folder) | found
@@ -342,17 +384,82 @@ class _Interrupter(Silent):
         yield advance
 
 
-def run_recipe(fields: dict[str, Any], *, interrupt: bool = False) -> dict[str, Any]:
-    """What `pica train` does, interrupted in the second process if so asked, and then gone on with."""
+def run_recipe(
+    fields: dict[str, Any], *, interrupt: bool = False, launch: str | None = None, **changes: Any
+) -> dict[str, Any]:
+    """What `pica train` does, interrupted in the second process if so asked, and then gone on with.
+
+    Args:
+        fields: The recipe.
+        interrupt: Whether to.
+        launch: The documentation's configuration file for `accelerate launch` that it is as if launched with.
+        changes: See `launched_with`.
+    """
     _start_anew(fsdp=False)
     reporter = _Interrupter(interrupt)
-    stopped = None
+    stopped, otherwise = None, ""
+    with launched_with(launch, **changes):
+        try:
+            result = start(load_recipe(None, list(fields.items())), reporter=reporter)
+        except Interrupted as error:
+            stopped = str(error.checkpoint)
+            with _launched_otherwise(launch):
+                otherwise = complaint(lambda: resume_run(Path(fields["output"]), reporter=reporter))
+            result = resume_run(Path(fields["output"]), reporter=reporter)
+    return {"stopped": stopped, "otherwise": otherwise, "metrics": result.metrics}
+
+
+@contextmanager
+def _launched_otherwise(launch: str | None) -> Iterator[None]:
+    """Without what `launch` tells, or with FSDP2 where that is nothing."""
+    switches = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    with launched_with(None if launch else "fsdp2"):
+        hidden = {name: os.environ.pop(name) for name in switches if launch and name in os.environ}
+        try:
+            yield
+        finally:
+            os.environ.update(hidden)
+
+
+@contextmanager
+def launched_with(launch: str | None, *, on_cpu: bool = True, **changes: str) -> Iterator[None]:
+    """What `accelerate launch` with this file in docs/ tells its processes.
+
+    Args:
+        launch: Name of the file; None: nothing.
+        on_cpu: Whether FSDP is to be used here, which Accelerate does on accelerators only.
+        changes: Of the variables.
+    """
+    if launch is None:
+        yield
+        return
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{launch}.yaml"), "-m", "pica"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    fields = getattr(defaults, "deepspeed_config", {})
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)  # as the command does
+    told = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    told = {key: value for key, value in told.items() if "FSDP" in key or "DEEPSPEED" in key} | changes
+    if file := told.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):  # as seen from the folder that holds docs/
+        told["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(CONFIGS.parents[1] / file)
+    before = {name: os.environ.get(name) for name in told}
+    original = PartialState.__init__
+
+    def init(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        self._shared_state["device"] = torch.device("cpu")
+
+    if on_cpu and "ACCELERATE_USE_FSDP" in told:
+        PartialState.__init__ = init
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ.update(told)
     try:
-        result = start(load_recipe(None, list(fields.items())), reporter=reporter)
-    except Interrupted as error:
-        stopped = str(error.checkpoint)
-        result = resume_run(Path(fields["output"]), reporter=reporter)
-    return {"stopped": stopped, "metrics": result.metrics}
+        yield
+    finally:
+        PartialState.__init__ = original
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 JOBS: dict[str, Callable[..., Any]] = {

@@ -163,6 +163,21 @@ def test_second_adapters_are_added_switched_and_deleted_and_cannot_be_mixed():
     torch.testing.assert_close(logits(model, name), second)
 
 
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_basis_from_leaves_the_experts_their_own_weights(name: str, tmp_path: Path):
+    """A checkpoint holds them apart, or under other names; and they are never quantised."""
+    make(name).save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["q_proj"], "basis_from": str(tmp_path / "base")}
+    torch.manual_seed(0)
+    model = get_peft_model(make(name), adapter(**settings))
+    torch.manual_seed(0)
+    without = get_peft_model(make(name), adapter(target_modules=["q_proj"]))
+    assert torch.equal(logits(model, name), logits(without, name))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(make(name), str(tmp_path / "adapter"))
+    assert torch.equal(logits(again, name), logits(model, name))
+
+
 def test_coverage_counts_experts_and_ranks_differ_by_stack():
     model = get_peft_model(make("Qwen3MoeForCausalLM"), adapter(rank_pattern={"experts.down_proj": 5}))
     rows = {row.pattern: row for row in coverage(model).rows}

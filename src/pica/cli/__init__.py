@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from types import FrameType
 
 from pica._version import __version__
-from pica.errors import PicaError
+from pica.errors import LaunchError, PicaError
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.output import disk_is_full
 
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PicaError as error:
         if debug:
             traceback.print_exc()
-        _say(f"error: {error}")
+        if first_process() or not isinstance(error, LaunchError):
+            _say(f"error: {error}")
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -152,11 +153,10 @@ def _terminate_like_interrupt():
 def _how_to_go_on(stopped: Interrupted) -> str:
     if stopped.folder is None:
         return "Interrupted before training began; nothing was written."
-    where = (
-        f"the checkpoint {str(stopped.checkpoint)!r} is a loadable adapter"
-        if stopped.checkpoint
-        else "what was measured so far is kept"
-    )
+    where = "what was measured so far is kept"
+    if stopped.checkpoint:
+        loadable = (stopped.checkpoint / "adapter_model.safetensors").is_file()  # not where it is kept in parts
+        where = f"the checkpoint {str(stopped.checkpoint)!r} is {'a loadable adapter' if loadable else 'written'}"
     if stopped.checkpoint is None and (stopped.folder / "comparison.yaml").is_file():
         return (
             f"Interrupted; finished cells are kept in {str(stopped.folder)!r}; the same command goes on with the rest."

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder inside the output folder that holds what an unfinished run needs to go on."""
+_LAUNCH = "launch"  # among the phases: in what kind of job they were done
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def resume(folder: Path, *, reporter: Reporter) -> RunResult:
     """Go on with an interrupted run, with the recipe that it was started with.
 
     Raises:
-        ConfigError: The folder holds no run, or a finished one.
+        ConfigError: The folder holds no run, or a finished one, or its checkpoint is of another kind of job.
         PicaError, Interrupted: As `start`.
     """
     distributed.join()
@@ -89,7 +90,10 @@ def resume(folder: Path, *, reporter: Reporter) -> RunResult:
     if (folder / "metrics.json").is_file():
         raise ConfigError(f"The run in {str(folder)!r} is finished; start another one with --output or --overwrite.")
     recipe = load_recipe(str(folder / files.RESOLVED))
-    return _guarded(_Run(recipe, folder, reporter, resuming=True))
+    run = _Run(recipe, folder, reporter, resuming=True)
+    if _LAUNCH in run.phases and any(run.checkpoints.glob("*/checkpoint-*")):
+        distributed.check_same_kind(run.phases[_LAUNCH])
+    return _guarded(run)
 
 
 def _guarded(run: "_Run") -> RunResult:
@@ -173,6 +177,7 @@ class _Run:
                 files.create(self.folder)
                 files.write_text(self.folder / files.RESOLVED, dump_recipe(recipe))
             self.begun = True
+            self.phases.done(_LAUNCH, distributed.kind)
         distributed.wait()
         if isinstance(self.pipeline, PicturePipeline):
             self.pipeline.prepare(model, self.folder, self.reporter)

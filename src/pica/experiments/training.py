@@ -18,7 +18,7 @@ from pica.adapters import saving
 from pica.basis import process_count
 from pica.errors import TrainingError
 from pica.experiments.allocation import RankAllocation
-from pica.experiments.distributed import in_any, leads, wait
+from pica.experiments.distributed import in_any, leads, load_whole, wait
 from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
 from pica.experiments.recipe import TrainerSection
@@ -96,8 +96,11 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         memory = PeakMemory()
-        with reporter.bar(label, _total_steps(section, len(dataset))) as watcher.advance:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        try:
+            with reporter.bar(label, _total_steps(section, len(dataset))) as watcher.advance:
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        finally:
+            load_whole()
         if stop.made and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(checkpoint=last_checkpoint(checkpoints))
         measured = Training(

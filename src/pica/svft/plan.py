@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pica.basis import Factorisation, factorise, with_progress
-from pica.errors import ConfigError
+from pica.errors import LaunchError
 from pica.svft.config import SvftConfig
 from pica.svft.layer import Entries, SvftLinear, add_positions, choose_positions
 from pica.svft.pattern import affinity
@@ -36,7 +36,7 @@ class SvftPlan:
 
     def __init__(self, tuner: SvftModel, config: SvftConfig) -> None:
         if loads_in_one_process():
-            raise ConfigError(
+            raise LaunchError(
                 "SVFT: FSDP loads the base model in the first process only, and singular vectors are not sent to the "
                 "others; set fsdp_cpu_ram_efficient_loading to false."
             )

@@ -67,7 +67,8 @@ class PicaConfig(BankedConfig):
         metadata={
             "help": "Folder or hub name ('name' or 'name@revision') of an unquantised checkpoint of the same model, whose "
             "weights the bases are taken from, read one tensor at a time. For a quantised base model; by default its "
-            "basis comes from its dequantised weights. On that checkpoint itself, unquantised, it changes nothing."
+            "basis comes from its dequantised weights. On that checkpoint itself, unquantised, it changes nothing; "
+            "nor for the stacks of target_parameters, which nothing quantises."
         },
     )
 

@@ -19,6 +19,7 @@ from pica.errors import ConfigError, TargetError
 from pica.tuner.adapted import verify_loaded
 from pica.tuner.bank import PicaBank, find_banks
 from pica.tuner.layer import PicaLinear
+from pica.tuner.sharding import in_parts
 
 ADAPTERS = "expert_adapters"  # where a wrapper keeps its layers; no target matches a path with this name
 # stored as (experts, in, out) without saying so, as transformers' other modules of that kind do (`is_transposed`)
@@ -177,7 +178,7 @@ def target_stacks(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, n
     """(path of a module, the module or its wrapper, parameter's name) of each stack that `target_parameters` names.
 
     Raises:
-        TargetError: an entry matches nothing, or what is no stack of weights.
+        TargetError: an entry matches nothing, or what is no stack of weights, or one that is in parts.
         ConfigError: `layers_to_transform` is set, which PEFT does not apply to parameters.
     """
     wanted = set(getattr(config, "target_parameters", None) or ())
@@ -206,6 +207,11 @@ def target_stacks(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, n
             if not hits:
                 continue
             used |= hits
+            if hasattr(parameter, "ds_id") and in_parts(parameter):
+                raise TargetError(
+                    f"{key}: DeepSpeed ZeRO-3 has split this stack of experts already. Add the adapter while the weights "
+                    "are whole (load the model before TrainingArguments is made), or train with FSDP2."
+                )
             if parameter.ndim != 3 or hasattr(bare, "kernel_size") or isinstance(module, BaseTunerLayer):
                 raise TargetError(
                     f"target_parameters adapts stacks of experts' weights, (experts, out, in), and {key} of a "

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def check_gradient_reduction(tuner: BankedModel) -> None:
-    """Refuse the one way of training in which DistributedDataParallel would average some of a gradient only.
+    """Refuse the one way of training in which a gradient would be averaged between the processes in parts.
 
     Reentrant checkpointing runs one backward pass for each block, and each of them adds to the gradient of a shared
     matrix. DDP sends a gradient off at the first of these, says nothing, and the processes drift apart (with
-    `find_unused_parameters` it stops with an error instead). `static_graph` counts them and is right.
+    `find_unused_parameters` it stops with an error instead). `static_graph` counts them and is right. DeepSpeed's ZeRO
+    fails in an assertion.
 
     Raises:
         TrainingError: The present forward pass is such a one.
@@ -27,13 +28,27 @@ def check_gradient_reduction(tuner: BankedModel) -> None:
     if torch.compiler.is_compiling() or not torch.distributed.is_available() or not torch.is_grad_enabled():
         return
     parallel = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    if parallel is None or parallel.static_graph or not _shares(tuner) or not _checkpoints_reentrantly(tuner.model):
+    by_ddp = parallel is not None and not parallel.static_graph
+    if not (by_ddp or _by_zero(tuner)) or not _shares(tuner) or not _checkpoints_reentrantly(tuner.model):
         return
+    if not by_ddp:
+        raise TrainingError(
+            "Reentrant gradient checkpointing under DeepSpeed's ZeRO does not work for matrices that several layers share; "
+            "set gradient_checkpointing_kwargs={'use_reentrant': False}, or train with FSDP2, where both work (some "
+            "versions of TRL make it reentrant under ZeRO-3, whatever is set)."
+        )
     raise TrainingError(
         "Reentrant gradient checkpointing under DistributedDataParallel gives wrong gradients for matrices that several "
         "layers share; set gradient_checkpointing_kwargs={'use_reentrant': False} (or ddp_static_graph=True, which does "
         "not go with gradient accumulation)."
     )
+
+
+def _by_zero(tuner: BankedModel) -> bool:
+    """Whether DeepSpeed has taken the matrices over: stages 1 and 2 leave one mark on a parameter, stage 3 another."""
+    bank = get_bank(tuner.model, tuner.bank_name)
+    matrix = None if bank is None else next(bank.parameters(), None)
+    return hasattr(matrix, "_hp_mapping") or hasattr(matrix, "ds_id")
 
 
 def _shares(tuner: BankedModel) -> bool:

@@ -125,15 +125,16 @@ class Plan:
 
 
 def _request(member: Member, config: PicaConfig, tensors: dict[str, str]) -> BasisRequest:
-    checkpoint = config.basis_from if tensors else None
-    seed, tensor = config.projection_seed, tensors.get(member.path, "")
+    tensor = tensors.get(member.path, "")
+    checkpoint, seed = config.basis_from if tensor else None, config.projection_seed
     return BasisRequest(member.path, member.rank, config.projection, "auto", seed, checkpoint, tensor)
 
 
 def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[str, str]:
-    """What each layer's weight is called in the checkpoint that `basis_from` names; empty where its own counts.
+    """What each layer's weight is called in the checkpoint that `basis_from` names; nothing for one whose own counts.
 
-    Where a saved adapter's checkpoint cannot be found, the base model itself may be that checkpoint, or the adapter may
+    That is so for experts: nothing quantises their stacks, and checkpoints may hold them apart, under other names. Where a
+    saved adapter's checkpoint cannot be found, the base model itself may be that checkpoint, or the adapter may
     bring its bases; its fingerprint tells.
 
     Raises:
@@ -152,15 +153,15 @@ def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[st
             f"The bases cannot be had from basis_from={config.basis_from!r}: {error} Set basis_from in the configuration "
             "to where the unquantised checkpoint is."
         ) from error
-    names = [f"{path}.weight" for path in layers]
-    name_of = renaming(names, folder.entries)
-    if missing := [path for path in layers if name_of(f"{path}.weight") not in folder.entries]:
+    paths = [path for path, layer in layers.items() if not isinstance(layer, PicaExpert)]
+    name_of = renaming([f"{path}.weight" for path in paths], folder.entries)
+    if missing := [path for path in paths if name_of(f"{path}.weight") not in folder.entries]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(
             f"basis_from={config.basis_from!r} has no weight for {missing[0]}{more}; name the unquantised checkpoint of "
             "the same model, with the same module names."
         )
-    return {path: name_of(f"{path}.weight") for path in layers}
+    return {path: name_of(f"{path}.weight") for path in paths}
 
 
 def _wrap(module: nn.Module, path: str, root: nn.Module) -> PicaLinear:
