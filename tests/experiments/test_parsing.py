@@ -151,6 +151,8 @@ def test_settings_of_another_method_are_not_passed_over(tmp_path: Path, adapter:
         ("name: a/b\n", "plain word"),
         ("task: {name: math}\n", "task math has no embedded problems"),
         ("baseline: {method: lora, learning_rates: []}\n", "give at least one"),
+        ("trainer: {learning_rates: [0.001, 1.0e-3, 0.01]}\n", "trainer.learning_rates: 0.001 occurs twice"),
+        ("baseline: {method: lora, learning_rates: [1, 1]}\n", "baseline.learning_rates: 1 occurs twice"),
     ],
 )
 def test_one_problem_is_one_sentence(text: str, message: str, tmp_path: Path):

@@ -87,6 +87,13 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     for name, rate in rates:
         if not 0 < rate < 1e38:  # more does not fit the parameters' float32
             yield f"{name} = {rate}: must be above 0 and finite."
+    for name in ("trainer", "baseline"):
+        given = getattr(recipe, name).learning_rates
+        yield from (
+            f"{name}.learning_rates: {rate:g} occurs twice; leave one out."
+            for rate in dict.fromkeys(given)
+            if given.count(rate) > 1
+        )
     if not 0 < trainer.epochs < math.inf:
         yield f"trainer.epochs = {trainer.epochs}: must be above 0."
     if not 0 <= adapter.lora_dropout < 1:
