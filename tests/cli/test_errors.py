@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pica import cli
+from pica.experiments.interrupts import Interrupted
 from pica.experiments import run as runs
 
 ROW = {"instruction": "How many?", "input": "", "output": "The answer is 4.", "answer": "4"}
@@ -46,6 +48,7 @@ def data(folder: Path, name: str, text: str) -> Path:
         (["--adapter.target_modules", "[q_porj]"], "q_porj"),
         (["--adapter.r"], "Option --adapter.r needs a value."),
         (["-x"], "Unknown option -x"),
+        (["--trainer.optimizer", "adamw_torhc"], "unknown optimizer; did you mean 'adamw_torch'? Known: adamw_torch,"),
         (["other.yaml"], "One recipe at a time"),
         (["--data.train", "none.json", "--data.test", "embedded"], "data.train: file 'none.json' does not exist"),
     ],
@@ -155,6 +158,7 @@ def test_evaluate_and_merge_say_what_is_missing(pica: Callable, model_folder: Pa
 
 def test_resume_takes_no_changes_and_needs_a_run(pica: Callable, tmp_path: Path):
     assert "leave out --adapter.r" in sentence(pica("train", "--resume", tmp_path, "--adapter.r", "8"))
+    assert "leave out 'arithmetic-tiny'" in sentence(pica("train", "arithmetic-tiny", "--resume", tmp_path))
     assert "no run to resume" in sentence(pica("train", "--resume", tmp_path))
 
 
@@ -179,6 +183,15 @@ def test_bugs_show_their_traceback_and_ask_for_a_report(
     assert outcome.status == 1
     assert "ZeroDivisionError" in outcome.err
     assert "`pica env`" in outcome.err
+
+
+def test_the_command_that_goes_on_can_be_pasted(pica: Callable, monkeypatch: pytest.MonkeyPatch):
+    def stop(arguments: list[str]) -> int:
+        raise Interrupted(folder=Path("my runs/it's one"))
+
+    monkeypatch.setattr(cli, "_dispatch", stop)
+    command = sentence(pica("train"), status=130).partition("Continue with: ")[2]
+    assert shlex.split(command) == ["pica", "train", "--resume", "my runs/it's one"]
 
 
 def test_interruption_before_a_run_began(pica: Callable, monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ import importlib
 import keyword
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -161,7 +162,7 @@ def _how_to_go_on(stopped: Interrupted) -> str:
         return (
             f"Interrupted; finished cells are kept in {str(stopped.folder)!r}; the same command goes on with the rest."
         )
-    return f"Interrupted; {where}. Continue with: pica train --resume {stopped.folder}"
+    return f"Interrupted; {where}. Continue with: pica train --resume {shlex.quote(str(stopped.folder))}"
 
 
 def first_process() -> bool:

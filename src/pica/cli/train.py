@@ -46,6 +46,10 @@ def run(arguments: Sequence[str]) -> int:
     if options["resume"] is not None and (overrides or options["overwrite"]):
         given = ", ".join([f"--{key}" for key, _ in overrides] + ["--overwrite"] * options["overwrite"])
         raise ConfigError(f"--resume goes on with the recipe that the run began with; leave out {given}.")
+    if options["resume"] and reference is not None:
+        raise ConfigError(
+            f"--resume {options['resume']} goes on with the recipe that the run began with; leave out {reference!r}."
+        )
     if reference is None and not any(key == "model.path" for key, _ in overrides):
         reference = DEFAULT
     folder = Path(options["resume"]).expanduser() if options["resume"] else None

@@ -34,6 +34,7 @@ from pica.experiments.parsing import dump_recipe, load_recipe
 from pica.experiments.pipelines import PicturePipeline, make_pipeline
 from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
+from pica.experiments.trainers import check_optimizer
 from pica.experiments.training import last_checkpoint, train
 from pica.tasks import get_task
 
@@ -158,6 +159,7 @@ class _Run:
 
     def execute(self) -> RunResult:
         """Do every phase that is not done yet, and write the results."""
+        check_optimizer(self.recipe.trainer.optimizer)
         if self.recipe.trainer.threads is not None:
             torch.set_num_threads(self.recipe.trainer.threads)
         self.splits = load_splits(self.recipe, self.task, bar=self.reporter.bar)

@@ -4,15 +4,17 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
-from pica.errors import TrainingError
+from pica.errors import ConfigError, TrainingError
 from pica.experiments.distributed import in_any
 from pica.experiments.models import device
 from pica.experiments.output import translated_write_errors
@@ -122,6 +124,15 @@ def classification_trainer(
         head_learning_rate=section.head_learning_rate,
         head=head,
     )
+
+
+def check_optimizer(name: str) -> None:
+    """Raise `ConfigError` on an optimizer that transformers does not know: its own error would come after minutes."""
+    known = [str(each.value) for each in OptimizerNames]
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? Known" if near else "known"
+        raise ConfigError(f"trainer.optimizer = {name!r}: unknown optimizer; {hint}: {', '.join(known)}.")
 
 
 def generation_arguments(section: TrainerSection, learning_rate: float, checkpoints: Path) -> SFTConfig:
