@@ -154,6 +154,10 @@ def test_evaluate_and_merge_say_what_is_missing(pica: Callable, model_folder: Pa
     assert "does not exist" in sentence(pica("evaluate", "/nowhere/model", "--task", "arithmetic", "--limit", 1))
     assert "does not exist" in sentence(pica("merge", tmp_path / "none", "-o", tmp_path / "merged"))
     assert "holds no adapter_config.json" in sentence(pica("merge", tmp_path, "-o", tmp_path / "merged"))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PICA"}')
+    (damaged := tmp_path / "base").mkdir()
+    (damaged / "config.json").write_text("{")
+    assert "cannot be loaded" in sentence(pica("merge", tmp_path, "-o", tmp_path / "merged", "--base", damaged))
 
 
 def test_resume_takes_no_changes_and_needs_a_run(pica: Callable, tmp_path: Path):

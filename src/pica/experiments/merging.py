@@ -8,7 +8,6 @@ from safetensors import safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -123,5 +122,5 @@ _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "he
 
 def _stored_dtype(section: ModelSection) -> torch.dtype:
     """Precision that the base model's configuration names; float32 where it names none."""
-    stored = AutoConfig.from_pretrained(locate(section.path)).dtype
+    stored = load_config(section).dtype
     return stored if isinstance(stored, torch.dtype) else DTYPES.get(str(stored), torch.float32)

@@ -102,6 +102,8 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise ConfigError(f"{str(folder)!r} holds no {missing}: it is no finished run or comparison.") from None
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"A file in {str(folder)!r} is damaged ({type(error).__name__}: {error}).") from None
 
