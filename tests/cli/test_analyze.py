@@ -98,7 +98,10 @@ def test_an_interrupt_says_how_to_go_on(
     again = pica(*command)
     assert again.status == 2
     assert "--overwrite" in again.err
-    assert pica(*command[:-1], "layers.1.*up_proj", "--overwrite").status == 0
+    assert pica("analyze", tmp_path / "typo", *command[2:], "--overwrite").status == 2
+    assert (tmp_path / "out" / "analysis.json").is_file(), "a mistake in the command costs no results"
+    behind = ["analyze", model_folder, "--only", "layers.1.*up_proj", tuned, "-o", tmp_path / "out", "--overwrite"]
+    assert pica(*behind).status == 0
     assert len(json.loads((tmp_path / "out" / "analysis.json").read_text())["layers"]) == 1
 
 
@@ -107,6 +110,7 @@ def test_an_interrupt_says_how_to_go_on(
     [
         (["--suggest-rank", "90"], "--suggest-rank 90.0 must lie above 0 and be at most 1"),
         (["--rank", "0"], "--rank 0 must be at least 1"),
+        (["--intruder-top", "-1"], "--intruder-top -1 must be at least 1"),
         (["--only", "("], "is no regular expression"),
         (["--intruder-threshold", "2"], "--intruder-threshold 2.0"),
     ],

@@ -1,7 +1,6 @@
 """`pica analyze`: where did fine-tuning move the weights, and what of the paper's claims holds there?"""
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse, analyse, write everything, and print the table and what holds."""
-    given = parser().parse_args(arguments)
+    given = parser().parse_intermixed_args(arguments)  # FINETUNED may also stand behind an option
 
     from pica.cli.console import loading
 
@@ -83,14 +82,12 @@ def run(arguments: Sequence[str]) -> int:
             raise OutputError(
                 f"{str(folder)!r} is not empty and holds no analysis; choose another folder with --output."
             )
-        if given.overwrite:
-            shutil.rmtree(folder)
-        elif (folder / DATA_FILE).is_file():
+        if (folder / DATA_FILE).is_file() and not given.overwrite:
             raise OutputError(
                 f"{str(folder)!r} holds an analysis; choose another folder, or replace it with --overwrite."
             )
     try:
-        analysis = analyse(settings, folder, reporter=shown)
+        analysis = analyse(settings, folder, reporter=shown, replace=given.overwrite)
     except KeyboardInterrupt:
         shown.say(f"Interrupted; what was measured is kept in {folder}. The same command goes on from there.")
         return 130

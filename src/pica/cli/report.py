@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     """Parse and write."""
     made = parser()
-    given = made.parse_args(arguments)
+    given = made.parse_intermixed_args(arguments)  # a folder may also stand behind an option
     if given.vtab:
         return _vtab(given.folder, given.output)
     if len(given.folder) > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -70,6 +71,8 @@ class Settings:
         """Raise `ConfigError` on a value out of range."""
         if self.rank < 1:
             raise ConfigError(f"--rank {self.rank} must be at least 1.")
+        if self.top < 1:
+            raise ConfigError(f"--intruder-top {self.top} must be at least 1.")
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"--intruder-threshold {self.threshold} must lie above 0 and be at most 1.")
         try:
@@ -126,13 +129,14 @@ class Analysis:
         return found
 
 
-def analyse(settings: Settings, folder: Path, *, reporter: Reporter) -> Analysis:
+def analyse(settings: Settings, folder: Path, *, reporter: Reporter, replace: bool = False) -> Analysis:
     """Measure every linear layer; keep what is measured in `folder`, so that an interrupted analysis goes on.
 
     Args:
         settings: What to analyse.
         folder: Existing or new; takes PROGRESS until the results are written.
         reporter: Is told the progress.
+        replace: Remove `folder` and what is in it first, once both models are found to be there.
 
     Raises:
         ConfigError: A model is not to be had, or no layer is left to analyse.
@@ -154,6 +158,9 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter) -> Analysis
     notes = [] if tuned is None else list(tuned.notes)
     if len(targets) < len(chosen):
         notes.append(f"{len(chosen) - len(targets)} of {len(chosen)} linear layers are not in {settings.tuned!r}.")
+    if replace and folder.is_dir():
+        with files.translated_write_errors(folder):
+            shutil.rmtree(folder)
     done = _read_progress(folder, settings)
     label = "Analysing layers"
     with _progress_file(folder, settings, done) as keep, reporter.bar(label, len(targets)) as advance:
