@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -250,6 +251,17 @@ def test_evaluate_knows_the_runs_classes_and_a_model_with_a_head_of_its_own(
         assess(replace(swapped, labels=["good", "bad", "neutral"]), reporter=Silent())
     with pytest.raises(ConfigError, match="no trained head for 2 outputs"):
         assess(Request(str(encoder), task="sentiment", data=test), reporter=Silent())
+
+
+def test_what_a_run_recorded_holds_when_its_data_has_moved(recipe: Callable[..., Recipe], tmp_path: Path, data: Path):
+    own = shutil.copytree(data, tmp_path / "own")
+    start(recipe(data__train=str(own), trainer__max_steps=1), reporter=Silent())
+    own.rename(tmp_path / "moved")
+    merge(tmp_path / "out" / "adapter", tmp_path / "merged")
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "merged").config.id2label == {0: "bad", 1: "good"}
+    with pytest.raises(ConfigError, match="--data: file '.*own' does not exist"):
+        assess(Request(str(tmp_path / "out")), reporter=Silent())
+    assert assess(Request(str(tmp_path / "out"), data=str(data / "test.tsv")), reporter=Silent()).task == "sentiment"
 
 
 def test_merged_classifier_predicts_what_the_adapter_does(recipe: Callable[..., Recipe], tmp_path: Path, data: Path):

@@ -10,7 +10,7 @@ from pica.experiments import output as files
 from pica.experiments.data import Splits, source, with_classes
 from pica.experiments.evaluation import Evaluation
 from pica.experiments.models import base_of, device, load_config
-from pica.experiments.parsing import load_recipe
+from pica.experiments.parsing import recorded_recipe
 from pica.experiments.pipelines import make_pipeline
 from pica.experiments.pipelines.classification import ClassificationPipeline
 from pica.experiments.recipe import DataSection, ModelSection, Recipe
@@ -157,11 +157,11 @@ def require_adapter(path: Path) -> Path:
 
 
 def run_of(adapter: Path) -> Recipe | None:
-    """The recipe of the run that an adapter lies in; None for an adapter from elsewhere."""
+    """The recipe of the run that an adapter lies in, its data here or not; None for an adapter from elsewhere."""
     for folder in adapter.resolve().parents[:3]:
         if (folder / files.RESOLVED).is_file():
             try:
-                return load_recipe(str(folder / files.RESOLVED))
+                return recorded_recipe(folder / files.RESOLVED)
             except ConfigError:
-                return None  # its files have moved since: as good as unknown
+                return None  # damaged: as good as unknown
     return None

@@ -77,6 +77,18 @@ def load_recipe(reference: str | None, overrides: Sequence[tuple[str, Any]] = ()
     return recipe
 
 
+def recorded_recipe(path: Path) -> Recipe:
+    """The recipe of an earlier run, as far as this version knows its fields; nothing is asked of its places.
+
+    Data and models may have moved since, and what is recorded (the classes, how the base was quantised) holds all the same.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    values, _ = _flatten(read_named("Recipe", str(path), {}, "sections such as 'model:'"))
+    return _typed(values)[0]
+
+
 def change_recipe(recipe: Recipe, overrides: Sequence[tuple[str, Any]]) -> Recipe:
     """A copy of a checked recipe with some fields changed, checked again.
 
