@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with contextlib.nullcontext() if cached else _without_cache():
-            return _dispatch(arguments)
+            status = _dispatch(arguments)
+        if sys.stdout is not None:  # it is, where the caller has closed it
+            sys.stdout.flush()  # here and not when Python ends, so that what goes wrong is dealt with below
+        return status
     except Interrupted as stopped:
         if first_process():
             _say(_how_to_go_on(stopped))
@@ -81,10 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"error: {error}")
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as error:
         if disk_is_full(error) and not debug:
+            _drop_output()
             _say(f"error: No room left on the disk ({error}); free some space or choose another place with --output.")
             return 2
         if _peer_is_gone(error) and not debug:
@@ -168,6 +172,16 @@ def _how_to_go_on(stopped: Interrupted) -> str:
 def first_process() -> bool:
     """Whether this is the one of several processes that speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _drop_output() -> None:
+    """Drop what standard output still holds if it cannot be written: it would fail once more when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except AttributeError:  # closed by the caller
+        pass
 
 
 def _peer_is_gone(error: Exception) -> bool:

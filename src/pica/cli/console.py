@@ -23,7 +23,7 @@ WIDE = 160
 
 def table_console() -> Console:
     """Console for tables on standard output."""
-    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
+    terminal = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
     return Console(highlight=False, soft_wrap=True, width=None if terminal else WIDE)
 
 
