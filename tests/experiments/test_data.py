@@ -96,6 +96,18 @@ def test_test_problems_are_not_learnt_from_unless_asked(recipe: Callable, tmp_pa
     assert "kept, as data.keep_test_problems says" in caplog.text
 
 
+def test_test_problems_choose_nothing(recipe: Callable, tmp_path: Path, caplog):
+    train, test = rows(tmp_path, "train.json", 30), rows(tmp_path, "test.json", 4, offset=100)
+    validation = rows(tmp_path, "validation.json", 3, offset=102)
+    named = {"data__train": train, "data__test": test, "data__refit": True}
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(recipe(**named, data__validation=validation), ARITHMETIC)
+    assert "2 of 3 validation problems are test problems too: left out" in caplog.text
+    assert [example.answer for example in splits.validation] == ["2"]
+    with pytest.raises(DataError, match=r"data\.validation: all of its problems are test problems"):
+        load_splits(recipe(**named, data__validation=test), ARITHMETIC)
+
+
 def test_nothing_left_to_learn_from_is_an_error(recipe: Callable, tmp_path: Path):
     train = rows(tmp_path, "train.json", 4)
     with pytest.raises(DataError, match="data.train: no problems are left"):
@@ -107,7 +119,8 @@ def test_a_limit_beside_held_out_rows_draws_from_the_whole_of_a_sorted_file(
 ):
     file = tmp_path / "sorted.tsv"
     file.write_text("text\tlabel\n" + "".join(f"row {n}\t{n // 50}\n" for n in range(100)))
-    data = {"data__train": str(file), "data__test": str(file), "data__train_limit": 20, "data__hold_out": True}
+    (test := tmp_path / "test.tsv").write_text("text\tlabel\nother\t0\nothers\t1\n")
+    data = {"data__train": str(file), "data__test": str(test), "data__train_limit": 20, "data__hold_out": True}
     made = recipe(task__name="sentiment", task__max_new_tokens=None, **data)
     splits = load_splits(made, get_task("sentiment"))
     assert len(splits.validation) == 4

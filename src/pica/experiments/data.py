@@ -92,7 +92,7 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
 
     Validation problems are the validation source's, else generated ones or those of the training folder, else taken out
     of the training problems by the data seed. Training problems that are test or validation problems too are left out
-    with a warning. `bar` shows how pictures are decoded.
+    with a warning, and so are validation problems that are test problems too. `bar` shows how pictures are decoded.
 
     Raises:
         DataError: A source is missing, empty or malformed, or holds too few problems.
@@ -112,6 +112,7 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
     else:
         train = list(task.load("train", source(recipe, "train", limit=data.train_limit, bar=bar)))
     test = list(task.load("test", source(recipe, "test", limit=data.test_limit, bar=bar)))
+    validation = _not_tested(validation, test)
     kept = without(train, [*test, *validation])
     if len(kept) < len(train):
         action = "kept, as data.keep_test_problems says" if data.keep_test_problems else "left out"
@@ -122,6 +123,23 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
     if not train or not test:
         raise DataError(f"data.{'test' if train else 'train'}: no problems are left to use.")
     return Splits(train, validation, test)
+
+
+def _not_tested(validation: list[Any], test: list[Any]) -> list[Any]:
+    """The validation problems that are no test problems: those must choose nothing, nor be learnt from by a refit.
+
+    Raises:
+        DataError: None are left.
+    """
+    kept = without(validation, test)
+    if shared := len(validation) - len(kept):
+        if not kept:
+            raise DataError(
+                "data.validation: all of its problems are test problems too, so that the test would choose the learning "
+                "rate; name other problems."
+            )
+        logger.warning("%d of %d validation problems are test problems too: left out", shared, len(validation))
+    return kept
 
 
 def _subject_splits(recipe: Recipe, task: Task, bar: Bar | None) -> Splits:
