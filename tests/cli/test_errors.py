@@ -5,6 +5,7 @@ import os
 import resource
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -160,6 +161,33 @@ def test_evaluate_and_merge_say_what_is_missing(pica: Callable, model_folder: Pa
     assert "cannot be loaded" in sentence(pica("merge", tmp_path, "-o", tmp_path / "merged", "--base", damaged))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--metric", "f1"], "--metric is for classification tasks, and arithmetic is none"),
+        (["--labels", "a", "b"], "--labels is for classification tasks"),
+        (["--subset", "cola"], "--subset: task arithmetic has none"),
+        (["--base", "/nowhere"], "--base is for adapters"),
+        (["--task", "sentiment", "--metric", "acuracy"], "--metric 'acuracy' is unknown; choose one of accuracy, f1"),
+        (["--task", "sentiment", "--template", "plain"], "--template is for tasks that generate text"),
+        (["--task", "sentiment", "--labels", "a", "a"], "--labels: give two or more different classes."),
+        (["--task", "dreambooth", "--data", "."], "is measured on the output folder of its run"),
+        (["-o", "."], "'.' is a folder; name a file with --output."),
+        (["-o", f"{__file__}/answers.jsonl"], "is a file; name another file with --output."),
+    ],
+)
+def test_evaluate_passes_over_no_option(pica: Callable, model_folder: Path, given: list[str], message: str):
+    outcome = pica("evaluate", model_folder, "--task", "arithmetic", "--limit", "1", *given)
+    assert message in sentence(outcome)
+    assert "Answering" not in outcome.err
+
+
+def test_numbers_of_evaluate_are_named(pica: Callable, model_folder: Path):
+    outcome = pica("evaluate", model_folder, "--limit", "abc")
+    assert outcome.status == 2
+    assert "argument --limit: 'abc' is no whole number of at least 1" in outcome.err
+
+
 def test_resume_takes_no_changes_and_needs_a_run(pica: Callable, tmp_path: Path):
     assert "leave out --adapter.r" in sentence(pica("train", "--resume", tmp_path, "--adapter.r", "8"))
     assert "leave out 'arithmetic-tiny'" in sentence(pica("train", "arithmetic-tiny", "--resume", tmp_path))
@@ -187,6 +215,25 @@ def test_bugs_show_their_traceback_and_ask_for_a_report(
     assert outcome.status == 1
     assert "ZeroDivisionError" in outcome.err
     assert "`pica env`" in outcome.err
+
+
+@pytest.mark.parametrize("where", ["full", "closed pipe", "closed"])
+def test_output_that_nobody_takes(where: str):
+    code = "import os, sys, _pica_entry\n"
+    if where == "closed pipe":
+        code += "end, begin = os.pipe(); os.close(end); os.dup2(begin, 1)\n"
+    command = [sys.executable, "-c", f"{code}sys.exit(_pica_entry.main())", "--help"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    given = {"stderr": subprocess.PIPE, "text": True, "env": buffered}
+    if where == "closed":
+        ended = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], **given)
+    else:
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(command, stdout=full, **given)
+    assert "Exception ignored" not in ended.stderr
+    assert (ended.returncode, "No room left on the disk" in ended.stderr) == (
+        (2, True) if where == "full" else (0, False)
+    )
 
 
 def test_the_command_that_goes_on_can_be_pasted(pica: Callable, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 from pica.errors import AdapterFileError, ConfigError
 from pica.experiments import output as files
+from pica.experiments.checks import SUBJECT_METRICS
 from pica.experiments.data import Splits, source, with_classes
 from pica.experiments.evaluation import Evaluation
 from pica.experiments.models import base_of, device, load_config
@@ -15,7 +16,8 @@ from pica.experiments.pipelines import make_pipeline
 from pica.experiments.pipelines.classification import ClassificationPipeline
 from pica.experiments.recipe import DataSection, ModelSection, Recipe
 from pica.experiments.reporting import Reporter
-from pica.tasks import get_task, location_problem
+from pica.tasks import Task, get_task, location_problem
+from pica.tasks.base import METRICS
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
     Raises:
         PicaError: The model, the task or the data is not to be had, or the predictions can't be written.
     """
+    if request.output is not None:
+        files.check_file(request.output)  # now, not after the answers
     adapter = find_adapter(Path(request.model).expanduser())
     recipe = _recipe(request, adapter)
     task = get_task(recipe.task.name)
@@ -86,6 +90,7 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
     if name is None:
         raise ConfigError("Name the task with --task, for instance --task arithmetic.")
     task = get_task(name)
+    _check_options(request, task, adapter)
     if run and run.task.name != name:
         run = None
     recipe = dataclasses.replace(run or Recipe(), model=ModelSection(path=request.model, revision=request.revision))
@@ -117,6 +122,28 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
         recipe.data = dataclasses.replace(recipe.data, skip_unreadable=True)
     recipe.trainer = dataclasses.replace(recipe.trainer, eval_batch_size=request.batch_size)
     return recipe
+
+
+def _check_options(request: Request, task: Task, adapter: Path | None) -> None:
+    """Raise `ConfigError` on an option that the task or the model has no use for: to pass over it would mislead."""
+    if request.base is not None and adapter is None:
+        raise ConfigError(f"--base is for adapters, and {request.model!r} holds none; leave it out.")
+    if task.kind == "text-to-image" and adapter is None:
+        raise ConfigError(f"Task {task.name} is measured on the output folder of its run; give that as MODEL.")
+    if request.subset is not None and not task.subsets:
+        raise ConfigError(f"--subset: task {task.name} has none; leave it out.")
+    for name in ("template", "max_new_tokens"):
+        if getattr(request, name) is not None and task.kind != "generation":
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is for tasks that generate text, and {task.name} does not; leave it out.")
+    if task.kind == "generation" and (request.metric or request.labels):
+        option = "metric" if request.metric else "labels"
+        raise ConfigError(f"--{option} is for classification tasks, and {task.name} is none; leave it out.")
+    metrics = SUBJECT_METRICS if task.kind == "text-to-image" else METRICS
+    if request.metric is not None and request.metric not in metrics:
+        raise ConfigError(f"--metric {request.metric!r} is unknown; choose one of {', '.join(metrics)}.")
+    if request.labels is not None and (len(request.labels) < 2 or len(set(request.labels)) < len(request.labels)):
+        raise ConfigError("--labels: give two or more different classes.")
 
 
 def _with_labels(recipe: Recipe, examples: list[Any], adapter: Path | None) -> Recipe:

@@ -54,6 +54,20 @@ def create(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def check_file(target: Path) -> None:
+    """Check, as far as can be told beforehand, that a file can be written. Changes nothing.
+
+    Raises:
+        OutputError: It is a folder, or its folder is a file or not to be written in.
+    """
+    if target.is_dir():
+        raise OutputError(f"{str(target)!r} is a folder; name a file with --output.")
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        reason = "may not be written in" if place.is_dir() else "is a file"
+        raise OutputError(f"Cannot write {str(target)!r}: {str(place)!r} {reason}; name another file with --output.")
+
+
 def write_text(target: Path, text: str) -> None:
     """Write a whole file under its final name or not at all.
 
