@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,3 +363,21 @@ def test_new_adapters_on_the_same_bases_share_the_work_of_a_fingerprint(monkeypa
     assert fresh is not None
     assert shared is not None
     assert torch.equal(fresh, shared)
+
+
+def test_overlapping_patterns_mean_the_same_after_loading(tiny_llama, tmp_path):
+    patterns = {"layers.0.self_attn.q_proj": 2, ".*q_proj": 5}
+    groups = {"layers.0.self_attn.q_proj": "first", ".*_proj": "rest"}
+    base, folder, trained = save(tiny_llama(), str(tmp_path), rank_pattern=patterns, share=groups)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(copy.deepcopy(base), folder)), trained)
+
+
+def test_other_ranks_than_those_of_the_training_are_refused(tiny_llama, tmp_path):
+    """With the same matrices: what files of earlier versions gave, in which the order of the patterns was lost."""
+    patterns = {"layers.0.self_attn.q_proj": 2, ".*q_proj": 5}
+    base, folder, _ = save(tiny_llama(), str(tmp_path), rank_pattern=patterns, target_modules=["q_proj"])
+    path = Path(folder) / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "rank_pattern": dict(sorted(patterns.items()))}))
+    with pytest.raises(AdapterFileError, match="trained with rank 2 at model.layers.0.self_attn.q_proj"):
+        PeftModel.from_pretrained(base, folder)

@@ -113,6 +113,7 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
             f"The adapter was trained on {len(prints)} layers and is loaded onto {len(slot.layers)}. "
             "Check target_modules in adapter_config.json, and the base model."
         )
+    _check_ranks(slot, adapter_name, prints)
     checks = []
     for path, layer in slot.layers.items():
         trained = prints[path_hash(path)]
@@ -121,6 +122,19 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
         name = str(dtype).removeprefix("torch.")
         checks.append(LayerCheck(path, alignment, trained.dtype, name, trained.origin, origin))
     return checks
+
+
+def _check_ranks(slot: AdapterSlot, adapter_name: str, prints: Mapping[bytes, LayerPrint]) -> None:
+    """Refuse an adapter whose configuration gives a layer other directions of the shared matrix than it was trained with."""
+    for path, layer in slot.layers.items():
+        trained, rank = prints[path_hash(path)], layer.direction_count(adapter_name)
+        same_shape = (trained.out_features, trained.in_features) == (layer.out_features, layer.in_features)
+        if same_shape and trained.rank != rank:
+            raise AdapterFileError(
+                f"The adapter was trained with rank {trained.rank} at {path}, and its configuration gives that layer rank "
+                f"{rank}. Put r and rank_pattern right in adapter_config.json; of several patterns that match, the first "
+                "counts, and files written before pica kept that order may have lost it."
+            )
 
 
 def establish_meaning(
@@ -200,18 +214,21 @@ def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Te
     Hundreds of adapters of one base model would otherwise cost a check each.
     """
     found = fingerprint.cpu()
-    siblings = _siblings(bank, slot, adapter_name)
-    return any(torch.equal(cast(Tensor, other.fingerprint).cpu(), found) for _, other in siblings)
+    return any(
+        torch.equal(cast(Tensor, other.fingerprint).cpu(), found) and _same_ranks(slot, adapter_name, name)
+        for name, other in _siblings(bank, slot, adapter_name)
+    )
+
+
+def _same_ranks(slot: AdapterSlot, one: str, other: str) -> bool:
+    return all(layer.direction_count(one) == layer.direction_count(other) for layer in slot.layers.values())
 
 
 def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Tensor | None:
     """`take_fingerprint`, or what it gave for an adapter of the same ranks on the same bases."""
     size = room_for_fingerprint(slot, adapter_name).shape  # its mode depends on how much is shared
     for name, other in _siblings(bank, slot, adapter_name):
-        alike = all(
-            layer.direction_count(name) == layer.direction_count(adapter_name) for layer in slot.layers.values()
-        )
-        if alike and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
+        if _same_ranks(slot, adapter_name, name) and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
             return other.fingerprint
     return take_fingerprint(slot, adapter_name)
 
