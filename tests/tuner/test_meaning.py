@@ -381,3 +381,70 @@ def test_other_ranks_than_those_of_the_training_are_refused(tiny_llama, tmp_path
     path.write_text(json.dumps({**settings, "rank_pattern": dict(sorted(patterns.items()))}))
     with pytest.raises(AdapterFileError, match="trained with rank 2 at model.layers.0.self_attn.q_proj"):
         PeftModel.from_pretrained(base, folder)
+
+
+def test_a_refused_stored_basis_leaves_the_one_in_use(tiny_llama, tmp_path):
+    base, folder, trained = save(tiny_llama(), str(tmp_path / "own"), save_basis=True)
+    _, foreign, _ = save(tiny_llama(seed=1), str(tmp_path / "foreign"), save_basis=True)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    assert torch.equal(logits_of(model), trained)
+    with pytest.raises(BasisMismatchError):
+        model.load_adapter(foreign, "default")
+    assert torch.equal(logits_of(model), trained)
+
+
+def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_path):
+    """Nor does one that reads the other side stand in the way of an adapter of a larger rank."""
+    base, folder, trained = save(tiny_llama(), str(tmp_path), save_basis=True)
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    name = next(k for k in tensors if k.endswith("basis:model.layers.0.mlp.down_proj"))
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
+    wide = model.get_base_model().model.layers[0].mlp.down_proj
+    tensors[name] = wide.directions(wide.pica_projection["stored"], wide.frozen_weight()).contiguous()
+    save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
+    model.add_adapter("large", PicaConfig(r=24))
+    torch.testing.assert_close(logits_of(model), trained, atol=1e-5, rtol=0)
+    fresh = get_peft_model(copy.deepcopy(base), PicaConfig(r=24), adapter_name="large")
+    for one, other in zip(layers_of(model), layers_of(fresh)):
+        assert torch.equal(one.projector(one.pica_projection["large"]), other.projector("principal"))
+
+
+def test_adapters_with_the_same_stored_basis_share_it_and_give_it_back(tiny_llama, tmp_path):
+    base, folder, trained = save(tiny_llama(), str(tmp_path), save_basis=True)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="kept")
+    held = [n for n, _ in model.named_buffers() if ".pica_basis_" in n]
+    assert len(held) == len(layers_of(model))
+    for _ in range(2):
+        model.load_adapter(folder, "again")
+        assert [n for n, _ in model.named_buffers() if ".pica_basis_" in n] == held
+        model.delete_adapter("again")
+    _, other, _ = save(tiny_llama(), str(tmp_path / "random"), save_basis=True, projection="random")
+    model.load_adapter(other, "other")
+    model.delete_adapter("other")
+    assert [n for n, _ in model.named_buffers() if ".pica_basis_" in n] == held
+    assert torch.equal(logits_of(model), trained)
+
+
+def layers_of(model: torch.nn.Module) -> list[PicaLinear]:
+    return [m for m in model.modules() if isinstance(m, PicaLinear)]
+
+
+def test_bases_of_equal_singular_values_are_not_mixed(monkeypatch):
+    """The two solutions have nothing in common but the subspace of all directions: each adapter keeps its own, whole."""
+    base = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False))
+    torch.nn.init.orthogonal_(base[0].weight)
+
+    def turned(weight: Tensor, rank: int, **kwargs) -> Basis:
+        rows = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(rank)))[0][:rank]
+        return Basis(rows, "in", torch.ones(rank), "principal", "svd")
+
+    for module in (pica.basis._progress, pica.tuner.layer):
+        monkeypatch.setattr(module, "solve_basis", turned)
+    model = get_peft_model(base, PicaConfig(r=4, target_modules=["0"]), adapter_name="small")  # pyright: ignore[reportArgumentType]
+    model.add_adapter("large", PicaConfig(r=8, target_modules=["0"]))
+    (layer,) = layers_of(model)
+    for name, rank in (("small", 4), ("large", 8)):
+        rows = layer.projector(layer.pica_projection[name])
+        assert rows is not None
+        torch.testing.assert_close(rows @ rows.T, torch.eye(rank), atol=1e-5, rtol=0)

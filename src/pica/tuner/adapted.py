@@ -380,6 +380,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             self.move_basis(adapter_name, device or own_device, dtype)
 
 
+def lasting(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where inference mode made it one that autograd must not keep: what is solved in there stays."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 @torch.compiler.disable
 def verify_loaded(bank: PicaBank) -> None:
     """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -299,12 +300,16 @@ def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
     return found
 
 
-def install_stored_bases(slot: AdapterSlot, adapter_name: str, stored: Mapping[str, Tensor]) -> None:
-    """Use projectors from an adapter file.
+@contextmanager
+def stored_bases_installed(slot: AdapterSlot, adapter_name: str, stored: Mapping[str, Tensor]) -> Iterator[None]:
+    """Use projectors from an adapter file, if it has any, from now on; an error in the block puts the old ones back.
 
     Raises:
         AdapterFileError: one is missing, not expected, not finite or of a shape that its layer does not have.
     """
+    if not stored:
+        yield
+        return
     layers = _pica_layers(slot)
     problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in layers]
     for path, layer in layers.items():
@@ -322,7 +327,18 @@ def install_stored_bases(slot: AdapterSlot, adapter_name: str, stored: Mapping[s
             problems.append(f"{BASIS_MARK}{path} is not finite")
     if problems:
         raise AdapterFileError(f"The adapter's stored basis does not fit this model: {_some(problems)}.")
-    for path, layer in layers.items():
-        side = "in" if stored[path].shape[1] == layer.in_features else "out"
-        projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
-        layer.use_own_basis(adapter_name, Basis(projector, side, projector.new_zeros(0), "principal", "file"))
+    before: dict[str, str] = {}
+    try:
+        for path, layer in layers.items():
+            side = "in" if stored[path].shape[1] == layer.in_features else "out"
+            projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
+            basis = Basis(projector, side, projector.new_zeros(0), "principal", "file")
+            before[path] = layer.use_stored_basis(adapter_name, basis)
+        yield
+    except BaseException:
+        for path, projection in before.items():
+            layers[path].pica_projection[adapter_name] = projection
+        raise
+    finally:
+        for layer in layers.values():
+            layer.drop_unused_bases()

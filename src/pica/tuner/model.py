@@ -71,6 +71,7 @@ class PicaModel(BankedModel):
         for layer in slot.layers.values():
             assert isinstance(layer, PicaLinear)
             layer.pica_projection[adapter_name] = layer.pica_projection[chief]  # one that a file brought, perhaps
+            layer.drop_unused_bases()
         if (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
             slot.set_fingerprint(fingerprint)
         fill_combination(bank, adapters, weights, adapter_name, combination_type, density)
