@@ -448,3 +448,30 @@ def test_bases_of_equal_singular_values_are_not_mixed(monkeypatch):
         rows = layer.projector(layer.pica_projection[name])
         assert rows is not None
         torch.testing.assert_close(rows @ rows.T, torch.eye(rank), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [PicaConfig(r=8, init_weights=False), pica.SvftConfig(init_weights=False)])
+def test_directions_that_rounding_gave_a_weight_are_not_used(tiny_llama, tmp_path, method):
+    """A weight with two directions has more once it is rounded, and the matrix, shared with others, has columns for them."""
+
+    def base(rounding: torch.dtype) -> LlamaForCausalLM:
+        model = tiny_llama()
+        with torch.no_grad():
+            weight = model.model.layers[0].mlp.up_proj.weight
+            u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+            low = (u[:, :2] * s[:2]) @ v[:2]
+            if method.method == "SVFT":  # whose zero is that of float64
+                model.double()
+                weight = model.model.layers[0].mlp.up_proj.weight
+            weight.copy_(low.to(rounding))
+        return model
+
+    exact = torch.float64 if method.method == "SVFT" else torch.float32
+    method = copy.deepcopy(method)
+    method.target_modules = {"up_proj"}
+    trained = get_peft_model(base(exact), method).eval()
+    trained.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base(torch.float16), str(tmp_path))
+    path = "base_model.model.model.layers.0.mlp.up_proj"
+    then, now = (m.get_submodule(path).get_delta_weight("default") for m in (trained, loaded))
+    assert float((now - then).norm() / then.norm()) < 0.02

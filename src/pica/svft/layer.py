@@ -145,6 +145,9 @@ class SvftLinear(AdaptedLinear):
 
     # ---- meaning -----------------------------------------------------------------------------------------------
 
+    def usable_directions(self, adapter_name: str) -> int:
+        return len(self._usable_rows(adapter_name))
+
     def direction_count(self, adapter_name: str) -> int:
         return self.width
 

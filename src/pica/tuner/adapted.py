@@ -61,6 +61,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Directions that the adapter asks of this layer, whether or not the weight has them."""
 
     @abstractmethod
+    def usable_directions(self, adapter_name: str) -> int:
+        """Directions that the adapter has here: what it asks of this layer, or fewer where the weight has no more."""
+
+    @abstractmethod
     def group_rank(self, adapter_name: str) -> int:
         """Directions of the adapter's group: the largest `direction_count` of its layers."""
 
@@ -79,6 +83,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     @abstractmethod
     def turn_basis(self, name: str, rotation: Tensor) -> None:
         """Rotate adapter `name`'s first directions by `rotation` (k, k), orthogonal."""
+
+    @abstractmethod
+    def limit_basis(self, name: str, usable: int) -> None:
+        """Leave adapter `name` its first `usable` directions only, in this layer."""
 
     @abstractmethod
     def move_basis(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> None:

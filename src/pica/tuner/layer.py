@@ -203,6 +203,10 @@ class PicaLinear(AdaptedLinear):
 
     # ---- meaning -----------------------------------------------------------------------------------------------
 
+    def usable_directions(self, adapter_name: str) -> int:
+        self.require_projector(self.pica_projection[adapter_name])
+        return self.usable_rank(adapter_name)
+
     def direction_count(self, adapter_name: str) -> int:
         return self.r[adapter_name]
 

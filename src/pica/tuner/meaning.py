@@ -170,8 +170,12 @@ def establish_meaning(
         raise BasisMismatchError(_mismatch_message(bad, len(checks), base_name, _remedy(slot)))
     turned = 0
     for check in checks:
+        layer = slot.layers[check.path]
+        if check.alignment.usable < layer.usable_directions(adapter_name):
+            # the rounding of a weight may have given it more, and the shared matrix has columns that mean other layers
+            layer.limit_basis(adapter_name, check.alignment.usable)
         if check.alignment.rotation is not None:
-            slot.layers[check.path].turn_basis(adapter_name, check.alignment.rotation)
+            layer.turn_basis(adapter_name, check.alignment.rotation)
             turned += 1
     if turned:
         logger.info("%s: put %d of %d bases into the orientation of the training", adapter_name, turned, len(checks))
