@@ -266,7 +266,9 @@ class PicaLinear(AdaptedLinear):
         """
         if request.checkpoint is None:
             own = self.frozen_weight()
-            return own, self.preferred_side(own), self.quantised_as
+            # Minor directions are those that W shortens most: read from its output, they would be amplified rounding.
+            side = "in" if request.projection == "minor" else self.preferred_side(own)
+            return own, side, self.quantised_as
         named = read_tensor(request.checkpoint, request.tensor, self.pica_name)
         named = named.flatten(1) if self.kernel_dims and named.ndim > 1 else named
         named = (named.T if self.is_transposed else named).to(self.compute_device_and_dtype()[0])
@@ -280,7 +282,7 @@ class PicaLinear(AdaptedLinear):
             wide = torch.promote_types(torch.promote_types(own.dtype, named.dtype), torch.float32)
             difference = float(torch.linalg.vector_norm(own.to(wide) - named.to(wide)))
             if difference == 0 and self.quantization_backend is None:
-                return own, self.preferred_side(own), ""
+                return own, "in" if request.projection == "minor" else self.preferred_side(own), ""
             size = float(torch.linalg.vector_norm(named, dtype=wide))
             if not difference <= FOREIGN_WEIGHT * size:
                 raise ConfigError(
