@@ -119,3 +119,10 @@ def test_hotswap_refuses_what_does_not_fit_and_changes_nothing(adapter, tiny_lla
     merged.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge_adapter"):
         pica.hotswap_adapter(merged, adapter)
+
+
+@pytest.mark.parametrize("ask", [pica.verify, lambda folder, base: pica.export_lora(folder, folder / "lora", base)])
+def test_a_base_model_that_was_passed_in_can_still_be_trained(adapter, tiny_llama, ask):
+    base = tiny_llama()
+    ask(adapter, base)
+    assert all(p.requires_grad for p in base.parameters())
