@@ -374,3 +374,16 @@ def test_lora_conversion_is_exact_to_rounding(tiny_llama):
     assert not torch.allclose(logits(lora), logits(model), atol=1e-1)
     set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(logits(lora), logits(model), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [PicaConfig, pica.SvftConfig])
+def test_unmerging_after_a_change_of_precision(tiny_llama, method):
+    base = tiny_llama()
+    model = get_peft_model(copy.deepcopy(base), method(init_weights=False))
+    model.merge_adapter()
+    model.bfloat16()
+    model.base_model.merge_adapter()  # there is nothing more to merge
+    model.unmerge_adapter()
+    state = {k.replace(".base_layer", ""): v for k, v in get_base_model_state_dict(model).items()}
+    assert all(torch.equal(state[k], v.bfloat16()) for k, v in base.state_dict().items())
+    logits(model)

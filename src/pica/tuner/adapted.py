@@ -160,7 +160,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             base = self.get_base_layer() if self._kept is None else self._kept.view()
             weight = self._dequantised(base)
         elif self._unmerged_weight is not None:
-            weight = self._unmerged_weight
+            weight = self._original()
         else:  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
             raw = self.raw_weight()
             weight = raw if in_parts(raw) else self.get_base_weight()
@@ -248,7 +248,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if backend is not None:
             original = self.frozen_weight()
         elif self._unmerged_weight is not None:
-            original = self._unmerged_weight.to(self.get_base_weight().device)
+            original = self._original()
         else:
             original = self.get_base_weight().detach()
         total = original.to(torch.promote_types(original.dtype, torch.float32))
@@ -306,10 +306,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             self.get_base_layer().weight = self._tied_weight
             self._tied_weight = self._unmerged_weight = None
         else:
-            original = cast(Tensor, self._unmerged_weight)
-            self.set_base_weight(original.to(self.get_base_weight().device))
+            self.set_base_weight(self._original())
             self._unmerged_weight = None
         self.merged_adapters.clear()
+
+    def _original(self) -> Tensor:
+        """The weight before the first merge, where and in the dtype that the model has been moved to since."""
+        merged = self.get_base_weight()
+        return cast(Tensor, self._unmerged_weight).to(device=merged.device, dtype=merged.dtype)
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
