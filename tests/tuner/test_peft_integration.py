@@ -387,3 +387,35 @@ def test_unmerging_after_a_change_of_precision(tiny_llama, method):
     state = {k.replace(".base_layer", ""): v for k, v in get_base_model_state_dict(model).items()}
     assert all(torch.equal(state[k], v.bfloat16()) for k, v in base.state_dict().items())
     logits(model)
+
+
+def test_gradients_of_each_sample_by_torch_func(tiny_llama):
+    model = get_peft_model(tiny_llama(), config())
+    trained = {n: p.detach() for n, p in matrices(model).items()}
+
+    def loss(parameters, ids: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (), {"input_ids": ids[None], "labels": ids[None]}).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, IDS)
+    for row, ids in enumerate(IDS):
+        model.zero_grad()
+        model(input_ids=ids[None], labels=ids[None]).loss.backward()
+        for name, parameter in matrices(model).items():
+            torch.testing.assert_close(found[name][row], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_outputs_that_a_global_hook_kept_are_not_overwritten(tiny_llama):
+    model = get_peft_model(tiny_llama(), config())
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
+    kept = []
+
+    def keep(module: nn.Module, _args: Any, output: Any) -> None:
+        if module is layer:
+            kept.append((output, output.clone()))
+
+    handle = nn.modules.module.register_module_forward_hook(keep)
+    try:
+        logits(model)
+    finally:
+        handle.remove()
+    assert torch.equal(*kept[0])

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
@@ -360,6 +361,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return (
             type(base) is nn.Linear
             and not torch.compiler.is_compiling()  # the compiler plans memory itself
+            and not torch._C._are_functorch_transforms_active()  # torch.func asks more of an autograd function
+            and not _global_forward_hooks
             and type(y) is Tensor
             and y.is_contiguous()
             and not y._is_view()
