@@ -376,6 +376,9 @@ def test_lora_conversion_is_exact_to_rounding(tiny_llama):
     torch.testing.assert_close(logits(lora), logits(model), atol=1e-3, rtol=1e-4)
 
 
+# ---- what torch itself does with a model ------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("method", [PicaConfig, pica.SvftConfig])
 def test_unmerging_after_a_change_of_precision(tiny_llama, method):
     base = tiny_llama()
@@ -387,6 +390,25 @@ def test_unmerging_after_a_change_of_precision(tiny_llama, method):
     state = {k.replace(".base_layer", ""): v for k, v in get_base_model_state_dict(model).items()}
     assert all(torch.equal(state[k], v.bfloat16()) for k, v in base.state_dict().items())
     logits(model)
+
+
+@pytest.mark.parametrize("method", [PicaConfig, pica.SvftConfig])
+def test_torchs_own_encoder_layers_do_not_pass_over_adapters(method):
+    """In evaluation mode they hand the weights of their linear layers to a kernel."""
+    block = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    base = nn.TransformerEncoder(block, 2).eval()
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model = get_peft_model(
+        copy.deepcopy(base), method(target_modules=["linear1", "linear2"], init_weights=False)
+    ).eval()
+    merged = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        for extra in ({}, {"src_key_padding_mask": mask}):
+            found, expected = model(x, **extra), merged(x, **extra)
+            torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=0)
+            torch.testing.assert_close(found[1, :3], expected[1, :3], atol=2e-5, rtol=0)
+            assert not torch.allclose(found[0], base(x, **extra)[0], atol=1e-2)
 
 
 def test_gradients_of_each_sample_by_torch_func(tiny_llama):

@@ -89,6 +89,22 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
         )
 
 
+def keep_from_bypassing(model: nn.Module) -> None:
+    """Have torch's own encoder layers call their linear layers where these are adapted.
+
+    In evaluation mode `torch.nn.TransformerEncoderLayer` hands their weights to a fused kernel and calls none of them, so
+    an adapter would train and then have no effect. The kernel knows two activations; without either it is not taken. Only
+    the kernel can do with the nested tensors that `torch.nn.TransformerEncoder` makes of a padded batch.
+    """
+    modules = list(model.modules())
+    for layer in (m for m in modules if isinstance(m, nn.TransformerEncoderLayer)):
+        if any(isinstance(child, BaseTunerLayer) for child in layer.children()):
+            layer.activation_relu_or_gelu = 0
+    for encoder in (m for m in modules if isinstance(m, nn.TransformerEncoder)):
+        if not all(getattr(layer, "activation_relu_or_gelu", 1) for layer in encoder.layers):
+            encoder.use_nested_tensor = False
+
+
 def further_modules(config: PeftConfig) -> list[str]:
     """Names of the modules that PEFT itself is to train beside the adapter, in full or some of their rows."""
     indices = getattr(config, "trainable_token_indices", None)
