@@ -475,3 +475,37 @@ def test_directions_that_rounding_gave_a_weight_are_not_used(tiny_llama, tmp_pat
     path = "base_model.model.model.layers.0.mlp.up_proj"
     then, now = (m.get_submodule(path).get_delta_weight("default") for m in (trained, loaded))
     assert float((now - then).norm() / then.norm()) < 0.02
+
+
+def test_a_state_dict_of_another_base_is_refused_before_the_first_output(tiny_llama):
+    """What Accelerate's and Lightning's checkpoints are read with: torch writes straight into the model."""
+    config = PicaConfig(r=8, init_weights=False)
+    state = get_peft_model(tiny_llama(), config).state_dict()
+    same = get_peft_model(tiny_llama(), config)
+    same.load_state_dict(state)
+    logits_of(same)
+    other = get_peft_model(tiny_llama(seed=1), config)
+    other.load_state_dict({k: v for k, v in state.items() if "pica_M" in k}, strict=False)
+    with pytest.raises(BasisMismatchError):
+        other(IDS)
+
+
+def test_a_state_dict_of_the_other_orientation_is_put_right(saved, monkeypatch):
+    base, folder, trained = saved
+    state = PeftModel.from_pretrained(copy.deepcopy(base), folder).state_dict()
+    inject(monkeypatch, random_signs)
+    model = get_peft_model(copy.deepcopy(base), PicaConfig(r=8))
+    model.load_state_dict(state)
+    torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
+
+
+def test_a_basis_that_is_put_right_in_inference_mode_can_be_trained_on(saved, monkeypatch):
+    base, folder, _ = saved
+    inject(monkeypatch, random_signs)
+    model = copy.deepcopy(base)
+    model.load_adapter(folder)
+    with torch.inference_mode():
+        model(IDS)  # holds the bases against the fingerprint, and turns them
+    for parameter in model.pica_M.parameters():
+        parameter.requires_grad_(True)
+    model(IDS, labels=IDS).loss.backward()
