@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -227,3 +227,11 @@ def test_half_precision_computes_what_a_merge_adds(projection, dtype):
         found = model(x).float() - layer.base_layer(x).float()
         expected = x.float() @ layer.get_delta_weight("default").float().T
     assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_layer_with_another_methods_adapter_is_refused_by_what_it_is(tiny_llama):
+    base = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).get_base_model()
+    with pytest.raises(
+        TargetError, match=r"q_proj is not supported: it has an adapter of another method \(peft.tuners.lora"
+    ):
+        get_peft_model(base, PicaConfig(r=4, target_modules=["q_proj"]))

@@ -42,6 +42,11 @@ def refusal(method: str, path: str, module: nn.Module, family: str, root: nn.Mod
         root: The base model.
     """
     leave_out = "Leave it out of target_modules, or name it in exclude_modules."
+    if isinstance(module, BaseTunerLayer):
+        return (
+            f"Target module {path} is not supported: it has an adapter of another method ({type(module).__module__}). Merge "
+            f"that one first (merge_and_unload). {leave_out}"
+        )
     if path.rpartition(".")[2] in UNCALLED.get(family, ()) or isinstance(module, NonDynamicallyQuantizableLinear):
         return (
             f"Target module {path} is not supported: the model never calls this layer, it reads the layer's weight past "
