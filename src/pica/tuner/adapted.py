@@ -155,7 +155,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if self.is_deferred():
             raise BasisError(
                 f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first "
-                "(under FSDP: set fsdp_cpu_ram_efficient_loading to false)."
+                "(under FSDP: set fsdp_cpu_ram_efficient_loading to false; with a device_map: leave no adapted layer "
+                "offloaded to the CPU or to disk)."
             )
         if self.quantization_backend is not None:
             base = self.get_base_layer() if self._kept is None else self._kept.view()
