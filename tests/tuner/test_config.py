@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from peft import PeftConfig, PeftType
@@ -84,10 +85,12 @@ def test_a_broken_regular_expression_is_told_before_anything_is_matched():
 @pytest.mark.parametrize("field", ["share", "rank_pattern"])
 def test_a_mapping_keeps_its_order_in_the_file(tmp_path, field):
     """The first expression that matches counts, and PEFT writes mappings sorted."""
-    entries = {"layers.0.q_proj": 2, ".*q_proj": 3, ".*": 4}
+    entries: Any = {"layers.0.q_proj": 2, ".*q_proj": 3, ".*": 4}
     if field == "share":
         entries = {key: f"group{number}" for key, number in entries.items()}
-    PicaConfig(**{field: entries}).save_pretrained(str(tmp_path))
+    settings: Any = {field: entries}
+    PicaConfig(**settings).save_pretrained(str(tmp_path))
     again = getattr(PicaConfig.from_pretrained(str(tmp_path)), field)
     assert list(again.items()) == list(entries.items())
-    assert PicaConfig(**{field: dict(sorted(entries.items()))}).to_dict()[field] == dict(sorted(entries.items()))
+    settings[field] = dict(sorted(entries.items()))
+    assert PicaConfig(**settings).to_dict()[field] == settings[field]

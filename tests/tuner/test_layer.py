@@ -224,7 +224,7 @@ def test_half_precision_computes_what_a_merge_adds(projection, dtype):
     (layer,) = layers_of(model)
     x = torch.randn(200, 96).to(dtype)
     with torch.no_grad():
-        found = model(x).float() - layer.base_layer(x).float()
+        found = model(x).float() - layer.get_base_layer()(x).float()
         expected = x.float() @ layer.get_delta_weight("default").float().T
     assert float((found - expected).norm() / expected.norm()) < 0.02
 

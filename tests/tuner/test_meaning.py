@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -399,7 +400,7 @@ def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_p
     tensors = load_file(f"{folder}/adapter_model.safetensors")
     name = next(k for k in tensors if k.endswith("basis:model.layers.0.mlp.down_proj"))
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
-    wide = model.get_base_model().model.layers[0].mlp.down_proj
+    wide = cast(PicaLinear, model.get_base_model().get_submodule("model.layers.0.mlp.down_proj"))
     tensors[name] = wide.directions(wide.pica_projection["stored"], wide.frozen_weight()).contiguous()
     save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
@@ -407,7 +408,7 @@ def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_p
     torch.testing.assert_close(logits_of(model), trained, atol=1e-5, rtol=0)
     fresh = get_peft_model(copy.deepcopy(base), PicaConfig(r=24), adapter_name="large")
     for one, other in zip(layers_of(model), layers_of(fresh)):
-        assert torch.equal(one.projector(one.pica_projection["large"]), other.projector("principal"))
+        assert torch.equal(one.require_projector(one.pica_projection["large"]), other.require_projector("principal"))
 
 
 def test_adapters_with_the_same_stored_basis_share_it_and_give_it_back(tiny_llama, tmp_path):
@@ -433,7 +434,7 @@ def layers_of(model: torch.nn.Module) -> list[PicaLinear]:
 def test_bases_of_equal_singular_values_are_not_mixed(monkeypatch):
     """The two solutions have nothing in common but the subspace of all directions: each adapter keeps its own, whole."""
     base = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False))
-    torch.nn.init.orthogonal_(base[0].weight)
+    torch.nn.init.orthogonal_(cast(Tensor, base[0].weight))
 
     def turned(weight: Tensor, rank: int, **kwargs) -> Basis:
         rows = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(rank)))[0][:rank]
@@ -473,7 +474,7 @@ def test_directions_that_rounding_gave_a_weight_are_not_used(tiny_llama, tmp_pat
     trained.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(base(torch.float16), str(tmp_path))
     path = "base_model.model.model.layers.0.mlp.up_proj"
-    then, now = (m.get_submodule(path).get_delta_weight("default") for m in (trained, loaded))
+    then, now = (cast(PicaLinear, m.get_submodule(path)).get_delta_weight("default") for m in (trained, loaded))
     assert float((now - then).norm() / then.norm()) < 0.02
 
 
