@@ -119,3 +119,40 @@ def test_hotswap_refuses_what_does_not_fit_and_changes_nothing(adapter, tiny_lla
     merged.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge_adapter"):
         pica.hotswap_adapter(merged, adapter)
+
+
+@pytest.mark.parametrize("ask", [pica.verify, lambda folder, base: pica.export_lora(folder, folder / "lora", base)])
+def test_a_base_model_that_was_passed_in_can_still_be_trained(adapter, tiny_llama, ask):
+    base = tiny_llama()
+    ask(adapter, base)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_hotswap_refuses_rows_of_other_tokens_and_other_heads(tiny_llama, tmp_path):
+    """Their tensors would have the same shapes."""
+
+    def adapted(**settings) -> PeftModel:
+        model = get_peft_model(tiny_llama(), PicaConfig(r=8, target_modules=["q_proj"], **settings))
+        assert isinstance(model, PeftModel)
+        return model
+
+    adapted(trainable_token_indices=[7, 8]).save_pretrained(str(tmp_path / "rows"))
+    with pytest.raises(ConfigError, match=r"trainable_token_indices: \[3, 4\] here, \[7, 8\] there"):
+        pica.hotswap_adapter(adapted(trainable_token_indices=[3, 4]), tmp_path / "rows")
+    adapted().save_pretrained(str(tmp_path / "plain"))
+    with pytest.raises(ConfigError, match=r"modules_to_save: \['lm_head'\] here, None there"):
+        pica.hotswap_adapter(adapted(modules_to_save=["lm_head"]), tmp_path / "plain")
+
+
+def test_hotswap_refuses_patterns_in_another_order(tiny_llama, tmp_path):
+    """The first that matches counts, so matrices of the same names and shapes would go to other layers."""
+
+    def adapted(share: dict[str, str]) -> PeftModel:
+        model = get_peft_model(tiny_llama(), PicaConfig(r=8, target_modules=["q_proj", "o_proj"], share=share))
+        assert isinstance(model, PeftModel)
+        return model
+
+    share = {"layers.0.self_attn.*": "first", ".*q_proj": "rest"}
+    adapted(dict(reversed(share.items()))).save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match="share: "):
+        pica.hotswap_adapter(adapted(share), tmp_path)

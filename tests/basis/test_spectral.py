@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pica.basis import BasisRequest, direction_signs, max_rank, solve_basis, solve_many, spectral
+from pica.basis import BasisRequest, direction_signs, max_rank, solve_basis, solve_many, spectral, with_progress
 from pica.basis._progress import fits_beside
 from pica.errors import BasisError, ConfigError, RankError
 
@@ -390,3 +390,28 @@ def test_the_gram_matrix_of_any_layout(monkeypatch, layout, out, inn, dtype):
     for side, expected in (("in", w.to(wide).T @ w.to(wide)), ("out", w.to(wide) @ w.to(wide).T)):
         found = spectral._gram(w, "in" if side == "in" else "out", wide)
         torch.testing.assert_close(found.tril(), expected.tril(), atol=1e-4, rtol=1e-5)
+
+
+def test_an_interrupt_at_the_bar_ends_the_work(monkeypatch):
+    """A notebook keeps the error and all that it refers to: threads and precision must not stay as the work set them."""
+    monkeypatch.setattr("pica.basis._progress.QUIET_SECONDS", 0.0)
+    ended = []
+
+    def work():
+        try:
+            yield from range(5)
+        finally:
+            ended.append(True)
+
+    class Bar:
+        def update(self) -> None:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("pica.basis._progress._bar", lambda total, done: Bar())
+    results = work()
+    with pytest.raises(KeyboardInterrupt):
+        with_progress(results, 5)
+    assert ended

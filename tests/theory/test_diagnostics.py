@@ -101,3 +101,10 @@ def test_rank_from_the_base_alone():
     weight = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # 9, 13, 14 of 14
     assert [spectrum_rank(weight, s) for s in (0.5, 0.9, 0.99, 1.0)] == [1, 2, 3, 3]
     assert spectrum_rank(torch.zeros(3, 3), 0.9) == 1
+
+
+def test_directions_may_have_an_adapters_precision():
+    update, directions = torch.randn(7, 9, dtype=torch.float64), random_directions(3, 9, seed=0)
+    torch.testing.assert_close(
+        captured_energy(update.float(), directions.float()), captured_energy(update, directions), atol=1e-6, rtol=0
+    )

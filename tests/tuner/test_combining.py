@@ -134,3 +134,12 @@ def test_bad_arguments(tiny_llama, arguments: tuple[Any, ...], why: str):
     model = two(tiny_llama, config(), config())
     with pytest.raises(ConfigError, match=why):
         model.add_weighted_adapter(*arguments)
+
+
+def test_heads_are_not_lost_without_a_word(tiny_llama):
+    """PEFT would give the combined adapter the base model's head."""
+    model = two(tiny_llama, config(modules_to_save=["lm_head"]), config())
+    with pytest.raises(ConfigError, match="'one' has more than shared matrices, 'lm_head'"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
+    assert "both" not in model.peft_config
+    assert "both" not in bank_of(model)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from peft import PeftConfig, PeftType
@@ -79,3 +80,17 @@ def test_a_config_survives_its_file(tmp_path):
 def test_a_broken_regular_expression_is_told_before_anything_is_matched():
     with pytest.raises(ConfigError, match=r"target_modules='\(' is not a regular expression"):
         PicaConfig(target_modules="(")
+
+
+@pytest.mark.parametrize("field", ["share", "rank_pattern"])
+def test_a_mapping_keeps_its_order_in_the_file(tmp_path, field):
+    """The first expression that matches counts, and PEFT writes mappings sorted."""
+    entries: Any = {"layers.0.q_proj": 2, ".*q_proj": 3, ".*": 4}
+    if field == "share":
+        entries = {key: f"group{number}" for key, number in entries.items()}
+    settings: Any = {field: entries}
+    PicaConfig(**settings).save_pretrained(str(tmp_path))
+    again = getattr(PicaConfig.from_pretrained(str(tmp_path)), field)
+    assert list(again.items()) == list(entries.items())
+    settings[field] = dict(sorted(entries.items()))
+    assert PicaConfig(**settings).to_dict()[field] == settings[field]

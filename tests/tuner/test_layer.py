@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -210,3 +210,28 @@ def test_any_number_of_leading_dimensions_zero_tokens_included(shape):
     y.sum().backward()
     assert y.shape == (*shape[:-1], 32)
     torch.testing.assert_close(y, model.merge_and_unload()(x), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("projection", ["principal", "minor"])
+def test_half_precision_computes_what_a_merge_adds(projection, dtype):
+    """The output of a wide layer says little about directions that it all but suppresses."""
+    base = nn.Sequential(nn.Linear(96, 24, bias=False))
+    u, _, v = torch.linalg.svd(base[0].weight.detach(), full_matrices=False)
+    base[0].weight.data = (u * torch.logspace(0, -3, 24)) @ v
+    settings = PicaConfig(r=4, target_modules=["0"], projection=projection, init_weights=False)
+    model = get_peft_model(base.to(dtype), settings)  # pyright: ignore[reportArgumentType]
+    (layer,) = layers_of(model)
+    x = torch.randn(200, 96).to(dtype)
+    with torch.no_grad():
+        found = model(x).float() - layer.get_base_layer()(x).float()
+        expected = x.float() @ layer.get_delta_weight("default").float().T
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_layer_with_another_methods_adapter_is_refused_by_what_it_is(tiny_llama):
+    base = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).get_base_model()
+    with pytest.raises(
+        TargetError, match=r"q_proj is not supported: it has an adapter of another method \(peft.tuners.lora"
+    ):
+        get_peft_model(base, PicaConfig(r=4, target_modules=["q_proj"]))

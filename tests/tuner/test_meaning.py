@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -361,3 +364,149 @@ def test_new_adapters_on_the_same_bases_share_the_work_of_a_fingerprint(monkeypa
     assert fresh is not None
     assert shared is not None
     assert torch.equal(fresh, shared)
+
+
+def test_overlapping_patterns_mean_the_same_after_loading(tiny_llama, tmp_path):
+    patterns = {"layers.0.self_attn.q_proj": 2, ".*q_proj": 5}
+    groups = {"layers.0.self_attn.q_proj": "first", ".*_proj": "rest"}
+    base, folder, trained = save(tiny_llama(), str(tmp_path), rank_pattern=patterns, share=groups)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(copy.deepcopy(base), folder)), trained)
+
+
+def test_other_ranks_than_those_of_the_training_are_refused(tiny_llama, tmp_path):
+    """With the same matrices: what files of earlier versions gave, in which the order of the patterns was lost."""
+    patterns = {"layers.0.self_attn.q_proj": 2, ".*q_proj": 5}
+    base, folder, _ = save(tiny_llama(), str(tmp_path), rank_pattern=patterns, target_modules=["q_proj"])
+    path = Path(folder) / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "rank_pattern": dict(sorted(patterns.items()))}))
+    with pytest.raises(AdapterFileError, match="trained with rank 2 at model.layers.0.self_attn.q_proj"):
+        PeftModel.from_pretrained(base, folder)
+
+
+def test_a_refused_stored_basis_leaves_the_one_in_use(tiny_llama, tmp_path):
+    base, folder, trained = save(tiny_llama(), str(tmp_path / "own"), save_basis=True)
+    _, foreign, _ = save(tiny_llama(seed=1), str(tmp_path / "foreign"), save_basis=True)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    assert torch.equal(logits_of(model), trained)
+    with pytest.raises(BasisMismatchError):
+        model.load_adapter(foreign, "default")
+    assert torch.equal(logits_of(model), trained)
+
+
+def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_path):
+    """Nor does one that reads the other side stand in the way of an adapter of a larger rank."""
+    base, folder, trained = save(tiny_llama(), str(tmp_path), save_basis=True)
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    name = next(k for k in tensors if k.endswith("basis:model.layers.0.mlp.down_proj"))
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
+    wide = cast(PicaLinear, model.get_base_model().get_submodule("model.layers.0.mlp.down_proj"))
+    tensors[name] = wide.directions(wide.pica_projection["stored"], wide.frozen_weight()).contiguous()
+    save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
+    model.add_adapter("large", PicaConfig(r=24))
+    torch.testing.assert_close(logits_of(model), trained, atol=1e-5, rtol=0)
+    fresh = get_peft_model(copy.deepcopy(base), PicaConfig(r=24), adapter_name="large")
+    for one, other in zip(layers_of(model), layers_of(fresh)):
+        assert torch.equal(one.require_projector(one.pica_projection["large"]), other.require_projector("principal"))
+
+
+def test_adapters_with_the_same_stored_basis_share_it_and_give_it_back(tiny_llama, tmp_path):
+    base, folder, trained = save(tiny_llama(), str(tmp_path), save_basis=True)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="kept")
+    held = [n for n, _ in model.named_buffers() if ".pica_basis_" in n]
+    assert len(held) == len(layers_of(model))
+    for _ in range(2):
+        model.load_adapter(folder, "again")
+        assert [n for n, _ in model.named_buffers() if ".pica_basis_" in n] == held
+        model.delete_adapter("again")
+    _, other, _ = save(tiny_llama(), str(tmp_path / "random"), save_basis=True, projection="random")
+    model.load_adapter(other, "other")
+    model.delete_adapter("other")
+    assert [n for n, _ in model.named_buffers() if ".pica_basis_" in n] == held
+    assert torch.equal(logits_of(model), trained)
+
+
+def layers_of(model: torch.nn.Module) -> list[PicaLinear]:
+    return [m for m in model.modules() if isinstance(m, PicaLinear)]
+
+
+def test_bases_of_equal_singular_values_are_not_mixed(monkeypatch):
+    """The two solutions have nothing in common but the subspace of all directions: each adapter keeps its own, whole."""
+    base = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False))
+    torch.nn.init.orthogonal_(cast(Tensor, base[0].weight))
+
+    def turned(weight: Tensor, rank: int, **kwargs) -> Basis:
+        rows = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(rank)))[0][:rank]
+        return Basis(rows, "in", torch.ones(rank), "principal", "svd")
+
+    for module in (pica.basis._progress, pica.tuner.layer):
+        monkeypatch.setattr(module, "solve_basis", turned)
+    model = get_peft_model(base, PicaConfig(r=4, target_modules=["0"]), adapter_name="small")  # pyright: ignore[reportArgumentType]
+    model.add_adapter("large", PicaConfig(r=8, target_modules=["0"]))
+    (layer,) = layers_of(model)
+    for name, rank in (("small", 4), ("large", 8)):
+        rows = layer.projector(layer.pica_projection[name])
+        assert rows is not None
+        torch.testing.assert_close(rows @ rows.T, torch.eye(rank), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [PicaConfig(r=8, init_weights=False), pica.SvftConfig(init_weights=False)])
+def test_directions_that_rounding_gave_a_weight_are_not_used(tiny_llama, tmp_path, method):
+    """A weight with two directions has more once it is rounded, and the matrix, shared with others, has columns for them."""
+
+    def base(rounding: torch.dtype) -> LlamaForCausalLM:
+        model = tiny_llama()
+        with torch.no_grad():
+            weight = model.model.layers[0].mlp.up_proj.weight
+            u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+            low = (u[:, :2] * s[:2]) @ v[:2]
+            if method.method == "SVFT":  # whose zero is that of float64
+                model.double()
+                weight = model.model.layers[0].mlp.up_proj.weight
+            weight.copy_(low.to(rounding))
+        return model
+
+    exact = torch.float64 if method.method == "SVFT" else torch.float32
+    method = copy.deepcopy(method)
+    method.target_modules = {"up_proj"}
+    trained = get_peft_model(base(exact), method).eval()
+    trained.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base(torch.float16), str(tmp_path))
+    path = "base_model.model.model.layers.0.mlp.up_proj"
+    then, now = (cast(PicaLinear, m.get_submodule(path)).get_delta_weight("default") for m in (trained, loaded))
+    assert float((now - then).norm() / then.norm()) < 0.02
+
+
+def test_a_state_dict_of_another_base_is_refused_before_the_first_output(tiny_llama):
+    """What Accelerate's and Lightning's checkpoints are read with: torch writes straight into the model."""
+    config = PicaConfig(r=8, init_weights=False)
+    state = get_peft_model(tiny_llama(), config).state_dict()
+    same = get_peft_model(tiny_llama(), config)
+    same.load_state_dict(state)
+    logits_of(same)
+    other = get_peft_model(tiny_llama(seed=1), config)
+    other.load_state_dict({k: v for k, v in state.items() if "pica_M" in k}, strict=False)
+    with pytest.raises(BasisMismatchError):
+        other(IDS)
+
+
+def test_a_state_dict_of_the_other_orientation_is_put_right(saved, monkeypatch):
+    base, folder, trained = saved
+    state = PeftModel.from_pretrained(copy.deepcopy(base), folder).state_dict()
+    inject(monkeypatch, random_signs)
+    model = get_peft_model(copy.deepcopy(base), PicaConfig(r=8))
+    model.load_state_dict(state)
+    torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
+
+
+def test_a_basis_that_is_put_right_in_inference_mode_can_be_trained_on(saved, monkeypatch):
+    base, folder, _ = saved
+    inject(monkeypatch, random_signs)
+    model = copy.deepcopy(base)
+    model.load_adapter(folder)
+    with torch.inference_mode():
+        model(IDS)  # holds the bases against the fingerprint, and turns them
+    for parameter in model.pica_M.parameters():
+        parameter.requires_grad_(True)
+    model(IDS, labels=IDS).loss.backward()

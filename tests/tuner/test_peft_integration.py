@@ -374,3 +374,70 @@ def test_lora_conversion_is_exact_to_rounding(tiny_llama):
     assert not torch.allclose(logits(lora), logits(model), atol=1e-1)
     set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(logits(lora), logits(model), atol=1e-3, rtol=1e-4)
+
+
+# ---- what torch itself does with a model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [PicaConfig, pica.SvftConfig])
+def test_unmerging_after_a_change_of_precision(tiny_llama, method):
+    base = tiny_llama()
+    model = get_peft_model(copy.deepcopy(base), method(init_weights=False))
+    model.merge_adapter()
+    model.bfloat16()
+    model.base_model.merge_adapter()  # there is nothing more to merge
+    model.unmerge_adapter()
+    state = {k.replace(".base_layer", ""): v for k, v in get_base_model_state_dict(model).items()}
+    assert all(torch.equal(state[k], v.bfloat16()) for k, v in base.state_dict().items())
+    logits(model)
+
+
+@pytest.mark.parametrize("method", [PicaConfig, pica.SvftConfig])
+def test_torchs_own_encoder_layers_do_not_pass_over_adapters(method):
+    """In evaluation mode they hand the weights of their linear layers to a kernel."""
+    block = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    base = nn.TransformerEncoder(block, 2).eval()
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model = get_peft_model(
+        copy.deepcopy(base), method(target_modules=["linear1", "linear2"], init_weights=False)
+    ).eval()
+    merged = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        for extra in ({}, {"src_key_padding_mask": mask}):
+            found, expected = model(x, **extra), merged(x, **extra)
+            torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=0)
+            torch.testing.assert_close(found[1, :3], expected[1, :3], atol=2e-5, rtol=0)
+            assert not torch.allclose(found[0], base(x, **extra)[0], atol=1e-2)
+
+
+def test_gradients_of_each_sample_by_torch_func(tiny_llama):
+    model = get_peft_model(tiny_llama(), config())
+    trained = {n: p.detach() for n, p in matrices(model).items()}
+
+    def loss(parameters, ids: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (), {"input_ids": ids[None], "labels": ids[None]}).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, IDS)
+    for row, ids in enumerate(IDS):
+        model.zero_grad()
+        model(input_ids=ids[None], labels=ids[None]).loss.backward()
+        for name, parameter in matrices(model).items():
+            torch.testing.assert_close(found[name][row], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_outputs_that_a_global_hook_kept_are_not_overwritten(tiny_llama):
+    model = get_peft_model(tiny_llama(), config())
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
+    kept = []
+
+    def keep(module: nn.Module, _args: Any, output: Any) -> None:
+        if module is layer:
+            kept.append((output, output.clone()))
+
+    handle = nn.modules.module.register_module_forward_hook(keep)
+    try:
+        logits(model)
+    finally:
+        handle.remove()
+    assert torch.equal(*kept[0])

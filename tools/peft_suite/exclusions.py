@@ -6,7 +6,9 @@ _UNKNOWN_FIELDS = "expects unknown fields of a configuration to be dropped; PiCa
 _HUB = "loads an adapter or a data set from the Hub"
 _PROMPT = "a prompt-learning method"
 _LORA_NAMES = "asserts LoRA's class names or parameter counts"
-_EMBEDDING = "an embedding as a target, which PiCa refuses: it adapts linear layers"
+_EMBEDDING = (
+    "expects a TypeError where PiCa refuses with a ConfigError (an embedding as a target that has trainable tokens too)"
+)
 _OTHER_BASE = "loads an adapter onto a base model with other random weights, which PiCa refuses (basis fingerprint)"
 _GPU = "needs a GPU or a quantisation library"
 
@@ -37,7 +39,7 @@ EXCLUSIONS: dict[str, str] = {
     "test_tuners_utils.py::*::test_nb_params_small": _LORA_NAMES,
     "test_other.py::*::test_targeting_trainable_tokens_raises": _EMBEDDING,
     "test_lora_conversion.py::*::test_model_with_unsupported_layers_raises": (
-        "a convolution as a target, which PiCa refuses from the start"
+        "a convolution with a kernel larger than 1 as a target, which PiCa refuses from the start"
     ),
     "test_lora_conversion.py::*::test_targeted_modules_identical*": "looks for parameters called lokr",
     "test_lora_conversion.py::*::test_converted_lora_with_multiple_adapters": (
@@ -95,7 +97,7 @@ OTHER_FILES: dict[str, str] = {
     "test_shadow.py": "ShadowPEFT",
     "test_shira.py": "SHiRA",
     "test_supertuning.py": "Supertuning",
-    "test_target_parameters.py": "target_parameters (LoRA on bare parameters), which PiCa does not offer",
+    "test_target_parameters.py": "LoRA on bare parameters, by its class names; PiCa's are in tests/tuner/test_experts.py",
     "test_torch_compile.py": _HUB + "; compilation is in tests/tuner/test_peft_integration.py",
     "test_unilora.py": "UniLoRA",
     "test_vblora.py": "VB-LoRA",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,17 @@ def read_peft_config(folder: Path) -> BankedConfig:
     if config is None:
         raise AdapterFileError(f"{str(folder)!r} holds an adapter of type {method!r}, not a PiCa or SVFT adapter.")
     return config
+
+
+@contextmanager
+def flags_kept(model: object) -> Iterator[None]:
+    """Leave a model's `requires_grad` flags as they are now: on a copy that shares its parameters PEFT freezes them."""
+    flags = [(p, p.requires_grad) for p in model.parameters()] if isinstance(model, nn.Module) else []
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def share_tensors(model: nn.Module) -> nn.Module:

@@ -16,6 +16,8 @@ _STRUCTURE = (
     *("peft_type", "share", "target_modules", "exclude_modules"),
     *("r", "rank_pattern", "projection", "projection_seed"),  # PiCa
     *("pattern", "off_diagonals", "pattern_seed"),  # SVFT
+    *("layers_to_transform", "layers_pattern", "target_parameters", "bias"),
+    *("modules_to_save", "trainable_token_indices"),  # whose weights are the adapter's too
 )
 
 
@@ -40,7 +42,7 @@ def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str
     if any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear)):
         raise ConfigError("Adapters are merged into the model; call model.unmerge_adapter() before swapping one.")
     config = read_peft_config(Path(adapter_dir).expanduser())
-    differing = [n for n in _STRUCTURE if getattr(current, n, None) != getattr(config, n, None)]
+    differing = [n for n in _STRUCTURE if _plain(getattr(current, n, None)) != _plain(getattr(config, n, None))]
     if differing:
         shown = ", ".join(
             f"{n}: {getattr(current, n, None)!r} here, {getattr(config, n, None)!r} there" for n in differing
@@ -48,9 +50,14 @@ def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str
         raise ConfigError(
             f"{str(adapter_dir)!r} cannot take the place of {adapter_name!r}: {shown}. Load it beside it."
         )
-    training = model.training
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     model.load_adapter(str(Path(adapter_dir).expanduser()), adapter_name, is_trainable=True)
-    model.train(training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = flags[name]
+
+
+def _plain(value: object) -> object:
+    """A list of names without its order; token indices and patterns with theirs, since it tells what is whose."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return set(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from pica.adapters.base_model import share_tensors
+from pica.adapters.base_model import flags_kept, share_tensors
 from pica.adapters.expert_factors import expected_updates, lora_update
 from pica.adapters.factors import SharedSpectrum
 from pica.adapters.pipelines import denoiser_inputs
@@ -75,26 +75,21 @@ def check_folder(
     Raises:
         ExportError: the reloaded adapter has other layers, another update or another output than it should.
     """
-    flags = [(p, p.requires_grad) for p in root.parameters()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PEFT, about what is checked here
-            adapted = _copy_to_compare(root).eval()
-            batch = _batch(adapted, inputs)
-            layers = {p: m for p, m in adapted.named_modules() if isinstance(m, AdaptedLinear)}
-            stacks = expected_updates(adapted, adapter, spectra, rank)
-            _activate(adapted, adapter)
-            expected = output_of(adapted, batch)
-            plain = plain_copy(adapted)
-            base = output_of(plain, batch)
-            reloaded = _reload(plain, folder)
-            plain_spectra = {p: s for p, s in spectra.items() if p in layers}  # experts are in `stacks`
-            worst = _compare_layers(reloaded, layers, adapter, plain_spectra, filled, rank, torch.finfo(dtype).eps)
-            worst = max(worst, _compare_stacks(reloaded, stacks, torch.finfo(dtype).eps))
-            found = output_of(reloaded, batch)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    with flags_kept(root), torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about what is checked here
+        adapted = _copy_to_compare(root).eval()
+        batch = _batch(adapted, inputs)
+        layers = {p: m for p, m in adapted.named_modules() if isinstance(m, AdaptedLinear)}
+        stacks = expected_updates(adapted, adapter, spectra, rank)
+        _activate(adapted, adapter)
+        expected = output_of(adapted, batch)
+        plain = plain_copy(adapted)
+        base = output_of(plain, batch)
+        reloaded = _reload(plain, folder)
+        plain_spectra = {p: s for p, s in spectra.items() if p in layers}  # experts are in `stacks`
+        worst = _compare_layers(reloaded, layers, adapter, plain_spectra, filled, rank, torch.finfo(dtype).eps)
+        worst = max(worst, _compare_stacks(reloaded, stacks, torch.finfo(dtype).eps))
+        found = output_of(reloaded, batch)
     scale = float(expected.abs().max())
     result = CheckResult(_gap(found, expected), _gap(expected, base), scale, worst, expected.dtype)
     exact = all(s.rank <= rank for s in spectra.values())

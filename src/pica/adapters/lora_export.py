@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pica.adapters.base_model import load_base_model, read_peft_config, share_tensors
+from pica.adapters.base_model import flags_kept, load_base_model, read_peft_config, share_tensors
 from pica.adapters.engines import Engine, EngineName, find_engine
 from pica.adapters.expert_factors import adapted_experts, parameter_paths, stack_paths, stack_tensors
 from pica.adapters.factors import GroupRow, SharedSpectrum, choose_rank, layer_factors, shared_spectra
@@ -148,7 +148,8 @@ def export_lora(
     size = {"rank": rank, "energy": energy, "dtype": dtype}
     others = _other_parts(adapter, rules, base_model, size, revision, check)
     check_replaceable(target.expanduser(), overwrite=overwrite)
-    root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
+    with flags_kept(base_model):
+        root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
     for bank in (b for _, b in find_banks(root) if b.unverified):
         verify_loaded(bank)  # weights that transformers loaded are held against their fingerprint on first use
     layers: dict[str, AdaptedLinear] = {

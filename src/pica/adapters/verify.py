@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pica.adapters.base_model import load_base_model, read_peft_config, share_tensors
+from pica.adapters.base_model import flags_kept, load_base_model, read_peft_config, share_tensors
 from pica.adapters.wording import first_line
 from pica.basis.fingerprint import decode
 from pica.errors import AdapterFileError, PicaError
@@ -86,8 +86,9 @@ def verify(adapter_dir: str | Path, base_model: nn.Module | str | None = None) -
             Check(n, None, "needs the base model") for n in ("right shapes", "belongs to this base", "has an effect")
         ]
         return VerifyReport(str(folder), tuple(checks))
-    model = load_base_model(base_model, config) if isinstance(base_model, str) else share_tensors(base_model)
-    return VerifyReport(str(folder), (*checks, *_against(model, folder, config, tensors)))
+    with flags_kept(base_model):
+        model = load_base_model(base_model, config) if isinstance(base_model, str) else share_tensors(base_model)
+        return VerifyReport(str(folder), (*checks, *_against(model, folder, config, tensors)))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -122,6 +122,8 @@ def with_progress(results: Iterable[Result], total: int) -> list[Result]:
             elif time.monotonic() - started > QUIET_SECONDS and len(done) < total and process_index() == 0:
                 bar = _bar(total, len(done))
     finally:
+        if isinstance(results, Generator):  # an interrupted notebook keeps it, and with it what it has set meanwhile
+            results.close()
         if bar is not None:
             bar.close()
     return done

@@ -304,6 +304,7 @@ class Alignment:
         worst: The same for the worst single direction.
         gain_error: Largest relative difference of the sampled gains.
         reason: Why the two cannot be the same, whatever the numbers say (another shape, ...); empty otherwise.
+        usable: Directions that the trained basis had; the present one may have more.
     """
 
     rotation: Tensor | None
@@ -311,6 +312,7 @@ class Alignment:
     worst: float
     gain_error: float
     reason: str = ""
+    usable: int = 0
 
 
 # Directions count as one cluster where neighbouring gains differ by less than this, relatively.
@@ -353,7 +355,8 @@ def align(
     samples_off = np.abs(samples - trained.samples) / np.maximum(1.0, trained.samples)
     gain_error = max(abs(gain - trained.gain) / max(trained.gain, 1e-300), float(samples_off.max()))
     unchanged = np.array_equal(rotation, np.eye(len(signs)))
-    return Alignment(None if unchanged else torch.from_numpy(rotation), deviation, float(off.max()), gain_error)
+    turn = None if unchanged else torch.from_numpy(rotation)
+    return Alignment(turn, deviation, float(off.max()), gain_error, usable=trained.usable)
 
 
 def _rotate_clusters(

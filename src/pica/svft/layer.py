@@ -20,7 +20,7 @@ from pica.svft.pattern import (
     top_positions,
 )
 from pica.svft.update import apply_band, apply_diagonal, apply_entries, dense_matrix, is_narrow
-from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.adapted import AdaptedLinear, lasting
 from pica.tuner.bank import PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.update import add_product, coordinates
@@ -106,7 +106,7 @@ class SvftLinear(AdaptedLinear):
         """Keep singular vectors under `key`, in the layer's compute dtype on its device; no state dict holds them."""
         device, dtype = self.compute_device_and_dtype()
         for side, tensor in (("left", basis.left), ("right", basis.right)):
-            kept = tensor.to(device=device, dtype=dtype).contiguous()
+            kept = lasting(tensor.to(device=device, dtype=dtype).contiguous())
             self.register_buffer(f"svft_basis_{side}_{key}", kept, persistent=False)
         self._usable[key] = basis.usable
 
@@ -129,14 +129,24 @@ class SvftLinear(AdaptedLinear):
             r = rotation.to(new_right)
             new_right[:count] = r @ new_right[:count]
             new_left[:, :count] = new_left[:, :count] @ r.T
+        usable = self._usable[key]
         if any(used == key for other, used in self.svft_basis.items() if other != name):
-            fresh = next(f"own{i}" for i in range(10_000) if f"own{i}" not in self._usable)
-            self.svft_basis[name] = fresh
-            self._usable[fresh] = self._usable[key]
-            key = fresh
-        self.install_basis(key, Factorisation(new_left, new_right[:, 0], new_right, self._usable[key]))
+            self.svft_basis[name] = key = self._unused_key()
+        self.install_basis(key, Factorisation(new_left, new_right[:, 0], new_right, usable))
+
+    def _unused_key(self) -> str:
+        return next(f"own{i}" for i in range(10_000) if f"own{i}" not in self._usable)
+
+    def limit_basis(self, name: str, usable: int) -> None:
+        left, right = (side.clone() for side in self.sides(name))
+        left[:, usable:], right[usable:] = 0.0, 0.0
+        self.svft_basis[name] = key = self._unused_key()
+        self.install_basis(key, Factorisation(left, right[:, 0], right, usable))
 
     # ---- meaning -----------------------------------------------------------------------------------------------
+
+    def usable_directions(self, adapter_name: str) -> int:
+        return len(self._usable_rows(adapter_name))
 
     def direction_count(self, adapter_name: str) -> int:
         return self.width
@@ -254,7 +264,15 @@ class SvftLinear(AdaptedLinear):
         if self.has_basis(key):
             for side in ("left", "right"):
                 name = f"svft_basis_{side}_{key}"
-                setattr(self, name, getattr(self, name).to(device=device, dtype=dtype))
+                setattr(self, name, lasting(getattr(self, name).to(device=device, dtype=dtype)))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Also free the singular vectors that it alone used; those of the weight itself stay, since they are dear."""
+        super().delete_adapter(adapter_name)
+        for key in [key for key in self._usable if key != SHARED and key not in self.svft_basis.values()]:
+            del self._usable[key]
+            for side in ("left", "right"):
+                delattr(self, f"svft_basis_{side}_{key}")
 
     def extra_repr(self) -> str:
         return f"svft={ {name: self.svft_entries[name].pattern for name in sorted(self.svft_entries)} }"

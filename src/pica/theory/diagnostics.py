@@ -21,7 +21,7 @@ def direction_energies(update: Tensor, directions: Tensor) -> Tensor:
         update: dW (out, in); transpose it to ask for directions of the output.
         directions: Orthonormal rows (r, in).
     """
-    return (as_matrix(update, "update") @ directions.T).square().sum(0)
+    return (as_matrix(update, "update") @ as_matrix(directions, "directions").T).square().sum(0)
 
 
 def captured_energy(update: Tensor, directions: Tensor) -> Tensor:

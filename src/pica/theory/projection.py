@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pica.theory.bounds import Inequality, _spectra
-from pica.theory.subspaces import Spectrum, as_matrix, check_rank
+from pica.theory.subspaces import Spectrum, as_matrix, check_rank, spectrum
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def first_order_perturbations(base: Tensor | Spectrum, update: Tensor) -> tuple[
     With N = U^T dW V in the paper's layout: E_P[i, j] = (s_j N_ij + s_i N_ji) / (s_j^2 - s_i^2) and
     E_Q[i, j] = (s_i N_ij + s_j N_ji) / (s_j^2 - s_i^2).
     """
-    before, _ = _spectra(base, base)
+    before = base if isinstance(base, Spectrum) else spectrum(base)
     delta = as_matrix(update, "update")
     n = before.inputs @ delta.T @ before.outputs.T  # (k, k), the paper's U^T dW V
     row, column = before.values[:, None], before.values[None, :]  # s_i, s_j

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
@@ -61,6 +62,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Directions that the adapter asks of this layer, whether or not the weight has them."""
 
     @abstractmethod
+    def usable_directions(self, adapter_name: str) -> int:
+        """Directions that the adapter has here: what it asks of this layer, or fewer where the weight has no more."""
+
+    @abstractmethod
     def group_rank(self, adapter_name: str) -> int:
         """Directions of the adapter's group: the largest `direction_count` of its layers."""
 
@@ -79,6 +84,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     @abstractmethod
     def turn_basis(self, name: str, rotation: Tensor) -> None:
         """Rotate adapter `name`'s first directions by `rotation` (k, k), orthogonal."""
+
+    @abstractmethod
+    def limit_basis(self, name: str, usable: int) -> None:
+        """Leave adapter `name` its first `usable` directions only, in this layer."""
 
     @abstractmethod
     def move_basis(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -146,13 +155,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if self.is_deferred():
             raise BasisError(
                 f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first "
-                "(under FSDP: set fsdp_cpu_ram_efficient_loading to false)."
+                "(under FSDP: set fsdp_cpu_ram_efficient_loading to false; with a device_map: leave no adapted layer "
+                "offloaded to the CPU or to disk)."
             )
         if self.quantization_backend is not None:
             base = self.get_base_layer() if self._kept is None else self._kept.view()
             weight = self._dequantised(base)
         elif self._unmerged_weight is not None:
-            weight = self._unmerged_weight
+            weight = self._original()
         else:  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
             raw = self.raw_weight()
             weight = raw if in_parts(raw) else self.get_base_weight()
@@ -240,7 +250,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if backend is not None:
             original = self.frozen_weight()
         elif self._unmerged_weight is not None:
-            original = self._unmerged_weight.to(self.get_base_weight().device)
+            original = self._original()
         else:
             original = self.get_base_weight().detach()
         total = original.to(torch.promote_types(original.dtype, torch.float32))
@@ -298,10 +308,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             self.get_base_layer().weight = self._tied_weight
             self._tied_weight = self._unmerged_weight = None
         else:
-            original = cast(Tensor, self._unmerged_weight)
-            self.set_base_weight(original.to(self.get_base_weight().device))
+            self.set_base_weight(self._original())
             self._unmerged_weight = None
         self.merged_adapters.clear()
+
+    def _original(self) -> Tensor:
+        """The weight before the first merge, where and in the dtype that the model has been moved to since."""
+        merged = self.get_base_weight()
+        return cast(Tensor, self._unmerged_weight).to(device=merged.device, dtype=merged.dtype)
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
@@ -348,6 +362,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return (
             type(base) is nn.Linear
             and not torch.compiler.is_compiling()  # the compiler plans memory itself
+            and not torch._C._are_functorch_transforms_active()  # torch.func asks more of an autograd function
+            and not _global_forward_hooks
             and type(y) is Tensor
             and y.is_contiguous()
             and not y._is_view()
@@ -378,6 +394,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         own_device, dtype = self.compute_device_and_dtype()
         if adapter_name in self.pica_group and own_device.type != "meta":
             self.move_basis(adapter_name, device or own_device, dtype)
+
+
+def lasting(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where inference mode made it one that autograd must not keep: what is solved in there stays."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 @torch.compiler.disable

@@ -69,7 +69,23 @@ class AdapterSlot(nn.ParameterDict):
         return f"{name} {problem}" if problem else None
 
     def set_fingerprint(self, fingerprint: torch.Tensor, *, taken_here: bool = True) -> None:
-        self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
+        with torch.inference_mode(False):  # a loader may write to it outside of that mode
+            self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Torch's; a fingerprint other than the present one means matrices that were trained elsewhere.
+
+        Their bases are held against it before the next forward pass. Whoever reads adapter files has done that before.
+        """
+        own = None if self.fingerprint is None else self.fingerprint.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if own is not None and self.has_fingerprint() and not own.is_meta and not torch.equal(own, self._fingerprint()):
+            self.unverified, self.taken_here = True, False
+            for layer in self.layers.values():
+                layer.bank.unverified = True
+
+    def _fingerprint(self) -> torch.Tensor:
+        return cast(torch.Tensor, self.fingerprint)
 
     def keep_fingerprint_aside(self) -> None:
         """Leave the fingerprint out of state dicts; saving an adapter adds it anyway.

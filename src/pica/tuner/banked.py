@@ -32,6 +32,7 @@ from pica.tuner.targets import (
     check_targets,
     check_task_type,
     further_modules,
+    keep_from_bypassing,
 )
 from pica.tuner.undo import all_or_nothing
 
@@ -126,6 +127,7 @@ class BankedModel(BaseTuner):
         finally:
             self._plan = self._tied = None
         keep_differentiable(self.model)
+        keep_from_bypassing(self.model)
         bank = get_bank(self.model, self.bank_name)
         if bank is not None and adapter_name in bank:
             slot = bank.matrices(adapter_name)

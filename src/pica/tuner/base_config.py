@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,9 @@ from pica.tuner.registration import ensure_peft_type
 from pica.tuner.roles import check_share
 
 SelfConfig = TypeVar("SelfConfig", bound="BankedConfig")
+
+# Mappings of which the first expression that matches counts. PEFT sorts the keys of everything that it writes as JSON.
+_ORDERED = ("share", "rank_pattern")
 
 
 @dataclass
@@ -81,6 +85,9 @@ class BankedConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        for name in _ORDERED:
+            if pairs := _as_mapping(getattr(self, name, None)):
+                setattr(self, name, pairs)
         if problems := type_problems(self) or [*self._own_problems(), *self._problems()]:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
         super().__post_init__()
@@ -135,8 +142,15 @@ class BankedConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict:
-        """The fields as plain values; sets become sorted lists, so that the same adapter gives the same file."""
+        """The fields as plain values; sets become sorted lists, so that the same adapter gives the same file.
+
+        A mapping whose order counts and is not that of its sorted keys becomes a list of pairs, which keeps it.
+        """
         plain = {**super().to_dict(), "basis_format": FORMAT_VERSION}
+        for name in _ORDERED:
+            value = plain.get(name)
+            if isinstance(value, Mapping) and list(value) != sorted(value):
+                plain[name] = [[key, value[key]] for key in value]
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 
     def size_text(self) -> str:
@@ -164,3 +178,12 @@ class BankedConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern needs layers_to_transform")
         return found
+
+
+def _as_mapping(value: object) -> dict[str, Any] | None:
+    """A list of (text, value) pairs, as `to_dict` writes it, as a mapping; None for anything else."""
+    if not isinstance(value, (list, tuple)):
+        return None
+    pairs = [p for p in value if isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], str)]
+    found = {key: entry for key, entry in pairs}
+    return found if len(found) == len(value) else None

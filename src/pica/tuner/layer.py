@@ -13,7 +13,7 @@ from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_preci
 from pica.basis.checkpoint import read_tensor
 from pica.basis.fingerprint import ORIGINS, Alignment, LayerPrint, Mode, align, take_print
 from pica.errors import ConfigError
-from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.adapted import AdaptedLinear, lasting
 from pica.tuner.adapted import features_of as features_of
 from pica.tuner.adapted import verify_loaded as verify_loaded
 from pica.tuner.bank import PicaBank
@@ -24,6 +24,9 @@ from pica.tuner.update import add_product, coordinates, delta_weight
 # A bias this many times larger than the layer's response to a unit input drowns that response when the output is
 # rounded to half precision, so the projector then reads the input although it is the wider side.
 BIAS_LIMIT = 4.0
+
+# Cosine above which the directions of two solutions count as the same: solvers and half precision differ by far less.
+SAME_DIRECTION = 1 - 1e-4
 
 # A checkpoint's weight that differs by more than this share of its norm from the layer's own is not the one that was
 # quantised: int8 differs by 1%, NF4 by 9%, FP4 by 13%, another model's weight by 140%.
@@ -62,35 +65,93 @@ class PicaLinear(AdaptedLinear):
         projection = projection_key(request)
         self.pica_group[name] = group
         self.r[name] = request.rank
+        self.bank.matrices(name).layers[self.pica_name] = self
+        known, known_rows = self.requests.get(projection), self.projector(projection)
+        if known is not None and known.rank < request.rank and known_rows is not None and not known_rows.is_meta:
+            if basis is not None and self._goes_on_from(projection, basis):
+                # Adapters that were trained with the first rows keep exactly those, whatever orientation they have.
+                basis.projector[: len(known_rows)] = known_rows.to(basis.projector)
+            else:  # likewise where the adapter is to bring its own
+                projection = self._unused_key(projection)
+                known = None
         self.pica_projection[name] = projection
-        known = self.requests.get(projection)
         if known is None or known.rank < request.rank:
             self.requests[projection] = request
-        self.bank.matrices(name).layers[self.pica_name] = self
         if basis is not None:
-            known_rows = self.projector(projection)
-            if known_rows is not None and not known_rows.is_meta and known_rows.shape[0] < basis.rank:
-                # Adapters that were trained with the first rows keep exactly those, whatever orientation they have.
-                basis.projector[: known_rows.shape[0]] = known_rows.to(basis.projector)
             self.install_basis(projection, basis)
+
+    def _goes_on_from(self, projection: str, basis: Basis) -> bool:
+        """Whether the first directions of `basis` are those of `projection`, up to signs.
+
+        They are not where equal singular values let each solution choose its own.
+        """
+        known = self.require_projector(projection).to(basis.projector)
+        if self.side(projection) != basis.side or len(known) > basis.rank:
+            return False
+        first = basis.projector[: len(known)]
+        cosines = F.cosine_similarity(known, first, dim=1, eps=1e-30).abs()
+        return bool((cosines >= SAME_DIRECTION).all())
+
+    def _unused_key(self, projection: str) -> str:
+        return next(f"{projection}_{i}" for i in range(2, 10_000) if f"{projection}_{i}" not in self.requests)
 
     def install_basis(self, projection: str, basis: Basis) -> None:
         """Make `basis` the one that adapters of `projection` use, in the layer's compute dtype on its device."""
-        device, dtype = self.compute_device_and_dtype()
-        if device.type == "meta" and not basis.projector.is_meta:
-            device = torch.device("cpu")  # another process solved it, and this one is still to receive its weights
         # The projector is derived from the base weight, so no state dict holds it; `save_basis` stores it on request.
-        self.register_buffer(buffer_name(projection), basis.projector.to(device=device, dtype=dtype), persistent=False)
+        self.register_buffer(buffer_name(projection), self._placed(basis.projector), persistent=False)
         self._made[projection] = (basis.side, basis.solver)
+
+    def _placed(self, projector: Tensor) -> Tensor:
+        device, dtype = self.compute_device_and_dtype()
+        if device.type == "meta" and not projector.is_meta:
+            device = torch.device("cpu")  # another process solved it, and this one is still to receive its weights
+        return lasting(projector.to(device=device, dtype=dtype))
 
     def use_own_basis(self, name: str, basis: Basis) -> None:
         """Give adapter `name` this basis; others that used the same one before keep theirs."""
         projection = self.pica_projection[name]
         if any(p == projection for other, p in self.pica_projection.items() if other != name):
-            fresh = next(f"{projection}_{i}" for i in range(2, 10_000) if f"{projection}_{i}" not in self.requests)
+            fresh = self._unused_key(projection)
             self.requests[fresh] = self.requests[projection]
             self.pica_projection[name] = projection = fresh
         self.install_basis(projection, basis)
+
+    def use_stored_basis(self, name: str, basis: Basis) -> str:
+        """Give adapter `name` a basis that a file brought; adapters with the very same one share it.
+
+        Returns:
+            The key of the basis that it had until now. That is kept, for whoever has to go back to it, until
+            `drop_unused_bases`.
+        """
+        before = self.pica_projection[name]
+        rows = self._placed(basis.projector)
+        for key in dict.fromkeys(self.pica_projection.values()):
+            held = self.projector(key)
+            if held is None or held.is_meta or self.side(key) != basis.side:
+                continue
+            same = len(held) == len(rows) or len(rows) == self.r[name] <= len(held)
+            if same and torch.equal(held[: len(rows)].to(rows.device), rows):
+                self.pica_projection[name] = key
+                return before
+        fresh = self._unused_key(projection_key(self.requests[before]))
+        self.requests[fresh] = self.requests[before]
+        self.pica_projection[name] = fresh
+        self.install_basis(fresh, basis)
+        return before
+
+    def limit_basis(self, name: str, usable: int) -> None:
+        projection = self.pica_projection[name]
+        rows, (side, solver) = self.require_projector(projection)[:usable], self._made[projection]
+        self.use_stored_basis(name, Basis(rows.clone(), side, rows.new_zeros(0), "principal", solver))
+
+    def drop_unused_bases(self) -> None:
+        """Free what no adapter uses any more."""
+        used = set(self.pica_projection.values())
+        for key in [key for key in self.requests if key not in used]:
+            del self.requests[key]
+            self._made.pop(key, None)
+            if self.projector(key) is not None:
+                delattr(self, buffer_name(key))
 
     def turn_basis(self, name: str, rotation: Tensor) -> None:
         """Replace the first rows P of adapter `name`'s basis by R P; `rotation` R is (k, k), orthogonal."""
@@ -141,6 +202,10 @@ class PicaLinear(AdaptedLinear):
         return rank if projector is None else min(rank, projector.shape[0])
 
     # ---- meaning -----------------------------------------------------------------------------------------------
+
+    def usable_directions(self, adapter_name: str) -> int:
+        self.require_projector(self.pica_projection[adapter_name])
+        return self.usable_rank(adapter_name)
 
     def direction_count(self, adapter_name: str) -> int:
         return self.r[adapter_name]
@@ -201,7 +266,9 @@ class PicaLinear(AdaptedLinear):
         """
         if request.checkpoint is None:
             own = self.frozen_weight()
-            return own, self.preferred_side(own), self.quantised_as
+            # Minor directions are those that W shortens most: read from its output, they would be amplified rounding.
+            side = "in" if request.projection == "minor" else self.preferred_side(own)
+            return own, side, self.quantised_as
         named = read_tensor(request.checkpoint, request.tensor, self.pica_name)
         named = named.flatten(1) if self.kernel_dims and named.ndim > 1 else named
         named = (named.T if self.is_transposed else named).to(self.compute_device_and_dtype()[0])
@@ -215,7 +282,7 @@ class PicaLinear(AdaptedLinear):
             wide = torch.promote_types(torch.promote_types(own.dtype, named.dtype), torch.float32)
             difference = float(torch.linalg.vector_norm(own.to(wide) - named.to(wide)))
             if difference == 0 and self.quantization_backend is None:
-                return own, self.preferred_side(own), ""
+                return own, "in" if request.projection == "minor" else self.preferred_side(own), ""
             size = float(torch.linalg.vector_norm(named, dtype=wide))
             if not difference <= FOREIGN_WEIGHT * size:
                 raise ConfigError(
@@ -328,7 +395,11 @@ class PicaLinear(AdaptedLinear):
         projection = self.pica_projection[adapter_name]
         projector = self.projector(projection)
         if projector is not None and not projector.is_meta:
-            setattr(self, buffer_name(projection), projector.to(device=device, dtype=dtype))
+            setattr(self, buffer_name(projection), lasting(projector.to(device=device, dtype=dtype)))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.drop_unused_bases()
 
     def extra_repr(self) -> str:
         return f"pica={ {name: self.r[name] for name in sorted(self.r)} }"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -113,6 +114,7 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
             f"The adapter was trained on {len(prints)} layers and is loaded onto {len(slot.layers)}. "
             "Check target_modules in adapter_config.json, and the base model."
         )
+    _check_ranks(slot, adapter_name, prints)
     checks = []
     for path, layer in slot.layers.items():
         trained = prints[path_hash(path)]
@@ -121,6 +123,19 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
         name = str(dtype).removeprefix("torch.")
         checks.append(LayerCheck(path, alignment, trained.dtype, name, trained.origin, origin))
     return checks
+
+
+def _check_ranks(slot: AdapterSlot, adapter_name: str, prints: Mapping[bytes, LayerPrint]) -> None:
+    """Refuse an adapter whose configuration gives a layer other directions of the shared matrix than it was trained with."""
+    for path, layer in slot.layers.items():
+        trained, rank = prints[path_hash(path)], layer.direction_count(adapter_name)
+        same_shape = (trained.out_features, trained.in_features) == (layer.out_features, layer.in_features)
+        if same_shape and trained.rank != rank:
+            raise AdapterFileError(
+                f"The adapter was trained with rank {trained.rank} at {path}, and its configuration gives that layer rank "
+                f"{rank}. Put r and rank_pattern right in adapter_config.json; of several patterns that match, the first "
+                "counts, and files written before pica kept that order may have lost it."
+            )
 
 
 def establish_meaning(
@@ -155,8 +170,12 @@ def establish_meaning(
         raise BasisMismatchError(_mismatch_message(bad, len(checks), base_name, _remedy(slot)))
     turned = 0
     for check in checks:
+        layer = slot.layers[check.path]
+        if check.alignment.usable < layer.usable_directions(adapter_name):
+            # the rounding of a weight may have given it more, and the shared matrix has columns that mean other layers
+            layer.limit_basis(adapter_name, check.alignment.usable)
         if check.alignment.rotation is not None:
-            slot.layers[check.path].turn_basis(adapter_name, check.alignment.rotation)
+            layer.turn_basis(adapter_name, check.alignment.rotation)
             turned += 1
     if turned:
         logger.info("%s: put %d of %d bases into the orientation of the training", adapter_name, turned, len(checks))
@@ -200,18 +219,21 @@ def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Te
     Hundreds of adapters of one base model would otherwise cost a check each.
     """
     found = fingerprint.cpu()
-    siblings = _siblings(bank, slot, adapter_name)
-    return any(torch.equal(cast(Tensor, other.fingerprint).cpu(), found) for _, other in siblings)
+    return any(
+        torch.equal(cast(Tensor, other.fingerprint).cpu(), found) and _same_ranks(slot, adapter_name, name)
+        for name, other in _siblings(bank, slot, adapter_name)
+    )
+
+
+def _same_ranks(slot: AdapterSlot, one: str, other: str) -> bool:
+    return all(layer.direction_count(one) == layer.direction_count(other) for layer in slot.layers.values())
 
 
 def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Tensor | None:
     """`take_fingerprint`, or what it gave for an adapter of the same ranks on the same bases."""
     size = room_for_fingerprint(slot, adapter_name).shape  # its mode depends on how much is shared
     for name, other in _siblings(bank, slot, adapter_name):
-        alike = all(
-            layer.direction_count(name) == layer.direction_count(adapter_name) for layer in slot.layers.values()
-        )
-        if alike and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
+        if _same_ranks(slot, adapter_name, name) and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
             return other.fingerprint
     return take_fingerprint(slot, adapter_name)
 
@@ -282,12 +304,16 @@ def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
     return found
 
 
-def install_stored_bases(slot: AdapterSlot, adapter_name: str, stored: Mapping[str, Tensor]) -> None:
-    """Use projectors from an adapter file.
+@contextmanager
+def stored_bases_installed(slot: AdapterSlot, adapter_name: str, stored: Mapping[str, Tensor]) -> Iterator[None]:
+    """Use projectors from an adapter file, if it has any, from now on; an error in the block puts the old ones back.
 
     Raises:
         AdapterFileError: one is missing, not expected, not finite or of a shape that its layer does not have.
     """
+    if not stored:
+        yield
+        return
     layers = _pica_layers(slot)
     problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in layers]
     for path, layer in layers.items():
@@ -305,7 +331,18 @@ def install_stored_bases(slot: AdapterSlot, adapter_name: str, stored: Mapping[s
             problems.append(f"{BASIS_MARK}{path} is not finite")
     if problems:
         raise AdapterFileError(f"The adapter's stored basis does not fit this model: {_some(problems)}.")
-    for path, layer in layers.items():
-        side = "in" if stored[path].shape[1] == layer.in_features else "out"
-        projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
-        layer.use_own_basis(adapter_name, Basis(projector, side, projector.new_zeros(0), "principal", "file"))
+    before: dict[str, str] = {}
+    try:
+        for path, layer in layers.items():
+            side = "in" if stored[path].shape[1] == layer.in_features else "out"
+            projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
+            basis = Basis(projector, side, projector.new_zeros(0), "principal", "file")
+            before[path] = layer.use_stored_basis(adapter_name, basis)
+        yield
+    except BaseException:
+        for path, projection in before.items():
+            layers[path].pica_projection[adapter_name] = projection
+        raise
+    finally:
+        for layer in layers.values():
+            layer.drop_unused_bases()

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pica.errors import ConfigError
 from pica.tuner.bank import BANK_NAME, ensure_bank, get_bank
 from pica.tuner.banked import BankedModel
 from pica.tuner.combining import check_combination, config_of_combination, fill_combination
@@ -17,6 +18,7 @@ from pica.tuner.layer import PicaLinear, verify_loaded
 from pica.tuner.meaning import take_fingerprint
 from pica.tuner.plan import Plan
 from pica.tuner.roles import Group
+from pica.tuner.targets import further_modules
 
 
 class PicaModel(BankedModel):
@@ -53,11 +55,19 @@ class PicaModel(BankedModel):
             density: Share of entries kept, in (0, 1]; for all but "linear".
 
         Raises:
-            ConfigError: an adapter is unknown, the name is taken, or the adapters cannot be added up; nothing has changed.
+            ConfigError: an adapter is unknown, the name is taken, or the adapters cannot be added up, for instance since
+                one trained further modules too (`modules_to_save`); nothing has changed.
         """
         bank = get_bank(self.model, self.bank_name)
         chief = check_combination(bank, adapters, weights, adapter_name, combination_type, density)
         assert bank is not None
+        for name in adapters:
+            if further := further_modules(self.peft_config[name]):
+                raise ConfigError(
+                    f"Adapter {name!r} has more than shared matrices, {', '.join(map(repr, further))} (modules_to_save or "
+                    "trainable_token_indices), and nothing says how to add those up. Merge one adapter into the base model "
+                    "before the other is trained, or combine adapters without such modules."
+                )
         verify_loaded(bank)  # an adapter that a loader has just written is combined as what it means
         configs = cast("dict[str, PicaConfig]", self.peft_config)
         save_basis = any(configs[name].save_basis for name in adapters)
@@ -71,6 +81,7 @@ class PicaModel(BankedModel):
         for layer in slot.layers.values():
             assert isinstance(layer, PicaLinear)
             layer.pica_projection[adapter_name] = layer.pica_projection[chief]  # one that a file brought, perhaps
+            layer.drop_unused_bases()
         if (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
             slot.set_fingerprint(fingerprint)
         fill_combination(bank, adapters, weights, adapter_name, combination_type, density)

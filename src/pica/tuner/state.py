@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pica.basis import process_index
 from pica.errors import AdapterFileError
 from pica.tuner.bank import BANK_NAMES, AdapterSlot, PicaBank, find_banks, plain_name
-from pica.tuner.meaning import BASIS_MARK, establish_meaning, install_stored_bases, stored_bases, take_fingerprint
+from pica.tuner.meaning import BASIS_MARK, establish_meaning, stored_bases, stored_bases_installed, take_fingerprint
 from pica.tuner.sharding import placed_like
 
 FINGERPRINT = "fingerprint"
@@ -86,10 +86,9 @@ def remap_state(
                 "The adapter file holds no basis fingerprint, so nobody can tell which basis it was trained with. It is "
                 "incomplete, or another program wrote it."
             )
-        if bases:
-            install_stored_bases(slot, adapter_name, bases)
         base_name = getattr(config, "base_model_name_or_path", None)
-        establish_meaning(bank, slot, adapter_name, fingerprint, base_name, new_bases=bool(bases))
+        with stored_bases_installed(slot, adapter_name, bases):
+            establish_meaning(bank, slot, adapter_name, fingerprint, base_name, new_bases=bool(bases))
         bank.refresh_unverified()
         prefix = f"{bank_name}.{adapter_name}."
         entries = {group: placed_like(value, slot[group]) for group, value in entries.items()}

@@ -42,6 +42,11 @@ def refusal(method: str, path: str, module: nn.Module, family: str, root: nn.Mod
         root: The base model.
     """
     leave_out = "Leave it out of target_modules, or name it in exclude_modules."
+    if isinstance(module, BaseTunerLayer):
+        return (
+            f"Target module {path} is not supported: it has an adapter of another method ({type(module).__module__}). Merge "
+            f"that one first (merge_and_unload). {leave_out}"
+        )
     if path.rpartition(".")[2] in UNCALLED.get(family, ()) or isinstance(module, NonDynamicallyQuantizableLinear):
         return (
             f"Target module {path} is not supported: the model never calls this layer, it reads the layer's weight past "
@@ -87,6 +92,22 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
         raise UnmatchedTargetError(
             f"Target modules {{{', '.join(map(repr, missing))}}} not found in the base model. {_near(missing, names)}"
         )
+
+
+def keep_from_bypassing(model: nn.Module) -> None:
+    """Have torch's own encoder layers call their linear layers where these are adapted.
+
+    In evaluation mode `torch.nn.TransformerEncoderLayer` hands their weights to a fused kernel and calls none of them, so
+    an adapter would train and then have no effect. The kernel knows two activations; without either it is not taken. Only
+    the kernel can do with the nested tensors that `torch.nn.TransformerEncoder` makes of a padded batch.
+    """
+    modules = list(model.modules())
+    for layer in (m for m in modules if isinstance(m, nn.TransformerEncoderLayer)):
+        if any(isinstance(child, BaseTunerLayer) for child in layer.children()):
+            layer.activation_relu_or_gelu = 0
+    for encoder in (m for m in modules if isinstance(m, nn.TransformerEncoder)):
+        if not all(getattr(layer, "activation_relu_or_gelu", 1) for layer in encoder.layers):
+            encoder.use_nested_tensor = False
 
 
 def further_modules(config: PeftConfig) -> list[str]:
