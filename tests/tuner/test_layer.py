@@ -216,9 +216,10 @@ def test_any_number_of_leading_dimensions_zero_tokens_included(shape):
 @pytest.mark.parametrize("projection", ["principal", "minor"])
 def test_half_precision_computes_what_a_merge_adds(projection, dtype):
     """The output of a wide layer says little about directions that it all but suppresses."""
-    base = nn.Sequential(nn.Linear(96, 24, bias=False))
-    u, _, v = torch.linalg.svd(base[0].weight.detach(), full_matrices=False)
-    base[0].weight.data = (u * torch.logspace(0, -3, 24)) @ v
+    linear = nn.Linear(96, 24, bias=False)
+    u, _, v = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+    linear.weight.data = (u * torch.logspace(0, -3, 24)) @ v
+    base = nn.Sequential(linear)
     settings = PicaConfig(r=4, target_modules=["0"], projection=projection, init_weights=False)
     model = get_peft_model(base.to(dtype), settings)  # pyright: ignore[reportArgumentType]
     (layer,) = layers_of(model)

@@ -56,8 +56,8 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
     files.check_free(target, overwrite=False)
     run = run_of(adapter)
     # W_q + dW: the adapter was trained on the quantised weights, and its basis may be theirs
-    quantised = None if run is None else run.model.quantization
-    section = ModelSection(path=base_of(adapter, base), dtype="float32", quantization=quantised)
+    kind = None if run is None else run.model.quantization
+    section = ModelSection(path=base_of(adapter, base), dtype="float32", quantization=kind)
     if (Path(locate(section.path)) / "model_index.json").is_file() or _of_diffusers(adapter):
         from pica.experiments.diffusion.merging import merge_pipeline  # diffusers is an extra, and takes its seconds
 
@@ -73,7 +73,8 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
         processor = load_tokenizer(section)
         model = load_model(section)
     loaded = load_adapter(model, adapter)
-    merged = loaded.merge_and_unload() if section.quantization is None else merge_in_full(loaded)
+    quantised = section.quantization is not None or getattr(model, "hf_quantizer", None) is not None
+    merged = merge_in_full(loaded) if quantised else loaded.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     merged = merged.to(chosen)  # pyright: ignore[reportArgumentType]
     for name, parameter in merged.named_parameters():
