@@ -68,16 +68,13 @@ def with_reference(model: PreTrainedModel, rank: int, *, solve: bool = False) ->
 def adapt(model: PreTrainedModel, method: str, *, solve_reference: bool = False) -> nn.Module:
     """The model with one method's adapter, in training mode; `FLOOR` is the same model, frozen, with no adapter.
 
-    Gradients flow through every layer of the floor, and into no weight.
+    Gradients flow down to the embeddings' output in every one of them, so that all go back through the same layers.
     """
+    model.enable_input_require_grads()
     if method == FLOOR:
-        model.requires_grad_(False)
-        model.enable_input_require_grads()
-        return model.train()
+        return model.requires_grad_(False).train()
     if method.startswith(REFERENCE):
-        reference = with_reference(model, int(method.removeprefix(REFERENCE)), solve=solve_reference)
-        reference.enable_input_require_grads()  # as PEFT's models train below their first adapted layer
-        return reference.train()
+        return with_reference(model, int(method.removeprefix(REFERENCE)), solve=solve_reference).train()
     return peft.get_peft_model(model, CONFIGS[method]()).train()
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_time [--quick] [--model FOLDER]
     python -m benchmarks.step_time --compile --layers 4 --name step_time_compiled
-    python -m benchmarks.step_time --model gemma-2b --layers 1 --length 128 --name step_time_gemma
+    python -m benchmarks.step_time --model gemma-2b --layers 1 --length 128 --quick --repetitions 9 --name step_time_gemma
 
 Time: forward and backward of one batch, methods taking turns on it, medians, as ratios to the floor (the same model
 with no adapter, gradients flowing through its activations). Memory: the peak of a process of its own for each method,

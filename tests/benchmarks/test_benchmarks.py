@@ -85,7 +85,9 @@ def test_step_time_writes_ratios_to_the_floor(monkeypatch: pytest.MonkeyPatch, t
     assert (tmp_path / "t.md").read_text().count("\n| ") == 4
 
 
-def test_basis_and_many_adapters_write_their_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_basis_and_many_adapters_write_their_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(basis, "BLOCKS", {"tiny": ([(32, 32), (48, 32), (32, 48)], 8, 2)})
     assert basis.main(["--quick", "--name", "b"]) == 0
     assert json.loads((tmp_path / "b.json").read_text())["tiny"]["ratio"]["ratio"] > 0
@@ -93,6 +95,10 @@ def test_basis_and_many_adapters_write_their_tables(monkeypatch: pytest.MonkeyPa
     assert many_adapters.main(["--quick", "--model", "tiny", "--dtype", "float32", "--name", "m"]) == 0
     found = json.loads((tmp_path / "m.json").read_text())
     assert set(found["PiCa r=32"]["prefill"]) == {"1", "4"}
+    capsys.readouterr()
+    command = ["--loading-of", "PiCa r=32", "--model", "tiny", "--dtype", "float32", "--most", "4"]
+    assert many_adapters.main(command) == 0  # as the whole benchmark calls itself
+    assert set(json.loads(capsys.readouterr().out)) == set(found["PiCa r=32"]["loading"])
 
 
 def test_the_accelerator_benchmark_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
