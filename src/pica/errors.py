@@ -17,6 +17,10 @@ class LaunchError(ConfigError):
     """The launcher's settings do not fit a run. Raised in all of its processes alike, so that one of them may speak."""
 
 
+class ModuleError(ConfigError, TypeError):
+    """PEFT cannot train a module that was named in the way it was asked for. A TypeError, as PEFT raises for these."""
+
+
 class TargetError(PicaError, ValueError):
     """An entry of `target_modules` matches no layer of the model."""
 

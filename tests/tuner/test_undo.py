@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pica import PicaConfig
-from pica.errors import ConfigError
+from pica.errors import ConfigError, ModuleError
 from pica.tuner.bank import find_banks
 from pica.tuner.layer import PicaLinear
 
@@ -93,6 +93,12 @@ def test_modules_that_cannot_be_trained_beside_the_adapter_are_named(base: PreTr
     with pytest.raises(ConfigError, match=message):
         get_peft_model(base, PicaConfig(r=2, **misfit))
     assert anatomy(base) == before
+
+
+def test_a_container_is_refused_with_the_type_that_peft_raises(base: PreTrainedModel):
+    with pytest.raises(ModuleError, match="cannot be applied to modules of type"):
+        get_peft_model(base, PicaConfig(r=2, modules_to_save=["layers"]))
+    assert issubclass(ModuleError, TypeError)
 
 
 @pytest.mark.parametrize("task_type", [TaskType.CAUSAL_LM, "SEQ_2_SEQ_LM"])

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from pica.errors import ConfigError, PicaError, TargetError
+from pica.errors import ConfigError, ModuleError, PicaError, TargetError
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import BANK_NAMES, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
@@ -120,7 +120,7 @@ class BankedModel(BaseTuner):
                 raise
             # PEFT wraps whatever module the names match, and finds out on the way that it cannot
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(
+            raise ModuleError(
                 f"modules_to_save or trainable_token_indices name modules that PEFT cannot train that way ({what}): "
                 f"{', '.join(map(repr, further))}."
             ) from error
