@@ -223,7 +223,8 @@ def plan_targets(model: peft.PeftModel) -> list[str]:
     return sorted(config.target_modules)
 
 
-def test_a_published_mixture_takes_a_copy_of_its_experts_and_little_time(tmp_path: Path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_published_mixture_takes_a_copy_of_one_blocks_experts_and_little_time(checkpointing: bool, tmp_path: Path):
     config = MixtralConfig(  # of 8x7B, but for 30 of 32 blocks
         vocab_size=32000,
         hidden_size=4096,
@@ -235,7 +236,7 @@ def test_a_published_mixture_takes_a_copy_of_its_experts_and_little_time(tmp_pat
         dtype="bfloat16",
     )
     folder = folder_of(tmp_path, "MixtralForCausalLM", config)
-    asked: dict[str, Any] = {"r": 16, "batches": (1,), "lengths": (64,), "checkpointing": True}
+    asked: dict[str, Any] = {"r": 16, "batches": (1,), "lengths": (64,), "checkpointing": checkpointing}
     attention, experts = (estimate(Question(folder, target_parameters=chosen, **asked)) for chosen in (None, EXPERTS))
     block = 2 * 8 * 3 * 4096 * 14336  # bytes of a block's experts
     more = (experts.memory[0].steps[0].activations or 0) - (attention.memory[0].steps[0].activations or 0)

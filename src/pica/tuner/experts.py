@@ -7,6 +7,7 @@ it finds W + M P in the place of its parameter. All experts of all blocks play t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from pica.errors import ConfigError, TargetError
 from pica.tuner.adapted import verify_loaded
 from pica.tuner.bank import PicaBank, find_banks
 from pica.tuner.layer import PicaLinear
+from pica.tuner.remade import Remade, can_be_remade, kept_as_recipes
 from pica.tuner.sharding import in_parts
 
 ADAPTERS = "expert_adapters"  # where a wrapper keeps its layers; no target matches a path with this name
@@ -92,16 +94,21 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass, on the adapted weights."""
-        adapted = self._adapted_weights()
+        stacks = self._adapted_stacks()
+        adapted = {name: stack.tensor() for name, stack in stacks.items()}
         # An entry of the instance's dict comes before a parameter of that name.
         self.base_layer.__dict__.update(adapted)
         try:
-            return self.base_layer(*args, **kwargs)
+            if not stacks or not all(can_be_remade(stack.sources()) for stack in stacks.values()):
+                return self.base_layer(*args, **kwargs)
+            made = [(Remade(s.tensor, s.sources(), s.name), adapted[name]) for name, s in stacks.items()]
+            with kept_as_recipes(made):
+                return self.base_layer(*args, **kwargs)
         finally:
             for name in adapted:
                 del self.base_layer.__dict__[name]
 
-    def _adapted_weights(self) -> dict[str, Tensor]:
+    def _adapted_stacks(self) -> dict[str, AdaptedStack]:
         found = {}
         for parameter, layers in self.stacks().items():
             first = layers[0]
@@ -116,9 +123,10 @@ class AdaptedExperts(nn.Module):
             if first.merged or not names:
                 continue
             stack = cast(Tensor, self.base_layer._parameters[parameter])
-            for name in names:
-                stack = add_to_stack(stack, layers, name)
-            found[parameter] = stack
+            updates = [StackUpdate.of(layers, name) for name in names]
+            found[parameter] = AdaptedStack(
+                stack, updates, stored_input_first(self.base_layer), layers[0].pica_name.rpartition(".")[0]
+            )
         return found
 
     def unload_and_optionally_merge_module(
@@ -131,22 +139,59 @@ class AdaptedExperts(nn.Module):
         return self.base_layer
 
 
-def add_to_stack(stack: Tensor, layers: Sequence[PicaExpert], adapter_name: str) -> Tensor:
-    """W_e + M P_e for all experts e, in the dtype and layout of `stack`: (experts, out, in), or (experts, in, out)."""
-    first = layers[0]
-    if len({layer.pica_group[adapter_name] for layer in layers}) == 1:
-        matrices = first.matrix(adapter_name).expand(len(layers), -1, -1)
-    else:  # share="none", or a number
-        width = max(layer.matrix(adapter_name).shape[1] for layer in layers)
-        matrices = torch.stack([_widened(layer.matrix(adapter_name), width, dim=1) for layer in layers])
-    rank = matrices.shape[-1]
-    rows = [_first_rows(layer, adapter_name) for layer in layers]
-    directions = torch.stack([_widened(part, rank, dim=0) for part in rows])  # (experts, rank, in)
-    left, right = matrices.to(device=stack.device, dtype=stack.dtype), directions.to(stack)
-    with torch.autocast(stack.device.type, enabled=False):  # which would narrow what stands for a parameter
-        if stored_input_first(first.get_base_layer()):
-            return torch.baddbmm(stack, right.mT, left.mT)
-        return torch.baddbmm(stack, left, right)
+@dataclass(frozen=True)
+class StackUpdate:
+    """One adapter's update of a stack: M P_e for each expert e, or M_e P_e where experts do not share M.
+
+    Attributes:
+        matrices: (out, r) each; one for all experts, or each expert's own.
+        directions: (r, in) or fewer rows, each expert's.
+    """
+
+    matrices: Sequence[Tensor]
+    directions: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, layers: Sequence[PicaExpert], adapter_name: str) -> StackUpdate:
+        shared = len({layer.pica_group[adapter_name] for layer in layers}) == 1
+        matrices = [layer.matrix(adapter_name) for layer in (layers[:1] if shared else layers)]
+        return cls(matrices, [_first_rows(layer, adapter_name) for layer in layers])
+
+    def add_to(self, stack: Tensor, *, input_first: bool) -> Tensor:
+        """W_e + M P_e for all experts e, in the dtype and layout of `stack`."""
+        with torch.autocast(stack.device.type, enabled=False):  # which would narrow what stands for a parameter
+            if len(self.matrices) == 1:
+                matrices = self.matrices[0].expand(len(stack), -1, -1)
+            else:  # share="none", or a number
+                width = max(matrix.shape[1] for matrix in self.matrices)
+                matrices = torch.stack([_widened(matrix, width, dim=1) for matrix in self.matrices])
+            rank = matrices.shape[-1]
+            directions = torch.stack([_widened(part, rank, dim=0) for part in self.directions])  # (experts, rank, in)
+            left, right = matrices.to(device=stack.device, dtype=stack.dtype), directions.to(stack)
+            if input_first:
+                return torch.baddbmm(stack, right.mT, left.mT)
+            return torch.baddbmm(stack, left, right)
+
+
+@dataclass(frozen=True)
+class AdaptedStack:
+    """A stack of experts' weights, (experts, out, in) or (experts, in, out), with its active adapters' updates."""
+
+    stack: Tensor
+    updates: Sequence[StackUpdate]
+    input_first: bool
+    name: str
+
+    def tensor(self) -> Tensor:
+        """The adapted weights: a copy of the stack."""
+        total = self.stack
+        for update in self.updates:
+            total = update.add_to(total, input_first=self.input_first)
+        return total
+
+    def sources(self) -> list[Tensor]:
+        """All that the adapted weights are made of."""
+        return [self.stack, *(part for u in self.updates for part in (*u.matrices, *u.directions))]
 
 
 def _first_rows(layer: PicaExpert, adapter_name: str) -> Tensor:
