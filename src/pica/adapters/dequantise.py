@@ -56,7 +56,15 @@ def merge_in_full(model: PeftModel, dtype: torch.dtype = torch.float32) -> nn.Mo
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(plain, mark, False):
             setattr(plain, mark, False)
+    conversions = getattr(plain, "_weight_conversions", None)
+    if conversions:  # what unpacked a quantised checkpoint cannot be done backwards, and saving would try
+        plain._weight_conversions = [c for c in conversions if not _unpacks(c)]
     return plain.to(dtype)  # only now: transformers does not cast what it takes for quantised
+
+
+def _unpacks(conversion: Any) -> bool:
+    """Whether a step of transformers' loading was asked for by a quantiser."""
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
