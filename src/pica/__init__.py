@@ -2,7 +2,7 @@
 
 Importing this package registers the method, so that everything in PEFT that takes a `PeftConfig` takes a `PicaConfig`;
 likewise its closest rival, SVFT, by `SvftConfig`.
-The `pica` command does not need that before it knows what it was asked for; it enters through `_pica_entry`, and then
+The command line does not need that before it knows what it was asked for: as `pica` it enters through `_pica_entry`. Then
 the same names load on first use.
 """
 
@@ -85,6 +85,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _command_starts() -> bool:
+    """Whether this import is the beginning of `pica` or of `python -m pica`."""
+    if getattr(sys.modules.get("_pica_entry"), "starting", False):
+        return True
+    # Python calls itself "-m" until it has found the module to run, packages around it included.
+    words = sys.orig_argv
+    return sys.argv[:1] == ["-m"] and "-m" in words and words[words.index("-m") + 1 :][:1] == ["pica"]
+
+
 # The command line must answer `pica --help` without paying seconds for torch.
-if not getattr(sys.modules.get("_pica_entry"), "starting", False):
+if not _command_starts():
     register()

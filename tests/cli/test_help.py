@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import pica
 from pica.cli import COMMANDS, main
 
 ENTER = "import sys, _pica_entry\nsys.argv = ['pica', *{arguments!r}]\nstatus = _pica_entry.main()\n"
@@ -26,6 +28,25 @@ def test_help_imports_nothing_heavy(arguments: list[str]):
     assert found.returncode == 0, found.stderr
     assert found.stdout
     assert found.stderr == ""
+
+
+def test_as_a_module_it_is_the_same_command():
+    command = [sys.executable, "-X", "importtime", "-m", "pica", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout == f"pica {pica.__version__}\n"
+    imported = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
+    assert "pica.cli" in imported
+    assert not imported & set(HEAVY)
+
+
+def test_a_module_run_by_name_that_imports_pica_has_the_method(tmp_path: Path):
+    """Also while Python still looks for it: the package around it is imported before."""
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "__init__.py").write_text("import pica\nfrom peft import PeftType\nPeftType.PICA\n")
+    (tmp_path / "user" / "work.py").write_text("print('ok')\n")
+    command = [sys.executable, "-m", "user.work"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert found.stdout == "ok\n", found.stderr
 
 
 def test_help_takes_less_than_half_a_second():

@@ -1,6 +1,7 @@
 """One training: what it changes, what it leaves behind, and how it ends when something goes wrong."""
 
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -115,9 +116,28 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     assert checkpoint == tmp_path / "cut" / "checkpoint-4"
     assert not (tmp_path / "cut" / "adapter").exists()
     load_adapter(load_model(made.model), checkpoint)  # usable as it is
+    times = json.loads((checkpoint / "step_times.json").read_text())
+    assert len(times) == 4
+    (checkpoint / "step_times.json").write_text(json.dumps([1000.0] * 4))
     rest = run(made, tmp_path / "cut", method=method)
     assert rest.steps == 6
+    assert 4000 < rest.seconds < 4500  # those before the interruption and after it
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "content", ["[0.1, 0.", '{"a": 1}', "[null]", None], ids=["cut short", "mapping", "null", "missing"]
+)
+def test_a_checkpoint_with_damaged_times_is_gone_on_from(
+    recipe: Callable[..., Recipe], tmp_path: Path, content: str | None
+):
+    made = recipe(trainer__save_steps=100)
+    with pytest.raises(Interrupted) as caught:
+        run(made, tmp_path, InterruptAt(4))
+    assert caught.value.checkpoint is not None
+    times = caught.value.checkpoint / "step_times.json"
+    times.unlink() if content is None else times.write_text(content)
+    assert run(made, tmp_path).steps == 6
 
 
 def test_signal_in_the_last_step_loses_nothing(recipe: Callable[..., Recipe], tmp_path: Path):

@@ -21,6 +21,7 @@ from pica.experiments.allocation import RankAllocation
 from pica.experiments.distributed import in_any, leads, load_whole, wait
 from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
+from pica.experiments.output import write_json
 from pica.experiments.recipe import TrainerSection
 from pica.experiments.reporting import Advance, Reporter
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pica.experiments.pipelines import Pipeline
 
 _STATE = "trainer_state.json"  # the last file that the trainer writes into a checkpoint
+_TIMES = "step_times.json"  # and what is added to it
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Training:
 
     Attributes:
         steps: Optimizer steps.
-        seconds: Wall time of the steps that this process made, and of nothing else; processor time where it has one thread
-            and no accelerator, so that it does not depend on what else the machine does.
+        seconds: Wall time of the steps, those before a resume included, and of nothing else; processor time where there is
+            one thread and no accelerator, so that it does not depend on what else the machine does.
         step_seconds: Median time of a step, the first two left out; None for fewer than three steps.
         peak_memory: Highest memory use in MiB, see `PeakMemory`.
         curve: Points with step, epoch, loss, learning_rate, grad_norm.
@@ -84,7 +86,7 @@ def train(
     """
     resume_from = last_checkpoint(checkpoints)
     with stop_on_signal() as stop:
-        watcher = _Watcher(stop)
+        watcher = _Watcher(stop, [] if resume_from is None else _times_until(resume_from))
         trainer = pipeline.trainer(
             model,
             dataset,
@@ -178,11 +180,19 @@ def _readable(state: Path) -> bool:
         return False
 
 
+def _times_until(checkpoint: Path) -> list[float]:
+    """Seconds of each step before a checkpoint; none where it was stopped while they were written."""
+    try:
+        return [float(seconds) for seconds in json.loads((checkpoint / _TIMES).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
 class _Watcher(TrainerCallback):
     """Times the steps, moves the bar, and stops training with a checkpoint when asked to."""
 
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop, self.times, self.advance = stop, list[float](), _no_bar
+    def __init__(self, stop: StopRequest, times: list[float]) -> None:
+        self.stop, self.times, self.advance = stop, times, _no_bar
         self._begun, self._note = 0.0, ""
         # One thread on a processor: its own time is the step's, whatever else the machine does meanwhile.
         alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
@@ -204,6 +214,10 @@ class _Watcher(TrainerCallback):
             self.stop.made = True
         if self.stop.made and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if leads():
+            write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", _TIMES), self.times)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in (logs := kwargs.get("logs") or {}):
