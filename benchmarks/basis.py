@@ -9,6 +9,7 @@ import argparse
 import gc
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 os.environ["PICA_CACHE_DIR"] = ""  # solving is what is measured
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import describe_machine, interleaved, ratios, save, table
-from pica.basis import BasisRequest, solve_many
+from pica.basis import BasisRequest, Side, solve_many
 from pica.experiments.measuring import PeakMemory
 
 # q, k, v, up, down of one block: (out, in)
@@ -35,15 +36,26 @@ def weight(out: int, inn: int, seed: int) -> Tensor:
     return w * decay if inn <= out else w * decay[:, None]
 
 
-def measure(shapes: list[tuple[int, int]], rank: int, blocks: int, repetitions: int, warmup: int) -> dict[str, Any]:
+Load = Callable[[BasisRequest], tuple[Tensor, Side]]
+
+
+def task(shapes: list[tuple[int, int]], rank: int, blocks: int) -> tuple[list[Tensor], list[BasisRequest], Load]:
+    """The weights, and what `solve_many` takes to solve them."""
     weights = [weight(out, inn, seed) for seed in range(blocks) for out, inn in shapes]
     by_name = {str(i): w for i, w in enumerate(weights)}
-    requests = [BasisRequest(name, min(rank, *w.shape)) for name, w in by_name.items()]
+
+    def load(request: BasisRequest) -> tuple[Tensor, Side]:
+        w = by_name[request.name]
+        return w, "in" if w.shape[1] <= len(w) else "out"
+
+    return weights, [BasisRequest(name, min(rank, *w.shape)) for name, w in by_name.items()], load
+
+
+def measure(shapes: list[tuple[int, int]], rank: int, blocks: int, repetitions: int, warmup: int) -> dict[str, Any]:
+    weights, requests, load = task(shapes, rank, blocks)
 
     def pica() -> None:
-        solve_many(
-            requests, lambda r: (by_name[r.name], "in" if by_name[r.name].shape[1] <= len(by_name[r.name]) else "out")
-        )
+        solve_many(requests, load)
 
     def reference() -> None:
         for w in weights:
@@ -58,13 +70,7 @@ def beyond_gram(shapes: list[tuple[int, int]], rank: int) -> float:
 
     Measured on the second solve: the buffers that BLAS keeps for each thread are there before, once for the process.
     """
-    weights = {str(i): weight(out, inn, i) for i, (out, inn) in enumerate(shapes)}
-    requests = [BasisRequest(name, min(rank, *w.shape)) for name, w in weights.items()]
-
-    def load(request: BasisRequest) -> tuple[Tensor, Any]:
-        w = weights[request.name]
-        return w, "in" if w.shape[1] <= len(w) else "out"
-
+    _, requests, load = task(shapes, rank, 1)
     solve_many(requests, load)
     gc.collect()
     resting = psutil.Process().memory_info().rss / 2**20

@@ -107,7 +107,7 @@ def blas_threads() -> set[int]:
 def test_blas_has_its_threads_back_when_the_last_is_through() -> None:
     """Two that overlap, of which the first to come is the first to go."""
     with threadpool_limits(limits=2, user_api="blas"):
-        first, second = _lapack._one_blas_thread(), _lapack._one_blas_thread()
+        first, second = _lapack.one_blas_thread(), _lapack.one_blas_thread()
         first.__enter__()
         second.__enter__()
         assert blas_threads() == {1}

@@ -43,7 +43,7 @@ _limit: Any = None
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """BLAS with one thread until the last of those who asked for it is through."""
     global _limited, _limit
     with _limiting:
@@ -101,7 +101,7 @@ def eigenvectors(gram: Tensor, first: int, last: int) -> Tensor:
     """
     if not gram.is_contiguous():
         raise ValueError("eigenvectors needs a row-major matrix")
-    with _one_blas_thread() if len(gram) <= ONE_THREAD else nullcontext():
+    with one_blas_thread() if len(gram) <= ONE_THREAD else nullcontext():
         return _eigenvectors(gram, first, last)
 
 

@@ -15,10 +15,10 @@ from itertools import zip_longest
 from typing import TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pica.basis._lapack import one_blas_thread
 from pica.basis._precision import full_precision
 from pica.basis._split import SWITCH, Holdings, Solved, meet, process_index, share_out
 from pica.basis.cache import cached_solve_basis
@@ -183,7 +183,7 @@ def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that solve; linear algebra inside them (torch's, and scipy's BLAS) does not start threads of its own."""
     before = torch.get_num_threads()
     # the solver sets precision switches that are global, so they are set out here and stay as they are meanwhile
-    with full_precision(torch.device("cpu")), threadpool_limits(limits=1):
+    with full_precision(torch.device("cpu")), one_blas_thread():
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(
             workers, thread_name_prefix="pica-basis", initializer=torch.set_num_threads, initargs=(1,)

@@ -84,7 +84,7 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
 
 def _recipe(request: Request, adapter: Path | None) -> Recipe:
     """The request as a recipe: what it leaves open is that of the adapter's run, if there is one, else the defaults."""
-    run = run_of(adapter) if adapter else None
+    recorded = run = run_of(adapter) if adapter else None
     # Without a task in the request, that of the run; a run's data and prompt only make sense with its own task.
     name = request.task or (run.task.name if run else None)
     if name is None:
@@ -96,8 +96,8 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
     recipe = dataclasses.replace(run or Recipe(), model=ModelSection(path=request.model, revision=request.revision))
     if adapter is not None:
         recipe.model.path = base_of(adapter, request.base)
-    if adapter is not None and (its_run := run_of(adapter)):
-        recipe.model.quantization = its_run.model.quantization  # the basis may be of the quantised weights
+    if recorded is not None:  # whatever its task: the basis may be of the quantised weights
+        recipe.model.quantization = recorded.model.quantization
     recipe.model.dtype = request.dtype or (run.model.dtype if run else "float32")  # pyright: ignore[reportAttributeAccessIssue]
     changes = {
         name: getattr(request, name) for name in ("subset", "labels", "metric", "scoring", "template", "max_new_tokens")

@@ -79,13 +79,15 @@ class AdapterSlot(nn.ParameterDict):
         """
         own = None if self.fingerprint is None else self.fingerprint.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if own is not None and self.has_fingerprint() and not own.is_meta and not torch.equal(own, self._fingerprint()):
+        if (
+            own is not None
+            and self.has_fingerprint()
+            and not own.is_meta
+            and not torch.equal(own, cast(torch.Tensor, self.fingerprint))
+        ):
             self.unverified, self.taken_here = True, False
             for layer in self.layers.values():
                 layer.bank.unverified = True
-
-    def _fingerprint(self) -> torch.Tensor:
-        return cast(torch.Tensor, self.fingerprint)
 
     def keep_fingerprint_aside(self) -> None:
         """Leave the fingerprint out of state dicts; saving an adapter adds it anyway.

@@ -266,9 +266,7 @@ class PicaLinear(AdaptedLinear):
         """
         if request.checkpoint is None:
             own = self.frozen_weight()
-            # Minor directions are those that W shortens most: read from its output, they would be amplified rounding.
-            side = "in" if request.projection == "minor" else self.preferred_side(own)
-            return own, side, self.quantised_as
+            return own, self._own_side(request, own), self.quantised_as
         named = read_tensor(request.checkpoint, request.tensor, self.pica_name)
         named = named.flatten(1) if self.kernel_dims and named.ndim > 1 else named
         named = (named.T if self.is_transposed else named).to(self.compute_device_and_dtype()[0])
@@ -282,7 +280,7 @@ class PicaLinear(AdaptedLinear):
             wide = torch.promote_types(torch.promote_types(own.dtype, named.dtype), torch.float32)
             difference = float(torch.linalg.vector_norm(own.to(wide) - named.to(wide)))
             if difference == 0 and self.quantization_backend is None:
-                return own, "in" if request.projection == "minor" else self.preferred_side(own), ""
+                return own, self._own_side(request, own), ""
             size = float(torch.linalg.vector_norm(named, dtype=wide))
             if not difference <= FOREIGN_WEIGHT * size:
                 raise ConfigError(
@@ -290,6 +288,13 @@ class PicaLinear(AdaptedLinear):
                     f"differs by {difference / max(size, 1e-30):.0%} of its norm. Name the checkpoint that was quantised."
                 )
         return named, "in", NAMED
+
+    def _own_side(self, request: BasisRequest, weight: Tensor) -> Side:
+        """The side for a basis of the layer's own weight.
+
+        Minor directions are those that W shortens most: read from its output, they would be amplified rounding.
+        """
+        return "in" if request.projection == "minor" else self.preferred_side(weight)
 
     def preferred_side(self, weight: Tensor) -> Side:
         """The side with fewer features, unless the output side would be spoilt.

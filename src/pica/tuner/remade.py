@@ -39,9 +39,6 @@ class Remade:
         self._versions = [(source, _version(source)) for source in sources]
         self._again: Tensor | None = None
 
-    def make(self) -> Tensor:
-        return self._make()
-
     def again(self) -> Tensor:
         """The tensor, made once for all views of it that one backward pass asks for.
 
