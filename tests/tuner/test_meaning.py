@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import pica.basis._progress
@@ -510,3 +510,18 @@ def test_a_basis_that_is_put_right_in_inference_mode_can_be_trained_on(saved, mo
     for parameter in model.pica_M.parameters():
         parameter.requires_grad_(True)
     model(IDS, labels=IDS).loss.backward()
+
+
+def test_a_low_rank_weight_on_a_base_with_near_ties_is_a_mismatch(tmp_path):
+    def base(weight: Tensor) -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(16, 12, bias=False))
+        model[0].weight.data = weight
+        return model
+
+    left, right = (torch.linalg.qr(torch.randn(n, 12, generator=torch.Generator().manual_seed(n)))[0] for n in (12, 16))
+    low = left[:, :3] @ torch.diag(torch.tensor([3.0, 2.0, 1.0])) @ right[:, :3].T
+    model = get_peft_model(base(low), PicaConfig(r=8, target_modules=["0"], init_weights=False))  # pyright: ignore[reportArgumentType]
+    model.save_pretrained(str(tmp_path))
+    tied = left @ torch.diag(torch.tensor([3.0, 2.0, 1.0] + [0.5] * 9)) @ right.roll(1, dims=0).T
+    with pytest.raises(BasisMismatchError, match="another basis"):
+        PeftModel.from_pretrained(base(tied), str(tmp_path))

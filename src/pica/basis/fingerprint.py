@@ -367,7 +367,7 @@ def _rotate_clusters(
     off = np.sqrt(((rotation @ now - then) ** 2).mean(axis=1))
     if off.max() <= SUSPECT:
         return rotation
-    g = gains().double().cpu().numpy()
+    g = gains().double().cpu().numpy()[: len(now)]  # the weight may have more directions than the trained one had
     for gap in CLUSTER_GAPS:
         for first, last in _clusters(g, gap):
             rows = slice(first, last)

@@ -13,8 +13,8 @@ from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
-from pica.errors import AdapterFileError, BasisError, QuantisationError
-from pica.tuner.bank import AdapterSlot, PicaBank
+from pica.errors import BasisError, QuantisationError
+from pica.tuner.bank import PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
 from pica.tuner.quantised import KeptLayer, backend_of, carry_over, dequantised, kind_of, requantise, rounds_its_input
@@ -409,21 +409,11 @@ def verify_loaded(bank: PicaBank) -> None:
     """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.
 
     Raises:
-        BasisMismatchError, AdapterFileError: as `pica.tuner.meaning.establish_meaning`.
+        BasisMismatchError, AdapterFileError: as `pica.tuner.arrival.verify_arrived`; the adapter is taken out then.
     """
-    from pica.tuner.meaning import establish_meaning, take_fingerprint
+    from pica.tuner.arrival import verify_arrived
 
-    for name, module in bank.items():
-        slot = cast(AdapterSlot, module)
-        for key in slot.checks if slot.unverified else ():
-            if problem := slot.buffer_problem(key, slot.get_buffer(key), f"{key} of adapter {name!r}"):
-                raise AdapterFileError(f"The adapter file is damaged: {problem}.")
-        if slot.unverified and slot.fingerprint is not None and slot.has_fingerprint():
-            establish_meaning(bank, slot, name, slot.fingerprint, None)
-        elif slot.unverified and (own := take_fingerprint(slot, name)) is not None:
-            slot.set_fingerprint(own)  # a new adapter made from a saved adapter's configuration
-            slot.unverified = False
-    bank.refresh_unverified()
+    verify_arrived(bank)
 
 
 def _float_dtype(root: nn.Module | None) -> torch.dtype | None:

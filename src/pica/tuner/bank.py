@@ -9,6 +9,7 @@ that is not registered, and look their matrix up by name each time (casts and lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from pica.tuner.adapted import AdaptedLinear
+    from pica.tuner.banked import BankedModel
 
 BANK_NAME = "pica_M"
 SVFT_BANK = "svft_T"
@@ -28,6 +30,30 @@ HIDDEN_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module
 WRAPPERS = HIDDEN_WRAPPERS | {"_orig_mod"}
 
 
+@dataclass
+class Arrival:
+    """What is known of an adapter whose weights a loader is to bring, or has brought without asking anybody.
+
+    Attributes:
+        base_name: The base model that it was trained on, for messages.
+        from_zero: Whether its matrices are all zero until they are written.
+        active, trainable: The model's active adapters and trainable parameters before this adapter was added.
+        written: Groups that were seen to be written.
+        versions: Each matrix's version counter when the adapter was added.
+    """
+
+    base_name: str | None = None
+    from_zero: bool = False
+    active: list[str] = field(default_factory=list)
+    trainable: list[nn.Parameter] | None = None
+    written: set[str] = field(default_factory=set)
+    versions: dict[str, int] = field(default_factory=dict)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class AdapterSlot(nn.ParameterDict):
     """One adapter's matrices {group key: M (out, rank)}, with the fingerprint of the bases that give them meaning.
 
@@ -37,6 +63,7 @@ class AdapterSlot(nn.ParameterDict):
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
         taken_here: Whether the fingerprint was taken of the layers' bases as they are, and not read from a file.
         unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
+        arrival: What an adapter that a loader has yet to fill is held against; None once it has been.
         shapes: Of each matrix as a whole: a sharding framework may leave less of it in this process.
         checks: For each further buffer, what says what is wrong with its value; a function that can be pickled.
     """
@@ -49,6 +76,7 @@ class AdapterSlot(nn.ParameterDict):
         self.layers: dict[str, AdaptedLinear] = {}
         self.taken_here = False
         self.unverified = False
+        self.arrival: Arrival | None = None
         self.shapes: dict[str, torch.Size] = {}
         self.checks: dict[str, Callable[[torch.Tensor], str | None]] = {}
 
@@ -72,22 +100,56 @@ class AdapterSlot(nn.ParameterDict):
         with torch.inference_mode(False):  # a loader may write to it outside of that mode
             self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
 
+    # ---- loaders that write straight into the model ------------------------------------------------------------
+
+    def expect(self, arrival: Arrival) -> None:
+        """From now on the adapter is unverified, and what is written into it is noted."""
+        arrival.versions = {group: _version(matrix) for group, matrix in self.items()}
+        self.arrival = arrival
+        self._mark_unverified()
+
+    def _mark_unverified(self) -> None:
+        self.unverified, self.taken_here = True, False
+        for layer in self.layers.values():
+            layer.bank.unverified = True
+
+    def settle(self) -> None:
+        """The adapter's matrices are held to mean what they were trained as."""
+        self.unverified, self.arrival = False, None
+
+    def written(self) -> set[str]:
+        """Groups whose matrices somebody has written since `expect`."""
+        arrival = self.arrival
+        if arrival is None:
+            return set()
+        found = set(arrival.written)
+        for group, matrix in self.items():
+            if _version(matrix) > arrival.versions.get(group, 0):
+                found.add(group)
+            elif arrival.from_zero and not matrix.is_meta and bool(matrix.detach().any()):
+                found.add(group)  # written in a way that leaves no trace, such as `.data`
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        arrival = self.__dict__.get("arrival")
+        if arrival is not None and name in self._keys:  # transformers' loader replaces the parameter
+            arrival.written.add(name)
+        super().__setattr__(name, value)
+
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         """Torch's; a fingerprint other than the present one means matrices that were trained elsewhere.
 
         Their bases are held against it before the next forward pass. Whoever reads adapter files has done that before.
         """
         own = None if self.fingerprint is None else self.fingerprint.clone()
+        expected = self.arrival
+        if expected is None:  # to see which matrices this writes
+            self.arrival = Arrival(versions={group: _version(matrix) for group, matrix in self.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if (
-            own is not None
-            and self.has_fingerprint()
-            and not own.is_meta
-            and not torch.equal(own, cast(torch.Tensor, self.fingerprint))
-        ):
-            self.unverified, self.taken_here = True, False
-            for layer in self.layers.values():
-                layer.bank.unverified = True
+        if own is None or own.is_meta or torch.equal(own, cast(torch.Tensor, self.fingerprint)):
+            self.arrival = expected
+            return
+        self._mark_unverified()
 
     def keep_fingerprint_aside(self) -> None:
         """Leave the fingerprint out of state dicts; saving an adapter adds it anyway.
@@ -108,11 +170,13 @@ class PicaBank(nn.ModuleDict):
 
     Attributes:
         unverified: Whether some slot may be; layers look at it in each forward pass, so it is one flag for all of them.
+        tuner: Who added the last adapter, in a tuple, so that it is no child of the bank: for taking one out again.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.unverified = False
+        self.tuner: tuple[BankedModel, ...] = ()
         self._activated: tuple[tuple[str, ...], bool, set[str]] | None = None
 
     def matrices(self, adapter_name: str) -> AdapterSlot:

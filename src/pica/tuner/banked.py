@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pica.errors import ConfigError, ModuleError, PicaError, TargetError
 from pica.tuner.adapted import AdaptedLinear
-from pica.tuner.bank import BANK_NAMES, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
+from pica.tuner.bank import BANK_NAMES, Arrival, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.experts import ADAPTERS as EXPERT_ADAPTERS
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
@@ -26,7 +26,7 @@ from pica.tuner.parallel import check_gradient_reduction
 from pica.tuner.quantised import check_differentiable, keep_differentiable
 from pica.tuner.roles import Group
 from pica.tuner.sharding import from_first_process, loads_in_one_process
-from pica.tuner.state import remap_state, select_state, withdraw
+from pica.tuner.state import remap_state, select_state, slots_of, withdraw
 from pica.tuner.targets import (
     check_further_modules,
     check_targets,
@@ -34,7 +34,7 @@ from pica.tuner.targets import (
     further_modules,
     keep_from_bypassing,
 )
-from pica.tuner.undo import all_or_nothing
+from pica.tuner.undo import active_adapters, all_or_nothing
 
 # components of paths that lead to what adapters brought
 NOT_THE_MODELS = BANK_NAMES | {EXPERT_ADAPTERS}
@@ -77,7 +77,19 @@ class BankedModel(BaseTuner):
         if isinstance(peft_config, dict):  # from a PeftModel; PEFT's injection without one has no use for a task type
             for config in peft_config.values():
                 check_task_type(config, model)
-        super().__init__(model, peft_config, *args, **kwargs)
+        self.serves_peft_model = isinstance(peft_config, dict)
+        known = dict(getattr(model, "peft_config", None) or {})
+        try:
+            super().__init__(model, peft_config, *args, **kwargs)
+        except BaseException:
+            # PEFT has put the configuration into a mapping that it shares with the model, transformers has set its flag
+            shared = getattr(model, "peft_config", None)
+            if isinstance(shared, dict) and not self.serves_peft_model:
+                for name in [n for n in shared if n not in known]:
+                    del shared[name]
+            if not known and getattr(model, "_hf_peft_config_loaded", False):
+                model._hf_peft_config_loaded = False  # pyright: ignore[reportArgumentType] - transformers' own flag
+            raise
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -112,6 +124,8 @@ class BankedModel(BaseTuner):
         further = further_modules(self.peft_config[adapter_name])
         check_further_modules(further, f"{self.bank_name}.{adapter_name}")
         self._plan = None
+        active = active_adapters(model)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             with all_or_nothing(model, adapter_name):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -133,11 +147,10 @@ class BankedModel(BaseTuner):
             slot = bank.matrices(adapter_name)
             config = self.peft_config[adapter_name]
             loaded = getattr(config, "basis_format", None) is not None
-            brings_basis = loaded and getattr(config, "save_basis", False)
-            if loaded and not brings_basis:
+            if loaded:
                 # the trained one comes with the weights
                 slot.set_fingerprint(room_for_fingerprint(slot, adapter_name), taken_here=False)
-            elif not brings_basis:
+            else:
                 fingerprint = new_fingerprint(bank, slot, adapter_name)
                 if loads_in_one_process():
                     room = room_for_fingerprint(slot, adapter_name)
@@ -145,8 +158,12 @@ class BankedModel(BaseTuner):
                     slot.keep_fingerprint_aside()
                 if fingerprint is not None:
                     slot.set_fingerprint(fingerprint)
-            slot.unverified = loaded
-            bank.refresh_unverified()  # until its weights arrive, with the fingerprint that they were trained with
+            bank.tuner = (self,)
+            if loaded:  # until its weights arrive, with the fingerprint that they were trained with
+                base_name = getattr(config, "base_model_name_or_path", None)
+                from_zero = bool(getattr(config, "init_weights", True))
+                slot.expect(Arrival(base_name, from_zero, active, trainable))
+            bank.refresh_unverified()
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.
@@ -281,10 +298,12 @@ class BankedModel(BaseTuner):
             BasisMismatchError: the adapter was trained with another basis. An adapter that was just added for this is
                 taken out again.
         """
+        added_for_this = any(slot.unverified for _, _, slot in slots_of(model, adapter_name))
         try:
             return remap_state(model, config, adapter_name, state_dict)
-        except PicaError:
-            withdraw(model, adapter_name)
+        except BaseException:
+            if added_for_this:
+                withdraw(model, adapter_name)
             raise
 
     # ---- mixed batches, distributed training -------------------------------------------------------------------

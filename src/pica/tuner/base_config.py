@@ -14,7 +14,14 @@ from peft import PeftConfig, TaskType
 import pica._version
 from pica.basis.fingerprint import FORMAT_VERSION
 from pica.errors import ConfigError
-from pica.tuner.config_file import CONFIG, check_weights_file, pattern_problems, read_config_file, type_problems
+from pica.tuner.config_file import (
+    CONFIG,
+    check_weights_file,
+    known_fields,
+    pattern_problems,
+    read_config_file,
+    type_problems,
+)
 from pica.tuner.registration import ensure_peft_type
 from pica.tuner.roles import check_share
 
@@ -83,6 +90,12 @@ class BankedConfig(PeftConfig):
     pica_version: str | None = field(
         default=None, metadata={"help": "Version of pica that wrote the adapter; filled in by itself."}
     )
+
+    def __new__(cls: type[SelfConfig], *args: Any, **fields: Any) -> SelfConfig:
+        # PEFT hands on all that a file holds, its type included; of what a class does not know it only warns
+        if "peft_type" in fields:
+            known_fields(CONFIG, fields, {f.name for f in dataclasses.fields(cls)})
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in _ORDERED:

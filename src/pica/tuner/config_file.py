@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from pica.errors import AdapterFileError
 from pica.tuner.bank import BANK_NAMES
+
+logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Pickled by torch. PEFT would read it (with weights_only=True), and saves one where it is asked to.
@@ -30,7 +33,8 @@ def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict
         path: The file.
         fields: Names that it may hold.
     Raises:
-        AdapterFileError: it cannot be read, is no JSON object, or holds other fields.
+        AdapterFileError: it cannot be read, is no JSON object, or holds other fields with a value; those that are null,
+            false, {} or [] are noted and left out.
     """
     try:
         found = json.loads(Path(path).read_bytes().decode("utf-8"))
@@ -38,13 +42,30 @@ def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict
         raise AdapterFileError(f"{str(path)!r} cannot be read: {str(error) or type(error).__name__}.") from error
     if not isinstance(found, dict):
         raise AdapterFileError(f"{str(path)!r} must hold a JSON object, not a {type(found).__name__}.")
-    if unknown := sorted(set(found) - set(fields)):
+    return known_fields(str(path), found, fields)
+
+
+def known_fields(where: str, found: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """What a configuration file holds of `fields`; others without a value are noted and left out.
+
+    Raises:
+        AdapterFileError: it holds others with a value.
+    """
+    strange = sorted(set(found) - set(fields))
+    if valued := [name for name in strange if not _says_nothing(found[name])]:
         writer = found.get("pica_version") or "an unknown version"
         raise AdapterFileError(
-            f"{str(path)!r} holds fields that this version does not know: {', '.join(map(repr, unknown))}. It was written "
+            f"{where!r} holds fields that this version does not know: {', '.join(map(repr, valued))}. It was written "
             f"by pica {writer}; upgrade pica, or remove the fields if they are not pica's."
         )
-    return found
+    if strange:  # a later PEFT writes fields of its own into every adapter's file
+        names = ", ".join(map(repr, strange))
+        logger.warning("%r holds fields that this version does not know; they are empty and ignored: %s.", where, names)
+    return {name: value for name, value in found.items() if name in fields}
+
+
+def _says_nothing(value: object) -> bool:
+    return value is None or value is False or value == {} or value == []
 
 
 def check_weights_file(

@@ -163,7 +163,7 @@ def establish_meaning(
     """
     if (not new_bases and _has_already(slot, fingerprint)) or _known(bank, slot, adapter_name, fingerprint):
         slot.set_fingerprint(fingerprint, taken_here=False)
-        slot.unverified = False
+        slot.settle()
         return
     checks = check_fingerprint(slot, adapter_name, fingerprint)
     if bad := [c for c in checks if not c.acceptable]:
@@ -188,7 +188,7 @@ def establish_meaning(
             stacklevel=3,
         )
     slot.set_fingerprint(fingerprint, taken_here=False)
-    slot.unverified = False
+    slot.settle()
 
 
 def _siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[tuple[str, AdapterSlot]]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import re
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pica.basis import process_index
 from pica.errors import AdapterFileError
-from pica.tuner.bank import BANK_NAMES, AdapterSlot, PicaBank, find_banks, plain_name
+from pica.tuner.adapted import verify_loaded
+from pica.tuner.bank import BANK_NAMES, AdapterSlot, Arrival, PicaBank, find_banks, get_bank, plain_name
 from pica.tuner.meaning import BASIS_MARK, establish_meaning, stored_bases, stored_bases_installed, take_fingerprint
 from pica.tuner.sharding import placed_like
+
+if TYPE_CHECKING:
+    from pica.tuner.banked import BankedModel
 
 FINGERPRINT = "fingerprint"
 
 
-def _slots(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, AdapterSlot]]:
+def slots_of(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, AdapterSlot]]:
     return [(name, bank, bank.matrices(adapter_name)) for name, bank in find_banks(model) if adapter_name in bank]
 
 
@@ -29,9 +36,12 @@ def select_state(
 
     Raises:
         AdapterFileError: A matrix is not whole, or is missing, since the model is sharded and nobody has gathered it.
+        AdapterFileError, BasisMismatchError: A loader has just written the adapter, and it is refused.
     """
     selected: dict[str, Tensor] = {}
-    for bank_name, _, slot in _slots(model, adapter_name):
+    for bank_name, bank, slot in slots_of(model, adapter_name):
+        if slot.unverified:
+            verify_loaded(bank)
         prefix = f"{bank_name}.{adapter_name}."
         _check_gathered(slot, {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
         selected.update({plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)})
@@ -69,7 +79,7 @@ def remap_state(
         AdapterFileError, BasisMismatchError: see `PicaModel`.
     """
     renamed = dict(state_dict)
-    for bank_name, bank, slot in _slots(model, adapter_name):
+    for bank_name, bank, slot in slots_of(model, adapter_name):
         short_bank = plain_name(bank_name).removeprefix("base_model.model.")
         own = re.compile(rf"(base_model\.model\.)?{re.escape(short_bank)}\.(?P<entry>.+)")
         entries: dict[str, Tensor] = {}
@@ -79,13 +89,10 @@ def remap_state(
         bases = {k.removeprefix(BASIS_MARK): entries.pop(k) for k in list(entries) if k.startswith(BASIS_MARK)}
         fingerprint = entries.pop(FINGERPRINT, None)
         buffers = {k: entries.pop(k) for k in list(entries) if k in slot._buffers}
-        _check_matrices(slot, entries, short_bank)
+        check_matrices(slot, entries, short_bank)
         _check_buffers(slot, buffers, short_bank)
         if fingerprint is None:
-            raise AdapterFileError(
-                "The adapter file holds no basis fingerprint, so nobody can tell which basis it was trained with. It is "
-                "incomplete, or another program wrote it."
-            )
+            raise AdapterFileError(no_fingerprint(adapter_name))
         base_name = getattr(config, "base_model_name_or_path", None)
         with stored_bases_installed(slot, adapter_name, bases):
             establish_meaning(bank, slot, adapter_name, fingerprint, base_name, new_bases=bool(bases))
@@ -100,7 +107,23 @@ def remap_state(
     return renamed
 
 
-def _check_matrices(slot: AdapterSlot, entries: dict[str, Tensor], bank: str) -> None:
+def no_fingerprint(adapter_name: str) -> str:
+    return (
+        f"The file of adapter {adapter_name!r} holds no basis fingerprint, so nobody can tell which basis it was trained "
+        "with. It is incomplete, or another program wrote it."
+    )
+
+
+def check_matrices(slot: AdapterSlot, entries: Mapping[str, Tensor], bank: str) -> None:
+    """Refuse matrices that do not fit the slot's groups; on the meta device only their shapes are looked at.
+
+    Args:
+        slot: The adapter's groups.
+        entries: What was found, by group.
+        bank: The bank's name, for messages.
+    Raises:
+        AdapterFileError: a matrix is missing, not expected, not finite or of another shape; names them.
+    """
     problems = [f"{bank}.{k} is not expected" for k in entries if k not in slot]
     for group, matrix in slot.items():
         value = entries.get(group)
@@ -133,11 +156,45 @@ def _check_buffers(slot: AdapterSlot, found: dict[str, Tensor], bank: str) -> No
 
 
 def withdraw(model: Any, adapter_name: str) -> None:
-    """Take an adapter out again whose weights could not be loaded, if it was added for that; leave others alone."""
-    slots = _slots(model, adapter_name)
-    if not any(slot.unverified for _, _, slot in slots) or not hasattr(model, "peft_config"):
+    """Take an adapter out again whose weights could not be loaded; others stay as they are."""
+    for _, bank, slot in slots_of(model, adapter_name):
+        if bank.tuner:
+            take_out(bank.tuner[0], adapter_name, slot.arrival)
+
+
+def take_out(tuner: BankedModel, adapter_name: str, arrival: Arrival | None) -> None:
+    """Take an adapter out of its model, which then computes as before it was added.
+
+    Args:
+        tuner: Who added it; PEFT and transformers share its mapping of configurations.
+        adapter_name: The adapter.
+        arrival: How the model was before; None where nobody remembers.
+    """
+    root, configs = tuner.model, tuner.peft_config
+    if adapter_name not in configs:
         return
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    elif hasattr(model, "base_model") and hasattr(model.base_model, "unload"):
-        model.base_model.unload()
+    if len(configs) > 1:
+        tuner.delete_adapter(adapter_name)
+        if bank := get_bank(root, tuner.bank_name):
+            if adapter_name in bank:
+                del bank[adapter_name]
+            bank.refresh_unverified()
+        if arrival is not None and arrival.active:
+            _activate(root, arrival.active)
+            tuner.active_adapter = list(arrival.active)
+    else:
+        tuner.unload()
+        configs.pop(adapter_name, None)
+        if getattr(root, "_hf_peft_config_loaded", False):
+            root._hf_peft_config_loaded = False  # pyright: ignore[reportArgumentType] - transformers' own flag
+    if arrival is not None and arrival.trainable is not None:
+        trainable = {id(p) for p in arrival.trainable}
+        for parameter in root.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(id(parameter) in trainable)
+
+
+def _activate(root: nn.Module, names: list[str]) -> None:
+    for module in root.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            module.set_adapter(list(names))

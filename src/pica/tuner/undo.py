@@ -12,6 +12,11 @@ from torch import nn
 from pica.tuner.bank import PicaBank
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that a model's layers use now."""
+    return next((list(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
+
+
 @contextmanager
 def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Whatever ends the block early leaves `model` as it was: its modules, active adapters and `requires_grad` flags.
