@@ -32,11 +32,18 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
 
 
 def base(seed: int = 0) -> LlamaForCausalLM:
-    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3)).eval()
+        return LlamaForCausalLM(config).eval()
 
 
 def logits(model: nn.Module) -> Tensor:

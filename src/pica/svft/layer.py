@@ -109,6 +109,26 @@ class SvftLinear(AdaptedLinear):
             kept = lasting(tensor.to(device=device, dtype=dtype).contiguous())
             self.register_buffer(f"svft_basis_{side}_{key}", kept, persistent=False)
         self._usable[key] = basis.usable
+        self.note_weight()
+
+    def forget_bases(self) -> None:
+        for key in list(self._usable):
+            for side in ("left", "right"):
+                delattr(self, f"svft_basis_{side}_{key}")
+        self._bases_forgotten = bool(self._usable)
+        self._usable.clear()
+        self.svft_basis = dict.fromkeys(self.svft_basis, SHARED)
+
+    def solve_again(self) -> None:
+        if self._bases_forgotten:
+            for name in self.svft_basis:
+                self.sides(name)
+            self._bases_forgotten = False
+
+    def forget_choices(self, adapter_name: str) -> None:
+        if self.svft_entries[adapter_name].pattern == "top_k":
+            slot, key = self.bank.matrices(adapter_name), positions_key(self.pica_group[adapter_name])
+            setattr(slot, key, torch.empty_like(slot.get_buffer(key), device="meta"))
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
         """(U, V^T) that adapter `name` uses, solved now if the weight was on the meta device when it was added."""

@@ -20,6 +20,10 @@ from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_pos
 from pica.tuner.quantised import KeptLayer, backend_of, carry_over, dequantised, kind_of, requantise, rounds_its_input
 from pica.tuner.sharding import in_parts, whole
 
+WEIGHT_SAMPLES = 64
+# Largest deviation of a weight's sample, relative to its norm, at which it counts as the same: bfloat16 rounds by 0.2%.
+SAME_WEIGHT = 1e-2
+
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer (Conv1D, 1x1 convolution, embedding) y = W x + b, to which adapters add updates of W.
@@ -43,6 +47,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._unmerged_weight: Tensor | None = None  # W before the first merge
         self._kept: KeptLayer | None = None  # the same of a quantised layer
         self._tied_weight: nn.Parameter | None = None  # what the layer had before a merge untied it
+        self._bases_forgotten = False
+        self._weight_seen: Tensor | None = None  # a sample of the weight that the layer's bases are of
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
@@ -88,6 +94,17 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     @abstractmethod
     def limit_basis(self, name: str, usable: int) -> None:
         """Leave adapter `name` its first `usable` directions only, in this layer."""
+
+    @abstractmethod
+    def forget_bases(self) -> None:
+        """Drop the bases that were made from the layer's own weight; they are made again when they are needed."""
+
+    @abstractmethod
+    def solve_again(self) -> None:
+        """Make the bases again that were dropped, if any were."""
+
+    def forget_choices(self, adapter_name: str) -> None:
+        """Drop what else of an adapter was chosen by the weight."""
 
     @abstractmethod
     def move_basis(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -207,6 +224,41 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = getattr(base, "W_q" if self.quantised_as == "hqq" else "weight", None)
         return weight if isinstance(weight, Tensor) else torch.empty(0)
+
+    def note_weight(self) -> None:
+        """Remember what the weight looks like of which a basis has just been made."""
+        self._weight_seen = self._weight_sample()
+
+    def weight_deviation(self) -> float:
+        """How far the weight is from the one that the bases are of, in a sample, relative to its norm.
+
+        0 where that cannot be seen: without bases, or where the weight is packed, in parts or on the meta device.
+        """
+        seen, now = self._weight_seen, self._weight_sample()
+        if seen is None or now is None or seen.shape != now.shape:
+            return 0.0
+        size = float(torch.linalg.vector_norm(seen))
+        return float(torch.linalg.vector_norm(now - seen)) / max(size, 1e-30)
+
+    def _weight_sample(self) -> Tensor | None:
+        """Some of the unmerged weight's numbers, float64, on the CPU."""
+        weight = self.raw_weight() if self._unmerged_weight is None else self._unmerged_weight
+        plain = (
+            type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and self.quantization_backend is None
+        )
+        if not plain or weight.is_meta or in_parts(weight) or weight.numel() != self.in_features * self.out_features:
+            return None
+        flat = weight.detach()
+        flat = (flat if flat.is_contiguous() else flat.T).reshape(-1)
+        return flat[:: max(1, len(flat) // WEIGHT_SAMPLES)].to("cpu", torch.float64)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Torch's, called before the base layer's own: a new weight has another basis."""
+        from pica.tuner.rebase import loaded_weight_differs, rebase
+
+        if f"{prefix}base_layer.weight" in state_dict and loaded_weight_differs(self, state_dict, prefix):
+            rebase(self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- merging -----------------------------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ def _bank_name(slot: AdapterSlot) -> str:
 def _as_checked(slot: AdapterSlot, group: str) -> Tensor:
     """What is here of a written matrix; where processes share it, no more than its shape can be checked."""
     matrix = slot[group].detach()
-    if is_dtensor(matrix) or (process_count() > 1 and matrix.shape != slot.shapes.get(group, matrix.shape)):
-        return torch.empty(slot.shapes.get(group, matrix.shape), dtype=matrix.dtype, device="meta")
+    shape = slot.shapes.get(group) or matrix.shape
+    if is_dtensor(matrix) or (process_count() > 1 and matrix.shape != shape):
+        return torch.empty(tuple(shape), dtype=matrix.dtype, device="meta")
     return matrix

@@ -65,6 +65,7 @@ class AdapterSlot(nn.ParameterDict):
         unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
         arrival: What an adapter that a loader has yet to fill is held against; None once it has been.
         shapes: Of each matrix as a whole: a sharding framework may leave less of it in this process.
+        drawn: The version counter of each matrix that began with random numbers.
         checks: For each further buffer, what says what is wrong with its value; a function that can be pickled.
     """
 
@@ -78,6 +79,7 @@ class AdapterSlot(nn.ParameterDict):
         self.unverified = False
         self.arrival: Arrival | None = None
         self.shapes: dict[str, torch.Size] = {}
+        self.drawn: dict[str, int] = {}
         self.checks: dict[str, Callable[[torch.Tensor], str | None]] = {}
 
     def add_buffer(
@@ -99,6 +101,19 @@ class AdapterSlot(nn.ParameterDict):
     def set_fingerprint(self, fingerprint: torch.Tensor, *, taken_here: bool = True) -> None:
         with torch.inference_mode(False):  # a loader may write to it outside of that mode
             self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
+
+    def forget_fingerprint(self) -> None:
+        """Leave room only, until one is taken again."""
+        if self.fingerprint is not None:
+            self.set_fingerprint(torch.zeros_like(self.fingerprint))
+
+    def untouched(self) -> bool:
+        """Whether every matrix is as it was made, or zero: it means nothing yet, in whatever basis."""
+        return all(
+            not matrix.is_meta
+            and (group in self.drawn and _version(matrix) <= self.drawn[group] or not bool(matrix.detach().any()))
+            for group, matrix in self.items()
+        )
 
     # ---- loaders that write straight into the model ------------------------------------------------------------
 
@@ -215,7 +230,10 @@ class PicaBank(nn.ModuleDict):
             self[adapter_name] = AdapterSlot()
         if group not in self.matrices(adapter_name):
             self.matrices(adapter_name)[group] = nn.Parameter(matrix)
-            self.matrices(adapter_name).shapes[group] = matrix.shape
+            slot = self.matrices(adapter_name)
+            slot.shapes[group] = matrix.shape
+            if not matrix.is_meta and bool(matrix.any()):
+                slot.drawn[group] = _version(slot[group])
             self._activated = None
 
 

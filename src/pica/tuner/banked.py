@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pica.errors import ConfigError, ModuleError, PicaError, TargetError
-from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.adapted import SAME_WEIGHT, AdaptedLinear
 from pica.tuner.bank import BANK_NAMES, Arrival, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.experts import ADAPTERS as EXPERT_ADAPTERS
@@ -24,6 +24,7 @@ from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
 from pica.tuner.quantised import check_differentiable, keep_differentiable
+from pica.tuner.rebase import rebase
 from pica.tuner.roles import Group
 from pica.tuner.sharding import from_first_process, loads_in_one_process
 from pica.tuner.state import remap_state, select_state, slots_of, withdraw
@@ -151,13 +152,13 @@ class BankedModel(BaseTuner):
                 # the trained one comes with the weights
                 slot.set_fingerprint(room_for_fingerprint(slot, adapter_name), taken_here=False)
             else:
+                room = room_for_fingerprint(slot, adapter_name)
                 fingerprint = new_fingerprint(bank, slot, adapter_name)
                 if loads_in_one_process():
-                    room = room_for_fingerprint(slot, adapter_name)
                     fingerprint = from_first_process(room if fingerprint is None else fingerprint)
                     slot.keep_fingerprint_aside()
-                if fingerprint is not None:
-                    slot.set_fingerprint(fingerprint)
+                # room for one where the weights are still to come, perhaps in a state dict that brings it
+                slot.set_fingerprint(room if fingerprint is None else fingerprint, taken_here=fingerprint is not None)
             bank.tuner = (self,)
             if loaded:  # until its weights arrive, with the fingerprint that they were trained with
                 base_name = getattr(config, "base_model_name_or_path", None)
@@ -200,6 +201,10 @@ class BankedModel(BaseTuner):
 
     def _ensure_plan(self, peft_config: PeftConfig, adapter_name: str) -> AdapterPlan:
         if self._plan is None:
+            for layer in self._layers():
+                if layer.weight_deviation() > SAME_WEIGHT:
+                    rebase(layer)
+                layer.solve_again()
             self._plan = self._make_plan(peft_config)
             self._forget_stranded_adapters()
             keys = [g.key for g in self._plan.groups.values()]

@@ -91,7 +91,7 @@ class BankedConfig(PeftConfig):
         default=None, metadata={"help": "Version of pica that wrote the adapter; filled in by itself."}
     )
 
-    def __new__(cls: type[SelfConfig], *args: Any, **fields: Any) -> SelfConfig:
+    def __new__(cls, *args: Any, **fields: Any) -> Any:
         # PEFT hands on all that a file holds, its type included; of what a class does not know it only warns
         if "peft_type" in fields:
             known_fields(CONFIG, fields, {f.name for f in dataclasses.fields(cls)})

@@ -32,6 +32,7 @@ SAME_DIRECTION = 1 - 1e-4
 # quantised: int8 differs by 1%, NF4 by 9%, FP4 by 13%, another model's weight by 140%.
 FOREIGN_WEIGHT = 0.6
 NAMED = ORIGINS[1]
+FROM_FILE = "file"  # the solver of a basis that came with an adapter
 
 
 class PicaLinear(AdaptedLinear):
@@ -100,6 +101,7 @@ class PicaLinear(AdaptedLinear):
         # The projector is derived from the base weight, so no state dict holds it; `save_basis` stores it on request.
         self.register_buffer(buffer_name(projection), self._placed(basis.projector), persistent=False)
         self._made[projection] = (basis.side, basis.solver)
+        self.note_weight()
 
     def _placed(self, projector: Tensor) -> Tensor:
         device, dtype = self.compute_device_and_dtype()
@@ -152,6 +154,19 @@ class PicaLinear(AdaptedLinear):
             self._made.pop(key, None)
             if self.projector(key) is not None:
                 delattr(self, buffer_name(key))
+
+    def forget_bases(self) -> None:
+        for key, request in self.requests.items():
+            if request.checkpoint is None and key in self._made and self.solver(key) != FROM_FILE:
+                delattr(self, buffer_name(key))
+                del self._made[key]
+                self._bases_forgotten = True
+
+    def solve_again(self) -> None:
+        if self._bases_forgotten:
+            for key in list(self.requests):
+                self.require_projector(key)
+            self._bases_forgotten = False
 
     def turn_basis(self, name: str, rotation: Tensor) -> None:
         """Replace the first rows P of adapter `name`'s basis by R P; `rotation` R is (k, k), orthogonal."""

@@ -29,7 +29,7 @@ from pica.basis.fingerprint import (
 )
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuner.bank import AdapterSlot, PicaBank
-from pica.tuner.layer import NAMED, PicaLinear
+from pica.tuner.layer import FROM_FILE, NAMED, PicaLinear
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
 def room_for_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor:
     """Zeros, as many bytes as the adapter's fingerprint has: for a loader that writes a stored one into the model."""
     ranks = [layer.direction_count(adapter_name) for layer in slot.layers.values()]
-    return torch.zeros(encoded_size(ranks, *_mode(slot, adapter_name)), dtype=torch.uint8)
+    return torch.zeros(encoded_size(ranks, *_mode(slot, adapter_name)), dtype=torch.uint8, device="cpu")
 
 
 def _mode(slot: AdapterSlot, adapter_name: str) -> tuple[Mode, int]:
@@ -336,7 +336,7 @@ def stored_bases_installed(slot: AdapterSlot, adapter_name: str, stored: Mapping
         for path, layer in layers.items():
             side = "in" if stored[path].shape[1] == layer.in_features else "out"
             projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
-            basis = Basis(projector, side, projector.new_zeros(0), "principal", "file")
+            basis = Basis(projector, side, projector.new_zeros(0), "principal", FROM_FILE)
             before[path] = layer.use_stored_basis(adapter_name, basis)
         yield
     except BaseException:

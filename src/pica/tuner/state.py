@@ -17,6 +17,7 @@ from pica.errors import AdapterFileError
 from pica.tuner.adapted import verify_loaded
 from pica.tuner.bank import BANK_NAMES, AdapterSlot, Arrival, PicaBank, find_banks, get_bank, plain_name
 from pica.tuner.meaning import BASIS_MARK, establish_meaning, stored_bases, stored_bases_installed, take_fingerprint
+from pica.tuner.rebase import follow_weights
 from pica.tuner.sharding import placed_like
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def select_state(
     for bank_name, bank, slot in slots_of(model, adapter_name):
         if slot.unverified:
             verify_loaded(bank)
+        if slot.has_fingerprint():
+            follow_weights(slot, adapter_name, stores_basis=bool(getattr(config, "save_basis", False)))
         prefix = f"{bank_name}.{adapter_name}."
         _check_gathered(slot, {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
         selected.update({plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)})
