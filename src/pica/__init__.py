@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pica.adapters.lora_export import export_lora
     from pica.adapters.pipelines import load_into_pipeline
     from pica.adapters.reference import import_reference
-    from pica.adapters.saving import save_adapter
+    from pica.adapters.saving import save_adapter, save_whole
     from pica.adapters.verify import verify
     from pica.basis.cache import use_basis_cache
     from pica.svft.config import SvftConfig
@@ -41,6 +41,7 @@ __all__ = [
     "load_into_pipeline",
     "register",
     "save_adapter",
+    "save_whole",
     "use_basis_cache",
     "verify",
 ]
@@ -56,6 +57,7 @@ _HOMES = {
     "import_reference": "pica.adapters.reference",
     "load_into_pipeline": "pica.adapters.pipelines",
     "save_adapter": "pica.adapters.saving",
+    "save_whole": "pica.adapters.saving",
     "use_basis_cache": "pica.basis.cache",
     "verify": "pica.adapters.verify",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
 import signal
 import sys
 import time
@@ -17,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pica import PicaConfig, save_adapter
+from pica import PicaConfig, save_adapter, save_whole
 from pica.adapters import folders
 from pica.errors import AdapterFileError, ConfigError, OutputError
 
@@ -252,3 +254,68 @@ def test_other_folders_are_left_alone_and_old_leftovers_removed(tmp_path: Path):
     save_adapter(adapted(1.0), tmp_path / "adapter")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".adapter.2.partial", ".other.1.partial", "adapter", "thesis"]
+
+
+# ---- saves by Trainer and push_to_hub --------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def save_killed_at(model: PeftModel, folder: Path, moment: int) -> bool:
+    """Save in a child that is killed at its `moment`-th touch of the folder or what lies beside; whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = moment
+
+        def count(event: str, args: tuple) -> None:
+            nonlocal left
+            if event.startswith(("open", "os.", "shutil.")) and any(str(folder.parent) in str(a) for a in args):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            model.save_pretrained(str(folder))
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
+@pytest.mark.parametrize("within", [False, True], ids=["a checkpoint's folder", "with checkpoints within"])
+def test_a_killed_save_of_a_trainer_leaves_whole_files(tmp_path: Path, within: bool):
+    folder = tmp_path / "there" / "out"
+    old = get_peft_model(nn.Sequential(nn.Linear(6, 8)), PicaConfig(r=2, target_modules=["0"]))  # pyright: ignore[reportArgumentType]
+    old.save_pretrained(str(folder))
+    (folder / "optimizer.pt").write_bytes(b"others'")
+    if within:
+        (folder / "checkpoint-1").mkdir()
+        (folder / "checkpoint-1" / "x").write_bytes(b"others'")
+    before = files_of(folder)
+    new = save_whole(get_peft_model(nn.Sequential(nn.Linear(6, 8)), PicaConfig(r=3, target_modules=["0"])))  # pyright: ignore[reportArgumentType]
+    new.save_pretrained(str(tmp_path / "after"))
+    after = {**before, **files_of(tmp_path / "after")}
+    killed, moment = True, 0
+    while killed:
+        killed = save_killed_at(new, folder, moment)
+        found = {name: data for name, data in files_of(folder).items() if ".partial" not in name}
+        if within:
+            assert all(data in (before[name], after[name]) for name, data in found.items()), moment
+            assert found.keys() == before.keys(), moment
+        else:
+            assert found in (before, after), moment
+        moment += 1
+    assert found == after
+    assert moment > 8
+
+
+def test_a_model_that_saves_whole_is_copied_and_pickled_like_others(tmp_path: Path):
+    model = save_whole(get_peft_model(nn.Sequential(nn.Linear(6, 8)), PicaConfig(r=2, target_modules=["0"])))  # pyright: ignore[reportArgumentType]
+    copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for number, other in enumerate((model, copied, loaded)):
+        other.save_pretrained(str(tmp_path / str(number)), True, ["default"])
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert copied.save_pretrained.__self__ is copied  # pyright: ignore[reportFunctionMemberAccess]

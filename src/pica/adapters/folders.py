@@ -71,8 +71,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             _remove_leftovers(target)
             yield partial
             for path in partial.rglob("*"):
-                _flush(path)
-            _flush(partial)
+                flush(path)
+            flush(partial)
             _put_in_place(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +129,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
         except BaseException:  # also an interrupt: without this there would be no folder under its name
             os.rename(old, target)
             raise
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -147,7 +147,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file's or folder's content on disk before a rename is, so that a power cut cannot leave empty files."""
     handle = os.open(path, os.O_RDONLY)
     try:

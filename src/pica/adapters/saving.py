@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from types import MethodType
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pica.adapters.folders import new_folder
+from pica.adapters.folders import atomic_folder, flush, new_folder, translated_write_errors
 from pica.errors import AdapterFileError, ConfigError, OutputError
 from pica.tuner.sharding import is_dtensor
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONVERSION = "path_initial_model_for_weight_conversion"  # of PEFT's save_pretrained
 
 
 def save_adapter(
@@ -63,22 +68,76 @@ def save_adapter(
                 f"{name} of adapter {adapter_name!r} holds NaN or infinity, so nothing was written to {str(target)!r}; "
                 "its training went wrong, go back to an earlier checkpoint."
             )
-    with new_folder(target, overwrite=True) as partial:
+    with new_folder(target, overwrite=True) as beside:
         model.save_pretrained(
-            str(partial),
+            str(beside),
             selected_adapters=[adapter_name],
             save_embedding_layers=save_embedding_layers,
             state_dict=state_dict,
         )
-        inner = partial / adapter_name  # where PEFT puts every adapter but "default"
+        inner = beside / adapter_name  # where PEFT puts every adapter but "default"
         if adapter_name != "default":
             for path in list(inner.iterdir()):
-                os.rename(path, partial / path.name)
+                os.rename(path, beside / path.name)
             inner.rmdir()
-        _check_written(partial, expected, target)
-        type(model.peft_config[adapter_name]).from_pretrained(str(partial))
+        _check_written(beside, expected, target)
+        type(model.peft_config[adapter_name]).from_pretrained(str(beside))
         if target.is_dir():
-            _keep_other_files(target, partial)
+            _keep_other_files(target, beside)
+
+
+def save_whole(model: PeftModel) -> PeftModel:
+    """Have `save_pretrained` of this one model leave whole files only, whenever it is interrupted.
+
+    PEFT's writes in place. Trainer, SFTTrainer and `push_to_hub` call it on the model that they are given, so after this
+    they save whole, too. Arguments and files are PEFT's. The files are written beside and flushed, and then take their
+    places: all in one step where the folder has no folders within, as a checkpoint's; else each file in one step, the
+    configuration last.
+
+    Args:
+        model: A PeftModel, with adapters of any method. Other models are left alone, and so is a pickled copy.
+    Returns:
+        The same model.
+    """
+
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        _save_whole(partial(type(self).save_pretrained, self), save_directory, args, kwargs)
+
+    model.save_pretrained = MethodType(save_pretrained, model)  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def _save_whole(write: Callable[..., None], save_directory: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    target = Path(save_directory).expanduser()
+    asked = inspect.signature(write).bind(save_directory, *args, **kwargs).arguments
+    # where PEFT converts weights, it reads another folder within that one; none of the methods here does that
+    if not asked.get("is_main_process", True) or target.is_file() or asked.get(_CONVERSION) is not None:
+        write(save_directory, *args, **kwargs)
+        return
+    if not target.is_dir() or not any(path.is_dir() for path in target.iterdir()):
+        with atomic_folder(target) as beside:
+            _write_beside(write, beside, target, args, kwargs)
+            if target.is_dir():
+                _keep_other_files(target, beside)
+        return
+    with translated_write_errors(target), TemporaryDirectory(prefix=".", suffix=".partial", dir=target) as name:
+        beside = Path(name)
+        _write_beside(write, beside, target, args, kwargs)
+        files = [path for path in beside.rglob("*") if path.is_file()]
+        for path in files:
+            flush(path)
+        for path in sorted(files, key=lambda path: path.name == CONFIG):
+            place = target / path.relative_to(beside)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
+
+
+def _write_beside(
+    write: Callable[..., None], beside: Path, target: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if (card := target / "README.md").is_file():
+        shutil.copy2(card, beside / card.name)  # PEFT goes on from what is there
+    write(str(beside), *args, **kwargs)
 
 
 def save_adapters(models: Mapping[str, PeftModel], folder: Path) -> None:
@@ -91,12 +150,12 @@ def save_adapters(models: Mapping[str, PeftModel], folder: Path) -> None:
     if not others:
         save_adapter(first, folder, save_embedding_layers=False)
         return
-    with new_folder(folder, overwrite=True) as partial:
-        save_adapter(first, partial, save_embedding_layers=False)
+    with new_folder(folder, overwrite=True) as beside:
+        save_adapter(first, beside, save_embedding_layers=False)
         for name, model in others:
-            save_adapter(model, partial / name, save_embedding_layers=False)
+            save_adapter(model, beside / name, save_embedding_layers=False)
         if folder.is_dir():
-            _keep_other_files(folder, partial)
+            _keep_other_files(folder, beside)
 
 
 def _check_written(partial: Path, expected: dict[str, Tensor], target: Path) -> None:
