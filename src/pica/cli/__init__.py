@@ -20,6 +20,7 @@ from pica._version import __version__
 from pica.errors import LaunchError, PicaError
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.output import disk_is_full
+from pica.foreign_code import FLAG
 
 COMMANDS = {
     "train": "fine-tune a model and measure what it gained; no arguments: a small example that needs no download",
@@ -166,7 +167,8 @@ def _how_to_go_on(stopped: Interrupted) -> str:
         return (
             f"Interrupted; finished cells are kept in {str(stopped.folder)!r}; the same command goes on with the rest."
         )
-    return f"Interrupted; {where}. Continue with: pica train --resume {shlex.quote(str(stopped.folder))}"
+    again = f" {FLAG}" if stopped.trusted else ""
+    return f"Interrupted; {where}. Continue with: pica train --resume {shlex.quote(str(stopped.folder))}{again}"
 
 
 def first_process() -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pica.errors import ConfigError
+from pica.foreign_code import FLAG
 
 if TYPE_CHECKING:
     from pica.experiments.cells import Cell
@@ -27,6 +28,7 @@ options:
   --seeds NUMBERS      in place of the comparison's, for instance 0,1,2; the first one chooses the learning rates
   --workers N          cells at a time, each with its share of the cores (default 1; times are then free of each other)
   --retry-failed       run cells again that failed
+  --trust-remote-code  run Python code that comes with the base model; only for authors you trust
   --list               show the rows and how many trainings they need, and do nothing
   --section.field V    set a field of the recipe in every cell, for instance --trainer.max_steps 30
   --help               show this text
@@ -93,7 +95,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     Raises:
         ConfigError: An option is unknown or has no value, or there are two comparisons.
     """
-    flags, valued = {"--retry-failed", "--list"}, {"-o", "--output", "--methods", "--seeds", "--workers"}
+    flags, valued = {"--retry-failed", "--list", FLAG}, {"-o", "--output", "--methods", "--seeds", "--workers"}
     reference: str | None = None
     overrides: list[tuple[str, Any]] = []
     options: dict[str, Any] = {}
@@ -121,6 +123,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
             options["output" if name == "-o" else name.removeprefix("--")] = value
         else:
             overrides.append((name.removeprefix("--"), value))
+    if options.get("trust_remote_code"):
+        overrides.append(("model.trust_remote_code", True))
     for key, _ in overrides:
         if key in ("trainer.seed", "trainer.learning_rate", "trainer.learning_rates") or key.startswith("baseline."):
             raise ConfigError(

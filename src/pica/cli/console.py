@@ -108,9 +108,11 @@ def quiet_libraries() -> None:
     """Turn off bars and notes of the libraries underneath, whose messages name nothing a user of ours wrote."""
     import datasets
     import transformers
+    from transformers import dynamic_module_utils
 
     for library in ("transformers", "trl", "peft"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it then refuses where it would ask whether to run a model's code
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import add_trust
+
 EPILOG = """examples:
   pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
   pica evaluate out/adapter --data test.jsonl -o answers.jsonl
@@ -52,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="problems at once (default: 32)")
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the model")
     made.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    add_trust(made)
     made.add_argument("-o", "--output", type=Path, metavar="FILE", help="write every prediction to this .jsonl file")
     made.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return made

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import add_trust
+
 EPILOG = """examples:
   pica export pica-arithmetic-tiny -o lora                       exact: same outputs, no pica needed
   pica export out/adapter -o lora --for vllm                     a rank and precision that vLLM serves
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--fill-siblings", action="store_true", help="zero adapters for the rest of q/k/v and gate/up")
     made.add_argument("--base-model-name", metavar="NAME", help="base model to record in the result")
     made.add_argument("--revision", help="branch, tag or commit of the base model, to load and to record")
+    add_trust(made)
     made.add_argument("--no-check", action="store_true", help="do not reload and compare")
     made.add_argument("--overwrite", action="store_true", help="replace an adapter in DIR")
     return made
@@ -84,6 +87,7 @@ def run(arguments: Sequence[str]) -> int:
             base_model_name=given.base_model_name,
             revision=given.revision,
             check=not given.no_check,
+            trust_remote_code=given.trust_remote_code,
             overwrite=given.overwrite,
             on_plan=show,
         )

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pica.cli.options import add_trust
+
 if TYPE_CHECKING:
     from pica.experiments.planning import Estimate
 
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     made.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    add_trust(made)
     made.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     return made
 
@@ -97,6 +100,7 @@ def run(arguments: Sequence[str]) -> int:
             quantization=given.quantization,
             checkpointing=given.checkpointing,
             revision=given.revision,
+            trust_remote_code=given.trust_remote_code,
         )
         found = estimate(question, progress=status.update)
     if given.json:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pica.errors import ConfigError, DataError
+from pica.foreign_code import code_options
 from pica.tasks.base import Split
 from pica.tasks.tables import ENDINGS as TABLES
 from pica.tasks.tables import table_rows
@@ -211,7 +212,7 @@ def load_hub(location: str) -> Any:
     if match is None:
         raise ConfigError(f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT].")
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", **code_options())
     except Exception as error:  # the library raises many kinds; all mean that the data could not be had
         raise DataError(f"{location}: could not be loaded ({type(error).__name__}: {error}).") from error
 
