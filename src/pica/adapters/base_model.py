@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import nn
 
 from pica.adapters.pipelines import part_name, stored_dtype
 from pica.adapters.wording import first_line
+from pica.documents import DocumentError, read_json
 from pica.errors import AdapterFileError, ConfigError
 from pica.foreign_code import code_options, code_refusal, wants_code
 from pica.svft.config import SvftConfig
@@ -62,7 +62,15 @@ def load_base_model(
         else:
             options |= code_options(trust_remote_code)  # the models of diffusers have no code but the library's
         model = model_class.from_pretrained(location, **options)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+        pickle.UnpicklingError,
+    ) as error:
         if wants_code(error):
             raise ConfigError(f"The base model {code_refusal(name)}") from error
         raise ConfigError(
@@ -111,9 +119,9 @@ def read_peft_config(folder: Path) -> BankedConfig:
             there = f"holds no {name}" if folder.is_dir() else "does not exist"
             raise AdapterFileError(f"Adapter folder {str(folder)!r} {there}.")
     try:
-        method = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        method = read_json(folder / "adapter_config.json").get("peft_type")
         config = CONFIGS[method].from_pretrained(folder) if method in CONFIGS else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+    except (OSError, DocumentError, AttributeError, TypeError) as error:
         raise AdapterFileError(f"{folder / 'adapter_config.json'} cannot be read: {error}.") from error
     if config is None:
         raise AdapterFileError(f"{str(folder)!r} holds an adapter of type {method!r}, not a PiCa or SVFT adapter.")

@@ -95,8 +95,10 @@ def _shown(metric: str, value: float) -> str:
 def _mapping(text: str) -> dict[str, str]:
     import yaml
 
+    from pica.documents import parse_yaml
+
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):

@@ -1,6 +1,5 @@
 """An adapter and its base model made into one plain model folder."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from transformers import (
 )
 
 from pica.adapters.dequantise import merge_in_full
+from pica.documents import read_json
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
 from pica.experiments.assessing import run_of
@@ -102,7 +102,7 @@ def merge(
 
 def _of_diffusers(adapter: Path) -> bool:
     """Whether an adapter's file says that it belongs to a model of diffusers."""
-    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("auto_mapping") or {}
+    recorded = read_json(adapter / "adapter_config.json").get("auto_mapping") or {}
     return str(recorded.get("parent_library", "")).startswith("diffusers.")
 
 

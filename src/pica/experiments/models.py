@@ -1,6 +1,5 @@
 """Loading models and tokenizers from a folder, the hub or this package."""
 
-import json
 import logging
 import pickle
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 import pica
+from pica.documents import read_json
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.checks import model_problem
 from pica.experiments.recipe import ModelSection
@@ -223,7 +223,7 @@ def base_of(adapter: Path, base: str | None = None) -> str:
         AdapterFileError: The folder holds no adapter, or its base model is not to be found.
     """
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(adapter / "adapter_config.json")
         recorded = config.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
@@ -245,7 +245,7 @@ def task_type_of(adapter: Path) -> str | None:
         AdapterFileError: The folder holds no readable adapter_config.json.
     """
     try:
-        return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+        return read_json(adapter / "adapter_config.json").get("task_type")
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pica.documents import parse_json, parse_json_at
 from pica.errors import ConfigError, DataError
 from pica.foreign_code import code_options
 from pica.tasks.base import Split
@@ -159,7 +160,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})."
@@ -168,7 +169,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Rows of a JSON list with the line each begins at. Decoded one by one, since json.loads keeps no positions."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    blank = re.compile(r"\s*")
 
     def skip(position: int) -> int:
         match = blank.match(text, position)
@@ -186,7 +187,7 @@ def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, end = decoder.raw_decode(text, position)
+            value, end = parse_json_at(text, position)
         except json.JSONDecodeError as error:
             raise fail(error.pos, error.msg) from None
         yield line, value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pica.documents import read_json
 from pica.errors import AdapterFileError
 from pica.tuner.bank import BANK_NAMES
 
@@ -33,8 +33,8 @@ def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict
         AdapterFileError: it cannot be read, is no JSON object, or holds other fields.
     """
     try:
-        found = json.loads(Path(path).read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 errors, numbers without end
+        found = read_json(Path(path))
+    except (OSError, ValueError) as error:
         raise AdapterFileError(f"{str(path)!r} cannot be read: {str(error) or type(error).__name__}.") from error
     if not isinstance(found, dict):
         raise AdapterFileError(f"{str(path)!r} must hold a JSON object, not a {type(found).__name__}.")

@@ -1,6 +1,5 @@
 """Reading a pipeline of diffusers from a folder or the hub."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 
 from pica.adapters.pipelines import stored_dtype
 from pica.adapters.wording import first_line
+from pica.documents import read_json
 from pica.errors import ConfigError
 from pica.experiments.diffusion.families import FAMILIES, Family
 from pica.experiments.models import DTYPES, locate
@@ -85,7 +85,7 @@ def read_index(folder: Path, shown: str) -> dict[str, Any]:
             is neither diffusers' nor transformers': older diffusers import such a part, and that runs its code.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         kind = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{shown!r} is no pipeline of diffusers: its {INDEX} cannot be read ({error}).") from None
