@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from types import FrameType
 
 from pica._version import __version__
+from pica.cli.show import say, show
 from pica.errors import LaunchError, PicaError
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.output import disk_is_full
@@ -72,17 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except Interrupted as stopped:
         if first_process():
-            _say(_how_to_go_on(stopped))
+            say(_how_to_go_on(stopped))
         return 130
     except KeyboardInterrupt:
         if first_process():
-            _say("Interrupted; nothing was left unfinished on disk.")
+            say("Interrupted; nothing was left unfinished on disk.")
         return 130
     except PicaError as error:
         if debug:
             traceback.print_exc()
         if first_process() or not isinstance(error, LaunchError):
-            _say(f"error: {error}")
+            say(f"error: {error}")
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         _drop_output()
@@ -90,13 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if disk_is_full(error) and not debug:
             _drop_output()
-            _say(f"error: No room left on the disk ({error}); free some space or choose another place with --output.")
+            say(f"error: No room left on the disk ({error}); free some space or choose another place with --output.")
             return 2
         if _peer_is_gone(error) and not debug:
-            _say("error: Another process of this job has ended; what it said tells why.")
+            say("error: Another process of this job has ended; what it said tells why.")
             return 1
         traceback.print_exc()
-        _say("This is a bug; please report it with the lines above and the output of `pica env`.")
+        say("This is a bug; please report it with the lines above and the output of `pica env`.")
         return 1
 
 
@@ -104,20 +105,20 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {name:<{width}}   {summary}" for name, summary in COMMANDS.items())
-        print(USAGE.format(commands="\n".join(lines)), end="")
+        show(USAGE.format(commands="\n".join(lines)), end="")
         return 0
     if arguments[0] == "--version":
-        print(f"pica {__version__}")
+        show(f"pica {__version__}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        _say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
+        say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
         return 2
     if name not in ("train", "env") and os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
         if first_process():
-            _say(f"error: Only pica train runs in several processes; start pica {name} without the launcher.")
+            say(f"error: Only pica train runs in several processes; start pica {name} without the launcher.")
         return 2
     module = f"{name}_" if keyword.iskeyword(name) else name
     command = importlib.import_module(f"pica.cli.{module}")
@@ -191,7 +192,3 @@ def _peer_is_gone(error: Exception) -> bool:
     return "RANK" in os.environ and (
         any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "by peer" in str(error)
     )
-
-
-def _say(text: str) -> None:
-    print(f"pica: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica analyze ./base ./fine-tuned                      a table by role; page, figures, JSON and CSV in pica-analysis
   pica analyze ./base out/adapter --rank 64             the adapter may be of any PEFT method that can be merged
@@ -98,10 +100,10 @@ def run(arguments: Sequence[str]) -> int:
         recipe = recipe_text(analysis, suggestion, paths)
     with shown.console.status("Drawing"):
         written = write(analysis, folder, suggestion=suggestion, recipe=recipe)
-    print(console_table(analysis, suggestion))
+    show(console_table(analysis, suggestion))
     for sentence in (*verdict(analysis), *analysis.notes):
-        print(f"\n{sentence}")
-    print()
+        show(f"\n{sentence}")
+    show()
     for path in written:
-        print(path)
+        show(path)
     return 0

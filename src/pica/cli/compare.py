@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
 
@@ -51,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     from pica.experiments.comparison import builtin_comparisons, load_comparison
 
     if {"-h", "--help"} & set(arguments):
-        print(HELP.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT), end="")
+        show(HELP.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT), end="")
         return 0
     reference, overrides, options = split_arguments(arguments)
     workers = _whole(options.get("workers", "1"), "--workers", least=1)
@@ -68,8 +69,8 @@ def run(arguments: Sequence[str]) -> int:
     trainings = sum(len(row.learning_rates) + len(comparison.seeds) - 1 for row in rows)
     if options.get("list"):
         for row in rows:
-            print(f"{row.label:<28} rates {', '.join(f'{rate:g}' for rate in row.learning_rates)}")
-        print(f"{len(rows)} methods x {len(comparison.seeds)} seeds: {trainings} trainings")
+            show(f"{row.label:<28} rates {', '.join(f'{rate:g}' for rate in row.learning_rates)}")
+        show(f"{len(rows)} methods x {len(comparison.seeds)} seeds: {trainings} trainings")
         return 0
     folder = Path(options.get("output") or f"pica-compare-{comparison.name}").expanduser()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pica.cli.options import add_trust
+from pica.cli.show import show
 
 EPILOG = """examples:
   pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
@@ -72,19 +73,19 @@ def run(arguments: Sequence[str]) -> int:
     found = assess(Request(**options), reporter=shown)
     summary = {"model": found.model, "task": found.task, "data": found.data, **found.result.summary()}
     if given.json:
-        print(json.dumps(summary, indent=2))
+        show(json.dumps(summary, indent=2))
         return 0
     result = found.result
-    print(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
+    show(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
     for name, value in result.metrics.items():
         error = f" ± {_shown(name, result.stderr)} (standard error)" if name == result.metric else ""
-        print(f"{name:<15}{_shown(name, value)}{error}")
+        show(f"{name:<15}{_shown(name, value)}{error}")
     for name, group in result.groups.items():
-        print(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
+        show(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
     unit = f"nats a token over {result.tokens} tokens" if result.tokens is not None else "an example"
-    print(f"held-out loss  {result.loss:.4f} {unit}")
+    show(f"held-out loss  {result.loss:.4f} {unit}")
     if given.output is not None:
-        print(f"predictions    {given.output}")
+        show(f"predictions    {given.output}")
     return 0
 
 

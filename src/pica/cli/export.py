@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pica.cli.options import add_trust
+from pica.cli.show import show
 
 EPILOG = """examples:
   pica export pica-arithmetic-tiny -o lora                       exact: same outputs, no pica needed
@@ -67,12 +68,12 @@ def run(arguments: Sequence[str]) -> int:
         pica.register()
     adapter = require_adapter(given.adapter.expanduser())
 
-    def show(plan: ExportPlan) -> None:
+    def show_plan(plan: ExportPlan) -> None:
         kind = "exact" if plan.exact else "truncated; error is the Frobenius norm of what each layer loses"
-        print(f"LoRA of rank {plan.rank} in {str(plan.dtype).removeprefix('torch.')}, {kind}")
-        print(error_table(plan.rows), flush=True)
+        show(f"LoRA of rank {plan.rank} in {str(plan.dtype).removeprefix('torch.')}, {kind}")
+        show(error_table(plan.rows), flush=True)
         if plan.filled:
-            print(f"zero adapters for {len(plan.filled)} layers that the engine expects")
+            show(f"zero adapters for {len(plan.filled)} layers that the engine expects")
 
     with shown.console.status("Exporting"):
         done = export_lora(
@@ -89,16 +90,16 @@ def run(arguments: Sequence[str]) -> int:
             check=not given.no_check,
             trust_remote_code=given.trust_remote_code,
             overwrite=given.overwrite,
-            on_plan=show,
+            on_plan=show_plan,
         )
     if done.check is None:
-        print("not checked")
+        show("not checked")
     else:
-        print(
+        show(
             f"checked with plain PEFT in {str(done.check.dtype).removeprefix('torch.')}: max |difference of outputs| "
             f"{done.check.logits:.3g}, where the adapter changes outputs by {done.check.effect:.3g}"
         )
-    print(f"LoRA folder: {done.folder} ({done.bytes / 2**20:.1f} MiB, {done.layers} layers)")
+    show(f"LoRA folder: {done.folder} ({done.bytes / 2**20:.1f} MiB, {done.layers} layers)")
     if done.command:
-        print(f"serve with:\n  {done.command}")
+        show(f"serve with:\n  {done.command}")
     return 0

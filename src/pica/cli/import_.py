@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pica.cli.options import add_trust
+from pica.cli.show import show
 
 EPILOG = """examples:
   pica import trained-with-reference -o adapter --base google/gemma-2b
@@ -68,5 +69,5 @@ def run(arguments: Sequence[str]) -> int:
     with new_folder(output, overwrite=given.overwrite) as work:
         model.peft_config["default"].inference_mode = True
         model.save_pretrained(str(work))
-    print(f"Adapter: {given.output} (rank {saved.rank}, basis included)")
+    show(f"Adapter: {given.output} (rank {saved.rank}, basis included)")
     return 0

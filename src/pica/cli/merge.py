@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pica.cli.options import add_trust
+from pica.cli.show import show
 
 EPILOG = """examples:
   pica merge pica-arithmetic-tiny -o merged
@@ -53,5 +54,5 @@ def run(arguments: Sequence[str]) -> int:
             dtype=given.dtype,
             trust_remote_code=given.trust_remote_code,
         )
-    print(f"Merged model: {given.output}")
+    show(f"Merged model: {given.output}")
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pica.cli.options import add_trust
+from pica.cli.show import show
 
 if TYPE_CHECKING:
     from pica.experiments.planning import Estimate
@@ -107,9 +108,9 @@ def run(arguments: Sequence[str]) -> int:
         import dataclasses
         import json
 
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        show(json.dumps(dataclasses.asdict(found), indent=2))
     else:
-        print(as_text(found))
+        show(as_text(found))
     return 0
 
 

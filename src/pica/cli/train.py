@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pica.cli.options import add_trust
+from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
 
@@ -43,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     from pica.experiments.parsing import load_recipe
 
     if {"-h", "--help"} & set(arguments):
-        print(help_text())
+        show(help_text())
         return 0
     reference, overrides, options = split_arguments(arguments)
     if options["resume"] is not None and (overrides or options["overwrite"]):
@@ -197,8 +198,8 @@ def _print_pictures(result: "RunResult") -> None:
     from pica.report.pictures_page import GRID, write_picture_page
 
     if (result.output / GRID).is_file():
-        print(f"Pictures:    {result.output / GRID}, {result.output / 'pictures-*'}")
-    print(f"Report:      {write_picture_page(result.output)}")
+        show(f"Pictures:    {result.output / GRID}, {result.output / 'pictures-*'}")
+    show(f"Report:      {write_picture_page(result.output)}")
 
 
 def _scores(row: dict[str, Any]) -> tuple[str, str]:

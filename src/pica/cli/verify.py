@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pica.cli.options import add_trust
+from pica.cli.show import show
 
 EPILOG = """examples:
   pica verify pica-arithmetic-tiny
@@ -50,5 +51,5 @@ def run(arguments: Sequence[str]) -> int:
         base = locate(base_of(adapter, given.base))
     with shown.console.status("Checking"):
         report = verify(adapter, base, trust_remote_code=given.trust_remote_code)
-    print(report)
+    show(report)
     return 0 if report.ok else 1
