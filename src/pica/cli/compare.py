@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     shown = reporter()
     with shown.console.status("Loading libraries"):
         quiet_libraries()
-        comparison = load_comparison(reference or DEFAULT, seeds=seeds, overrides=overrides)
+        comparison = load_comparison(DEFAULT if reference is None else reference, seeds=seeds, overrides=overrides)
     rows = comparison.selected(labels)
     trainings = sum(len(row.learning_rates) + len(comparison.seeds) - 1 for row in rows)
     if options.get("list"):

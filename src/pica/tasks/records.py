@@ -81,6 +81,8 @@ def check_location(location: str) -> str | None:
         return f"file {location!r} does not exist; give {KINDS_OF_FILE}, a folder, hub:OWNER/NAME or embedded."
     if path.is_dir():
         return None
+    if not path.is_file():  # a pipe or a device would be waited for
+        return f"{location!r} is neither a file nor a folder; give {KINDS_OF_FILE}."
     if path.suffix not in ENDINGS:
         return f"{location!r} has an unknown ending; give {KINDS_OF_FILE}."
     return None
