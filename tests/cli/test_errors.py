@@ -264,6 +264,24 @@ def test_interruption_before_a_run_began(pica: Callable, monkeypatch: pytest.Mon
     assert "Interrupted" in sentence(pica("env"), status=130)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["plan", "--lora-rank", "1" + "0" * 30], "is no whole number of at most 2147483647"),
+        (["plan", "--share", "²"], "share='²'"),
+        (["plan", "--budget", "9" * 400], "must be a number of parameters"),
+        (["analyze", "--rank", "1" + "0" * 30, "-o", "never"], "is no whole number of at most 2147483647"),
+        (["evaluate", "--max-new-tokens", "1" + "0" * 30], "is no whole number of at most 2147483647"),
+        (["evaluate", "--task", "arithmetic", "--limit", "2147483647"], "word problems were asked for"),
+    ],
+)
+def test_absurd_numbers_of_commands(pica: Callable, model_folder: Path, command: list[str], message: str):
+    outcome = pica(command[0], model_folder, *command[1:])
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 def test_names_of_a_recipe_that_are_none(pica: Callable, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text('model: {path: "a\\0b"}\ntask: {labels: ["c\\0"]}\n')
     said = pica("train", tmp_path / "recipe.yaml").err

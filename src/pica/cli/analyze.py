@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import whole
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("pica-analysis"), help="folder to write")
     made.add_argument(
-        "--rank", type=int, default=32, metavar="R", help="rank of shares, angles and bounds (default: 32)"
+        "--rank", type=whole, default=32, metavar="R", help="rank of shares, angles and bounds (default: 32)"
     )
     made.add_argument("--only", metavar="REGEX", help="only layers whose path it is found in")
     made.add_argument(
@@ -44,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "--intruder-threshold", type=float, default=0.5, metavar="C", help="cosine below which one is an intruder (0.5)"
     )
     made.add_argument(
-        "--intruder-top", type=int, default=10, metavar="K", help="leading directions asked for intruders (10)"
+        "--intruder-top", type=whole, default=10, metavar="K", help="leading directions asked for intruders (10)"
     )
-    made.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
+    made.add_argument("--seed", type=whole, default=0, help="of the random directions (default: 0)")
     made.add_argument("--overwrite", action="store_true", help="replace an analysis in DIR")
     return made
 

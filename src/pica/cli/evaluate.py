@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.options import add_trust
+from pica.cli.options import add_trust, positive
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--columns", type=_mapping, metavar="MAP", help="names of the task's fields in the file, '{text: review}'"
     )
-    made.add_argument("--limit", type=_positive, metavar="N", help="use the first N problems")
+    made.add_argument("--limit", type=positive, metavar="N", help="use the first N problems")
     made.add_argument("--skip-unreadable", action="store_true", help="leave pictures out that cannot be decoded")
     made.add_argument(
         "--scoring",
@@ -51,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
         help="commonsense: what the model writes, or the likeliest choice",
     )
     made.add_argument("--template", help="prompt: alpaca, question or plain")
-    made.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
-    made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="problems at once (default: 32)")
+    made.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer")
+    made.add_argument("--batch-size", type=positive, default=32, metavar="N", help="problems at once (default: 32)")
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the model")
     made.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     add_trust(made)
@@ -105,9 +105,3 @@ def _mapping(text: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no mapping such as '{{text: review, label: stars}}'")
     return {str(name): str(column) for name, column in value.items()}
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)

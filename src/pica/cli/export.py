@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.options import add_trust
+from pica.cli.options import add_trust, whole
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")
     made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
     size = made.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=int, metavar="K", help="truncate to the best LoRA of rank K")
+    size.add_argument("--rank", type=whole, metavar="K", help="truncate to the best LoRA of rank K")
     size.add_argument(
         "--energy", type=float, metavar="E", help="truncate, keeping this share of each update, e.g. 0.99"
     )
