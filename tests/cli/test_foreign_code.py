@@ -175,10 +175,10 @@ def test_pickled_adapters_and_what_their_configurations_name(
         tokenizer_name_or_path=str(base), base_model_name_or_path=str(base),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, prompt).save_pretrained(tmp_path / "prompt")
+    get_peft_model(model, prompt).save_pretrained(str(tmp_path / "prompt"))
     change(tmp_path / "prompt" / "adapter_config.json", tokenizer_name_or_path=str(tokenizer), inference_mode=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "megatron"
+        str(tmp_path / "megatron")
     )
     change(tmp_path / "megatron" / "adapter_config.json", megatron_config={"a": 1}, megatron_core="this")
     for folder in (evil, tmp_path / "prompt", tmp_path / "megatron"):
