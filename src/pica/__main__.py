@@ -2,7 +2,7 @@
 
 import sys
 
-from pica.cli import main
+from _pica_entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

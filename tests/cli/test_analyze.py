@@ -127,3 +127,24 @@ def test_a_folder_of_something_else_is_left_alone(pica: Callable, model_folder: 
     assert outcome.status == 2
     assert "holds no analysis" in outcome.err
     assert (model_folder / "model.safetensors").is_file()
+
+
+def test_names_that_are_formulas_or_steer_a_terminal(pica: Callable, tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    names = ["blocks.0.$x_{$.weight", "blocks.0.\x1b[31mred\x07.weight", "blocks.1.=1+1.weight", "=cmd.<b>.weight"]
+    for folder in ("base", "tuned"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        tensors = {name: torch.randn(24, 16, generator=generator) for name in names}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    outcome = pica("analyze", tmp_path / "base", tmp_path / "tuned", "--rank", "4", "-o", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert "\x1b" not in outcome.out + outcome.err
+    page = next((tmp_path / "out").glob("*.html")).read_text()
+    assert "\x1b" not in page
+    assert "cmd.&lt;b&gt;" in page
+    assert "cmd.<b>" not in page
+    assert "$x_{$" in page
+    assert any(
+        row.startswith("'=cmd") for file in (tmp_path / "out").glob("*.csv") for row in file.read_text().split("\n")
+    )

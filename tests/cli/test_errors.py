@@ -50,6 +50,17 @@ def data(folder: Path, name: str, text: str) -> Path:
         (["--adapter.r"], "Option --adapter.r needs a value."),
         (["-x"], "Unknown option -x"),
         (["--trainer.optimizer", "adamw_torhc"], "unknown optimizer; did you mean 'adamw_torch'? Known: adamw_torch,"),
+        (["--trainer.threads", "100000"], "trainer.threads = 100000: must be at most"),
+        (["--trainer.threads", "-1"], "trainer.threads = -1: must be at least 1."),
+        (["--trainer.batch_size", "1000000000000"], "trainer.batch_size = 1000000000000: must be at most 2147483647."),
+        (["--adapter.r", str(10**30)], "must be at most 2147483647."),
+        (["--adapter.rank_pattern", f"{{q_proj: {10**30}}}"], "must be at most 2147483647."),
+        (["--data.seed", str(10**30)], "data.seed = 1000000000000000000000000000000: must be from 0 to"),
+        (["--trainer.epochs", "1e300"], "trainer.epochs = 1e+300: must be at most"),
+        (["--model.revision", ""], "model.revision is empty: give a value, or leave it out."),
+        (["--name", "x" * 300], "name: has 300 characters"),
+        (["--data.train", "x" * 300 + ".jsonl"], "can't be used: File name too long."),
+        (["--model.path", "a\0b"], "An argument holds a NUL character"),
         (["other.yaml"], "One recipe at a time"),
         (["--data.train", "none.json", "--data.test", "embedded"], "data.train: file 'none.json' does not exist"),
     ],
@@ -251,3 +262,67 @@ def test_interruption_before_a_run_began(pica: Callable, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(cli, "_dispatch", stop)
     assert "Interrupted" in sentence(pica("env"), status=130)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["plan", "--lora-rank", "1" + "0" * 30], "is no whole number of at most 2147483647"),
+        (["plan", "--share", "²"], "share='²'"),
+        (["plan", "--budget", "9" * 400], "must be a number of parameters"),
+        (["analyze", "--rank", "1" + "0" * 30, "-o", "never"], "is no whole number of at most 2147483647"),
+        (["evaluate", "--max-new-tokens", "1" + "0" * 30], "is no whole number of at most 2147483647"),
+        (["evaluate", "--task", "arithmetic", "--limit", "2147483647"], "word problems were asked for"),
+    ],
+)
+def test_absurd_numbers_of_commands(pica: Callable, model_folder: Path, command: list[str], message: str):
+    outcome = pica(command[0], model_folder, *command[1:])
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_names_of_a_recipe_that_are_none(pica: Callable, tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text('model: {path: "a\\0b"}\ntask: {labels: ["c\\0"]}\n')
+    said = pica("train", tmp_path / "recipe.yaml").err
+    assert "model.path: holds a NUL character" in said
+    assert "task.labels: holds a NUL character" in said
+
+
+def test_pipes_and_broken_links_are_not_waited_for(
+    pica: Callable, quick: list[str], model_folder: Path, tmp_path: Path
+):
+    pipe, link = tmp_path / "pipe.jsonl", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("nowhere")
+    outcome = pica("evaluate", model_folder, "--task", "math", "--data", pipe)
+    assert "is neither a file nor a folder" in sentence(outcome)
+    assert "is a link to nowhere" in sentence(pica("train", *quick, "--model.path", link))
+    for command in ("train", "compare"):
+        for place in (pipe, link, tmp_path, ""):
+            assert "neither a file nor built in" in sentence(pica(command, place))
+
+
+def test_more_memory_than_there_is(pica: Callable, quick: list[str], tmp_path: Path):
+    given = ["--adapter.method", "lora", "--adapter.r", str(2**31 - 1), "-o", tmp_path / "out"]
+    assert "Not enough memory" in sentence(pica("train", *quick, *given))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("moment", ["pica.cli", "torch._utils", "transformers.utils.import_utils", "peft"])
+def test_interrupts_while_libraries_are_imported(moment: str, tmp_path: Path):
+    """A real signal, as soon as a module begins to be imported."""
+    code = f"""
+import os, signal, sys, threading, time, _pica_entry
+def stop():
+    while {moment!r} not in sys.modules:
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=stop, daemon=True).start()
+sys.argv = ["pica", "verify", {str(tmp_path)!r}]
+sys.exit(_pica_entry.main())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("pica: Interrupted") == 1

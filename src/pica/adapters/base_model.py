@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,9 @@ from torch import nn
 
 from pica.adapters.pipelines import part_name, stored_dtype
 from pica.adapters.wording import first_line
+from pica.documents import DocumentError, read_json
 from pica.errors import AdapterFileError, ConfigError
+from pica.foreign_code import code_options, code_refusal, wants_code
 from pica.svft.config import SvftConfig
 from pica.tuner.base_config import BankedConfig
 from pica.tuner.config import PicaConfig
@@ -33,29 +35,44 @@ _AUTO_CLASSES = {
 _LIBRARIES = ("transformers", "diffusers")
 
 
-def load_base_model(name: str | None, config: PeftConfig, *, revision: str | None = None) -> nn.Module:
+def load_base_model(
+    name: str | None, config: PeftConfig, *, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """The base model of an adapter, in its files' precision, in evaluation mode, on the CPU.
 
     Args:
         name: Folder or hub name; by default the one that `config` records.
         config: The adapter's configuration: its task type or class name says which model class to load.
         revision: Branch, tag or commit; by default the one that `config` records.
+        trust_remote_code: Run the Python code that comes with the model, if it has some.
     Raises:
-        ConfigError: no name is known, or the model cannot be loaded.
+        ConfigError: no name is known, or the model cannot be loaded, or needs code of its own that may not be run.
     """
     name = name or config.base_model_name_or_path
     if not name:
         raise ConfigError("The adapter records no base model; give its name or folder as base_model (--base).")
     location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
-        model_class: Any = _model_class(location, config)
+        model_class: Any = _model_class(location, config, trust_remote_code=trust_remote_code)
         options: dict[str, Any] = {"revision": revision or config.revision, "torch_dtype": "auto"}
         if _is_in_pipeline(location, model_class):
             options["subfolder"] = part_name(model_class.__name__)
         if model_class.__module__.startswith("diffusers."):
             options["torch_dtype"] = stored_dtype(Path(location) / options.get("subfolder", ""))
+        else:
+            options |= code_options(trust_remote_code)  # the models of diffusers have no code but the library's
         model = model_class.from_pretrained(location, **options)
-    except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+        pickle.UnpicklingError,
+    ) as error:
+        if wants_code(error):
+            raise ConfigError(f"The base model {code_refusal(name)}") from error
         raise ConfigError(
             f"The base model {name!r} cannot be loaded ({first_line(error)}); give its folder or hub name as "
             "base_model (--base)."
@@ -63,7 +80,7 @@ def load_base_model(name: str | None, config: PeftConfig, *, revision: str | Non
     return model.eval()
 
 
-def _model_class(location: str, config: PeftConfig) -> type:
+def _model_class(location: str, config: PeftConfig, *, trust_remote_code: bool = False) -> type:
     import transformers
 
     task = str(getattr(config.task_type, "value", config.task_type) or "")
@@ -73,7 +90,7 @@ def _model_class(location: str, config: PeftConfig) -> type:
     library, class_name = str(recorded.get("parent_library", "")), str(recorded.get("base_model_class", ""))
     if class_name and library.partition(".")[0] in _LIBRARIES:
         return getattr(importlib.import_module(library), class_name)
-    architectures = transformers.AutoConfig.from_pretrained(location).architectures
+    architectures = transformers.AutoConfig.from_pretrained(location, **code_options(trust_remote_code)).architectures
     if not architectures:
         raise ValueError("its config.json names no architecture")
     return getattr(transformers, architectures[0])
@@ -102,9 +119,9 @@ def read_peft_config(folder: Path) -> BankedConfig:
             there = f"holds no {name}" if folder.is_dir() else "does not exist"
             raise AdapterFileError(f"Adapter folder {str(folder)!r} {there}.")
     try:
-        method = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        method = read_json(folder / "adapter_config.json").get("peft_type")
         config = CONFIGS[method].from_pretrained(folder) if method in CONFIGS else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+    except (OSError, DocumentError, AttributeError, TypeError) as error:
         raise AdapterFileError(f"{folder / 'adapter_config.json'} cannot be read: {error}.") from error
     if config is None:
         raise AdapterFileError(f"{str(folder)!r} holds an adapter of type {method!r}, not a PiCa or SVFT adapter.")

@@ -106,6 +106,7 @@ def export_lora(
     check_inputs: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     adapter_name: str | None = None,
+    trust_remote_code: bool = False,
     on_plan: Callable[[ExportPlan], None] | None = None,
 ) -> LoraExport:
     """Write a PiCa adapter as a LoRA: A = P, B = M, alpha = r, exactly; or smaller, with a known error.
@@ -135,6 +136,7 @@ def export_lora(
         check_inputs: Keyword arguments of the forward pass to compare on; by default random tokens or pixels.
         overwrite: Replace an adapter that is in `output_dir`.
         adapter_name: Which adapter of the model; by default the active one.
+        trust_remote_code: Run the Python code that comes with a base model that is loaded by name, if it has some.
         on_plan: Called with the plan, known errors included, before anything is written.
 
     Raises:
@@ -149,7 +151,9 @@ def export_lora(
     others = _other_parts(adapter, rules, base_model, size, revision, check)
     check_replaceable(target.expanduser(), overwrite=overwrite)
     with flags_kept(base_model):
-        root, config, name = _find_adapter(adapter, base_model, adapter_name, revision)
+        root, config, name = _find_adapter(
+            adapter, base_model, adapter_name, revision, trust_remote_code=trust_remote_code
+        )
     for bank in (b for _, b in find_banks(root) if b.unverified):
         verify_loaded(bank)  # weights that transformers loaded are held against their fingerprint on first use
     layers: dict[str, AdaptedLinear] = {
@@ -193,15 +197,20 @@ def export_lora(
 
 
 def _find_adapter(
-    adapter: nn.Module | str | Path, base_model: nn.Module | str | None, name: str | None, revision: str | None
+    adapter: nn.Module | str | Path,
+    base_model: nn.Module | str | None,
+    name: str | None,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
 ) -> tuple[nn.Module, PeftConfig, str]:
     """(base model with adapted layers, the adapter's configuration, its name)."""
     if not isinstance(adapter, nn.Module):
         folder = Path(adapter).expanduser()
         config = read_peft_config(folder)
-        base = (
-            base_model if isinstance(base_model, nn.Module) else load_base_model(base_model, config, revision=revision)
-        )
+        base = base_model
+        if not isinstance(base, nn.Module):
+            base = load_base_model(base, config, revision=revision, trust_remote_code=trust_remote_code)
         # on a copy of the module tree, so that a model that was passed in stays as it is
         adapter = PeftModel.from_pretrained(share_tensors(base), str(folder))
         return adapter.get_base_model(), config, "default"

@@ -9,7 +9,6 @@ its own, so M cannot be converted to another sign rule: the imported adapter kee
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import re
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from pica.adapters.names import base_modules, plain_names
 from pica.adapters.wording import first_line
 from pica.basis import Basis, full_precision
+from pica.documents import DocumentError, read_json
 from pica.errors import AdapterFileError, BasisError, ConfigError
 from pica.tuner.bank import get_bank
 from pica.tuner.config import PicaConfig
@@ -160,8 +160,8 @@ def reference_basis(weight: Tensor, rank: int, device: torch.device | None, name
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = read_json(file)
+    except (OSError, DocumentError) as error:
         raise AdapterFileError(f"{file} is not readable JSON: {error}.") from error
     if not isinstance(config, dict):
         raise AdapterFileError(f"{file} must hold a JSON object, not a {type(config).__name__}.")

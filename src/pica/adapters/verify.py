@@ -59,12 +59,15 @@ class VerifyReport:
         return "\n".join(f"{c.name.ljust(width)}  {marks[c.passed]}  {c.detail}" for c in self.checks)
 
 
-def verify(adapter_dir: str | Path, base_model: nn.Module | str | None = None) -> VerifyReport:
+def verify(
+    adapter_dir: str | Path, base_model: nn.Module | str | None = None, *, trust_remote_code: bool = False
+) -> VerifyReport:
     """Check a saved PiCa or SVFT adapter, and with a base model whether it belongs to that.
 
     Args:
         adapter_dir: Folder with adapter_config.json and adapter_model.safetensors.
         base_model: A model (left as it is) or the folder or name of one. None asks only what the files alone answer.
+        trust_remote_code: Run the Python code that comes with a base model that is given by name, if it has some.
     Returns:
         A report; a failed check is an entry in it, not an exception.
     Raises:
@@ -87,7 +90,10 @@ def verify(adapter_dir: str | Path, base_model: nn.Module | str | None = None) -
         ]
         return VerifyReport(str(folder), tuple(checks))
     with flags_kept(base_model):
-        model = load_base_model(base_model, config) if isinstance(base_model, str) else share_tensors(base_model)
+        if isinstance(base_model, str):
+            model = load_base_model(base_model, config, trust_remote_code=trust_remote_code)
+        else:
+            model = share_tensors(base_model)
         return VerifyReport(str(folder), (*checks, *_against(model, folder, config, tensors)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pica.documents import read_json
 from pica.errors import ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -54,7 +54,7 @@ class WeightFolder:
         self.config: dict[str, Any] = {}
         if (path / "config.json").is_file():
             try:
-                self.config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+                self.config = read_json(path / "config.json")
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{str(path / 'config.json')!r} cannot be read: {error}.") from error
 
@@ -68,7 +68,7 @@ class WeightFolder:
 def _files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{str(path / INDEX)!r} cannot be read: {error}.") from error
         files = [path / Path(name).name for name in names]  # a shard lies beside its index, never elsewhere

@@ -17,9 +17,11 @@ from difflib import get_close_matches
 from types import FrameType
 
 from pica._version import __version__
+from pica.cli.show import say, show
 from pica.errors import LaunchError, PicaError
-from pica.experiments.interrupts import Interrupted
+from pica.experiments.interrupts import Interrupted, StopRequest
 from pica.experiments.output import disk_is_full
+from pica.foreign_code import FLAG
 
 COMMANDS = {
     "train": "fine-tune a model and measure what it gained; no arguments: a small example that needs no download",
@@ -63,25 +65,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument not in ("--debug", "--no-cache")]
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
+    if any("\0" in argument for argument in arguments):
+        say("error: An argument holds a NUL character, which is part of no name; remove it.")
+        return 2
+    request = StopRequest()
     try:
-        with contextlib.nullcontext() if cached else _without_cache():
+        with _stopping() as request, contextlib.nullcontext() if cached else _without_cache():
             status = _dispatch(arguments)
         if sys.stdout is not None:  # it is, where the caller has closed it
             sys.stdout.flush()  # here and not when Python ends, so that what goes wrong is dealt with below
         return status
     except Interrupted as stopped:
         if first_process():
-            _say(_how_to_go_on(stopped))
+            say(_how_to_go_on(stopped))
         return 130
     except KeyboardInterrupt:
-        if first_process():
-            _say("Interrupted; nothing was left unfinished on disk.")
-        return 130
+        return _interrupted()
     except PicaError as error:
         if debug:
             traceback.print_exc()
         if first_process() or not isinstance(error, LaunchError):
-            _say(f"error: {error}")
+            say(f"error: {error}")
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         _drop_output()
@@ -89,45 +93,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if disk_is_full(error) and not debug:
             _drop_output()
-            _say(f"error: No room left on the disk ({error}); free some space or choose another place with --output.")
+            say(f"error: No room left on the disk ({error}); free some space or choose another place with --output.")
             return 2
         if _peer_is_gone(error) and not debug:
-            _say("error: Another process of this job has ended; what it said tells why.")
+            say("error: Another process of this job has ended; what it said tells why.")
             return 1
+        if _memory_is_short(error) and not debug:
+            reason = (str(error).strip().splitlines() or ["no room"])[0]
+            say(f"error: Not enough memory ({reason}); choose a smaller batch, rank or length.")
+            return 2
+        if isinstance(error, OSError) and error.filename is not None and not debug:
+            say(
+                f"error: {os.fsdecode(error.filename)!r} can't be used: {error.strerror}."
+            )  # the system refused a place
+            return 2
+        if request.made and not debug:
+            return _interrupted()
         traceback.print_exc()
-        _say("This is a bug; please report it with the lines above and the output of `pica env`.")
+        say("This is a bug; please report it with the lines above and the output of `pica env`.")
         return 1
+
+
+def _interrupted() -> int:
+    if first_process():
+        say("Interrupted; nothing was left unfinished on disk.")
+    return 130
 
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {name:<{width}}   {summary}" for name, summary in COMMANDS.items())
-        print(USAGE.format(commands="\n".join(lines)), end="")
+        show(USAGE.format(commands="\n".join(lines)), end="")
         return 0
     if arguments[0] == "--version":
-        print(f"pica {__version__}")
+        show(f"pica {__version__}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        _say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
+        say(f"error: Unknown command {name!r}: {hint}the commands are {', '.join(COMMANDS)}.")
         return 2
     if name not in ("train", "env") and os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
         if first_process():
-            _say(f"error: Only pica train runs in several processes; start pica {name} without the launcher.")
+            say(f"error: Only pica train runs in several processes; start pica {name} without the launcher.")
         return 2
     module = f"{name}_" if keyword.iskeyword(name) else name
     command = importlib.import_module(f"pica.cli.{module}")
-    before = _terminate_like_interrupt()
     try:
         return command.run(rest)
     except SystemExit as stop:  # argparse has printed its help or its complaint
         return stop.code if isinstance(stop.code, int) else 2
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -143,16 +160,29 @@ def _without_cache() -> Iterator[None]:
             os.environ["PICA_CACHE_DIR"] = before
 
 
-def _terminate_like_interrupt():
-    """Let SIGTERM end a command in the same good order as Ctrl-C. Returns the handler that was there before."""
+@contextlib.contextmanager
+def _stopping() -> Iterator[StopRequest]:
+    """Let SIGTERM end a command in the same good order as Ctrl-C, and remember that either was asked for.
+
+    A library that is being imported may make another error of it.
+    """
+    request, before = StopRequest(), {}
 
     def handle(number: int, frame: FrameType | None) -> None:
+        request.made = True
         raise KeyboardInterrupt
 
     try:
-        return signal.signal(signal.SIGTERM, handle)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, handle)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, handle)
     except ValueError:  # not the main thread, where Python allows no handlers
-        return None
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _how_to_go_on(stopped: Interrupted) -> str:
@@ -166,7 +196,8 @@ def _how_to_go_on(stopped: Interrupted) -> str:
         return (
             f"Interrupted; finished cells are kept in {str(stopped.folder)!r}; the same command goes on with the rest."
         )
-    return f"Interrupted; {where}. Continue with: pica train --resume {shlex.quote(str(stopped.folder))}"
+    again = f" {FLAG}" if stopped.trusted else ""
+    return f"Interrupted; {where}. Continue with: pica train --resume {shlex.quote(str(stopped.folder))}{again}"
 
 
 def first_process() -> bool:
@@ -184,12 +215,15 @@ def _drop_output() -> None:
         pass
 
 
+def _memory_is_short(error: Exception) -> bool:
+    """Whether more was asked for than the machine or its accelerator has, in the words of either."""
+    told = ("not enough memory", "out of memory", "can't allocate memory")
+    named = isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in told))
+
+
 def _peer_is_gone(error: Exception) -> bool:
     """Whether torch's communication failed since the process at the other end is no more."""
     return "RANK" in os.environ and (
         any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "by peer" in str(error)
     )
-
-
-def _say(text: str) -> None:
-    print(f"pica: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import whole
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica analyze ./base ./fine-tuned                      a table by role; page, figures, JSON and CSV in pica-analysis
   pica analyze ./base out/adapter --rank 64             the adapter may be of any PEFT method that can be merged
@@ -32,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("pica-analysis"), help="folder to write")
     made.add_argument(
-        "--rank", type=int, default=32, metavar="R", help="rank of shares, angles and bounds (default: 32)"
+        "--rank", type=whole, default=32, metavar="R", help="rank of shares, angles and bounds (default: 32)"
     )
     made.add_argument("--only", metavar="REGEX", help="only layers whose path it is found in")
     made.add_argument(
@@ -42,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "--intruder-threshold", type=float, default=0.5, metavar="C", help="cosine below which one is an intruder (0.5)"
     )
     made.add_argument(
-        "--intruder-top", type=int, default=10, metavar="K", help="leading directions asked for intruders (10)"
+        "--intruder-top", type=whole, default=10, metavar="K", help="leading directions asked for intruders (10)"
     )
-    made.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
+    made.add_argument("--seed", type=whole, default=0, help="of the random directions (default: 0)")
     made.add_argument("--overwrite", action="store_true", help="replace an analysis in DIR")
     return made
 
@@ -98,10 +101,10 @@ def run(arguments: Sequence[str]) -> int:
         recipe = recipe_text(analysis, suggestion, paths)
     with shown.console.status("Drawing"):
         written = write(analysis, folder, suggestion=suggestion, recipe=recipe)
-    print(console_table(analysis, suggestion))
+    show(console_table(analysis, suggestion))
     for sentence in (*verdict(analysis), *analysis.notes):
-        print(f"\n{sentence}")
-    print()
+        show(f"\n{sentence}")
+    show()
     for path in written:
-        print(path)
+        show(path)
     return 0

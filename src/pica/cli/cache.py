@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from pica.cli.show import show
+
 EPILOG = """The cache spares decompositions when a base model is loaded again; to empty it costs time, never results.
 
 PICA_CACHE_DIR    its folder, set to nothing: off (default: pica in $XDG_CACHE_HOME, or ~/.cache/pica)
@@ -26,10 +28,10 @@ def run(arguments: Sequence[str]) -> int:
 
     use = clear_cache() if given.action == "clear" else cache_use()
     if use.folder is None:
-        print("The cache is off (--no-cache, or PICA_CACHE_DIR is set to nothing).")
+        show("The cache is off (--no-cache, or PICA_CACHE_DIR is set to nothing).")
     elif given.action == "clear":
-        print(f"Removed {use.entries} bases, {use.bytes / 2**20:.1f} MiB, from {use.folder}")
+        show(f"Removed {use.entries} bases, {use.bytes / 2**20:.1f} MiB, from {use.folder}")
     else:
         limit = f"{use.limit / 2**30:.3g} GiB"
-        print(f"{use.folder}: {use.entries} bases, {use.bytes / 2**20:.1f} MiB of at most {limit}")
+        show(f"{use.folder}: {use.entries} bases, {use.bytes / 2**20:.1f} MiB of at most {limit}")
     return 0

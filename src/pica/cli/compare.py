@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pica.cli.show import show
 from pica.errors import ConfigError
+from pica.foreign_code import FLAG
 
 if TYPE_CHECKING:
     from pica.experiments.cells import Cell
@@ -27,6 +29,7 @@ options:
   --seeds NUMBERS      in place of the comparison's, for instance 0,1,2; the first one chooses the learning rates
   --workers N          cells at a time, each with its share of the cores (default 1; times are then free of each other)
   --retry-failed       run cells again that failed
+  --trust-remote-code  run Python code that comes with the base model; only for authors you trust
   --list               show the rows and how many trainings they need, and do nothing
   --section.field V    set a field of the recipe in every cell, for instance --trainer.max_steps 30
   --help               show this text
@@ -49,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     from pica.experiments.comparison import builtin_comparisons, load_comparison
 
     if {"-h", "--help"} & set(arguments):
-        print(HELP.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT), end="")
+        show(HELP.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT), end="")
         return 0
     reference, overrides, options = split_arguments(arguments)
     workers = _whole(options.get("workers", "1"), "--workers", least=1)
@@ -61,13 +64,13 @@ def run(arguments: Sequence[str]) -> int:
     shown = reporter()
     with shown.console.status("Loading libraries"):
         quiet_libraries()
-        comparison = load_comparison(reference or DEFAULT, seeds=seeds, overrides=overrides)
+        comparison = load_comparison(DEFAULT if reference is None else reference, seeds=seeds, overrides=overrides)
     rows = comparison.selected(labels)
     trainings = sum(len(row.learning_rates) + len(comparison.seeds) - 1 for row in rows)
     if options.get("list"):
         for row in rows:
-            print(f"{row.label:<28} rates {', '.join(f'{rate:g}' for rate in row.learning_rates)}")
-        print(f"{len(rows)} methods x {len(comparison.seeds)} seeds: {trainings} trainings")
+            show(f"{row.label:<28} rates {', '.join(f'{rate:g}' for rate in row.learning_rates)}")
+        show(f"{len(rows)} methods x {len(comparison.seeds)} seeds: {trainings} trainings")
         return 0
     folder = Path(options.get("output") or f"pica-compare-{comparison.name}").expanduser()
 
@@ -93,7 +96,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     Raises:
         ConfigError: An option is unknown or has no value, or there are two comparisons.
     """
-    flags, valued = {"--retry-failed", "--list"}, {"-o", "--output", "--methods", "--seeds", "--workers"}
+    flags, valued = {"--retry-failed", "--list", FLAG}, {"-o", "--output", "--methods", "--seeds", "--workers"}
     reference: str | None = None
     overrides: list[tuple[str, Any]] = []
     options: dict[str, Any] = {}
@@ -121,6 +124,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
             options["output" if name == "-o" else name.removeprefix("--")] = value
         else:
             overrides.append((name.removeprefix("--"), value))
+    if options.get("trust_remote_code"):
+        overrides.append(("model.trust_remote_code", True))
     for key, _ in overrides:
         if key in ("trainer.seed", "trainer.learning_rate", "trainer.learning_rates") or key.startswith("baseline."):
             raise ConfigError(

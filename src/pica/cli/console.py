@@ -5,14 +5,16 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 from pica.cli import first_process
 from pica.experiments.reporting import Advance
+from pica.text import visible
 
 _SHARE = 0.1  # without a terminal a line is written each time this much of the work is done
 
@@ -21,17 +23,26 @@ WIDE = 160
 """Columns of a table that goes to a file or a pipe, where nothing has to be cut off."""
 
 
+class VisibleConsole(Console):
+    """A console on which what stands in a text steers nothing: only its own colours and movements reach the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich's, with control characters in text written out."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def table_console() -> Console:
     """Console for tables on standard output."""
     terminal = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
-    return Console(highlight=False, soft_wrap=True, width=None if terminal else WIDE)
+    return VisibleConsole(highlight=False, soft_wrap=True, width=None if terminal else WIDE)
 
 
 class ConsoleReporter:
     """Shows notes and bars to a person, on standard error."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not first_process())
+        self.console = VisibleConsole(stderr=True, highlight=False, soft_wrap=True, quiet=not first_process())
 
     def say(self, text: str) -> None:
         """Print lines that stay."""
@@ -108,9 +119,11 @@ def quiet_libraries() -> None:
     """Turn off bars and notes of the libraries underneath, whose messages name nothing a user of ours wrote."""
     import datasets
     import transformers
+    from transformers import dynamic_module_utils
 
     for library in ("transformers", "trl", "peft"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it then refuses where it would ask whether to run a model's code
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

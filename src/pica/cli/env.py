@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pica.cli.show import show
+
 
 def run(arguments: Sequence[str]) -> int:
     """Print versions, devices and caches."""
@@ -15,7 +17,7 @@ def run(arguments: Sequence[str]) -> int:
     from pica.experiments.environment import environment
 
     found = environment()
-    print(json.dumps(found, indent=2) if given.json else "\n".join(_lines(found)))
+    show(json.dumps(found, indent=2) if given.json else "\n".join(_lines(found)))
     return 0
 
 

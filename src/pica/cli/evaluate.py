@@ -5,6 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import add_trust, positive
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
   pica evaluate out/adapter --data test.jsonl -o answers.jsonl
@@ -40,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--columns", type=_mapping, metavar="MAP", help="names of the task's fields in the file, '{text: review}'"
     )
-    made.add_argument("--limit", type=_positive, metavar="N", help="use the first N problems")
+    made.add_argument("--limit", type=positive, metavar="N", help="use the first N problems")
     made.add_argument("--skip-unreadable", action="store_true", help="leave pictures out that cannot be decoded")
     made.add_argument(
         "--scoring",
@@ -48,10 +51,11 @@ def parser() -> argparse.ArgumentParser:
         help="commonsense: what the model writes, or the likeliest choice",
     )
     made.add_argument("--template", help="prompt: alpaca, question or plain")
-    made.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
-    made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="problems at once (default: 32)")
+    made.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer")
+    made.add_argument("--batch-size", type=positive, default=32, metavar="N", help="problems at once (default: 32)")
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the model")
     made.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    add_trust(made)
     made.add_argument("-o", "--output", type=Path, metavar="FILE", help="write every prediction to this .jsonl file")
     made.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return made
@@ -69,19 +73,19 @@ def run(arguments: Sequence[str]) -> int:
     found = assess(Request(**options), reporter=shown)
     summary = {"model": found.model, "task": found.task, "data": found.data, **found.result.summary()}
     if given.json:
-        print(json.dumps(summary, indent=2))
+        show(json.dumps(summary, indent=2))
         return 0
     result = found.result
-    print(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
+    show(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
     for name, value in result.metrics.items():
         error = f" ± {_shown(name, result.stderr)} (standard error)" if name == result.metric else ""
-        print(f"{name:<15}{_shown(name, value)}{error}")
+        show(f"{name:<15}{_shown(name, value)}{error}")
     for name, group in result.groups.items():
-        print(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
+        show(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
     unit = f"nats a token over {result.tokens} tokens" if result.tokens is not None else "an example"
-    print(f"held-out loss  {result.loss:.4f} {unit}")
+    show(f"held-out loss  {result.loss:.4f} {unit}")
     if given.output is not None:
-        print(f"predictions    {given.output}")
+        show(f"predictions    {given.output}")
     return 0
 
 
@@ -92,16 +96,12 @@ def _shown(metric: str, value: float) -> str:
 def _mapping(text: str) -> dict[str, str]:
     import yaml
 
+    from pica.documents import parse_yaml
+
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no mapping such as '{{text: review, label: stars}}'")
     return {str(name): str(column) for name, column in value.items()}
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)

@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import add_trust, whole
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica export pica-arithmetic-tiny -o lora                       exact: same outputs, no pica needed
   pica export out/adapter -o lora --for vllm                     a rank and precision that vLLM serves
@@ -26,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")
     made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
     size = made.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=int, metavar="K", help="truncate to the best LoRA of rank K")
+    size.add_argument("--rank", type=whole, metavar="K", help="truncate to the best LoRA of rank K")
     size.add_argument(
         "--energy", type=float, metavar="E", help="truncate, keeping this share of each update, e.g. 0.99"
     )
@@ -43,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--fill-siblings", action="store_true", help="zero adapters for the rest of q/k/v and gate/up")
     made.add_argument("--base-model-name", metavar="NAME", help="base model to record in the result")
     made.add_argument("--revision", help="branch, tag or commit of the base model, to load and to record")
+    add_trust(made)
     made.add_argument("--no-check", action="store_true", help="do not reload and compare")
     made.add_argument("--overwrite", action="store_true", help="replace an adapter in DIR")
     return made
@@ -64,12 +68,12 @@ def run(arguments: Sequence[str]) -> int:
         pica.register()
     adapter = require_adapter(given.adapter.expanduser())
 
-    def show(plan: ExportPlan) -> None:
+    def show_plan(plan: ExportPlan) -> None:
         kind = "exact" if plan.exact else "truncated; error is the Frobenius norm of what each layer loses"
-        print(f"LoRA of rank {plan.rank} in {str(plan.dtype).removeprefix('torch.')}, {kind}")
-        print(error_table(plan.rows), flush=True)
+        show(f"LoRA of rank {plan.rank} in {str(plan.dtype).removeprefix('torch.')}, {kind}")
+        show(error_table(plan.rows), flush=True)
         if plan.filled:
-            print(f"zero adapters for {len(plan.filled)} layers that the engine expects")
+            show(f"zero adapters for {len(plan.filled)} layers that the engine expects")
 
     with shown.console.status("Exporting"):
         done = export_lora(
@@ -84,17 +88,18 @@ def run(arguments: Sequence[str]) -> int:
             base_model_name=given.base_model_name,
             revision=given.revision,
             check=not given.no_check,
+            trust_remote_code=given.trust_remote_code,
             overwrite=given.overwrite,
-            on_plan=show,
+            on_plan=show_plan,
         )
     if done.check is None:
-        print("not checked")
+        show("not checked")
     else:
-        print(
+        show(
             f"checked with plain PEFT in {str(done.check.dtype).removeprefix('torch.')}: max |difference of outputs| "
             f"{done.check.logits:.3g}, where the adapter changes outputs by {done.check.effect:.3g}"
         )
-    print(f"LoRA folder: {done.folder} ({done.bytes / 2**20:.1f} MiB, {done.layers} layers)")
+    show(f"LoRA folder: {done.folder} ({done.bytes / 2**20:.1f} MiB, {done.layers} layers)")
     if done.command:
-        print(f"serve with:\n  {done.command}")
+        show(f"serve with:\n  {done.command}")
     return 0

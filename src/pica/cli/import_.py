@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import add_trust
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica import trained-with-reference -o adapter --base google/gemma-2b
   pica import trained-with-reference -o adapter --base google/gemma-2b --svd-device cuda
@@ -27,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "--base", metavar="MODEL", help="base model of the training, if not the one that the folder records"
     )
     made.add_argument("--revision", help="branch, tag or commit of the base model")
+    add_trust(made)
     made.add_argument(
         "--svd-device", choices=("cpu", "cuda"), help="device that trained it, for its signs (default: the CPU)"
     )
@@ -54,11 +58,16 @@ def run(arguments: Sequence[str]) -> int:
     saved = read_reference(given.folder)
     with shown.console.status("Loading the base model"):
         recorded = PicaConfig(base_model_name_or_path=saved.base_model)
-        base = load_base_model(locate(given.base) if given.base else None, recorded, revision=given.revision)
+        base = load_base_model(
+            locate(given.base) if given.base else None,
+            recorded,
+            revision=given.revision,
+            trust_remote_code=given.trust_remote_code,
+        )
     with shown.console.status("Decomposing the weights"):
         model = import_reference(base, given.folder, svd_device=given.svd_device)
     with new_folder(output, overwrite=given.overwrite) as work:
         model.peft_config["default"].inference_mode = True
         model.save_pretrained(str(work))
-    print(f"Adapter: {given.output} (rank {saved.rank}, basis included)")
+    show(f"Adapter: {given.output} (rank {saved.rank}, basis included)")
     return 0

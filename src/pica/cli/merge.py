@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import add_trust
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica merge pica-arithmetic-tiny -o merged
   pica merge out/adapter -o merged --base ./SmolLM2-135M --dtype bfloat16
@@ -23,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty folder to write")
     made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
+    add_trust(made)
     made.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -43,6 +47,12 @@ def run(arguments: Sequence[str]) -> int:
         from pica.experiments.merging import merge
     adapter = require_adapter(given.adapter.expanduser())
     with shown.console.status("Merging"):
-        merge(adapter, given.output.expanduser(), base=given.base, dtype=given.dtype)
-    print(f"Merged model: {given.output}")
+        merge(
+            adapter,
+            given.output.expanduser(),
+            base=given.base,
+            dtype=given.dtype,
+            trust_remote_code=given.trust_remote_code,
+        )
+    show(f"Merged model: {given.output}")
     return 0

@@ -5,6 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pica.cli.options import add_trust, whole
+from pica.cli.show import show
+
 if TYPE_CHECKING:
     from pica.experiments.planning import Estimate
 
@@ -36,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", metavar="MODEL", help="a folder with config.json, a hub name, or embedded")
     rank = made.add_mutually_exclusive_group()
-    rank.add_argument("--r", type=int, default=32, metavar="R", help="rank (default: 32)")
+    rank.add_argument("--r", type=whole, default=32, metavar="R", help="rank (default: 32)")
     rank.add_argument(
         "--budget", metavar="PARAMS|MB", help="the largest rank within it: 500k, 2M parameters; 4MB, 4MiB"
     )
@@ -50,10 +53,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--share", default="role", metavar="HOW", help="role, none, or a number of layers (default: role)"
     )
-    made.add_argument("--lora-rank", type=int, default=16, metavar="R", help="of the LoRA shown beside (default: 16)")
-    made.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="samples a step (default: 1 8)")
+    made.add_argument("--lora-rank", type=whole, default=16, metavar="R", help="of the LoRA shown beside (default: 16)")
     made.add_argument(
-        "--length", type=int, nargs="+", metavar="N", help="tokens a sample (default: 512, if it has them)"
+        "--batch", type=whole, nargs="+", default=[1, 8], metavar="N", help="samples a step (default: 1 8)"
+    )
+    made.add_argument(
+        "--length", type=whole, nargs="+", metavar="N", help="tokens a sample (default: 512, if it has them)"
     )
     made.add_argument(
         "--dtype",
@@ -66,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     made.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    add_trust(made)
     made.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     return made
 
@@ -89,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
             budget_in_bytes=in_bytes,
             target_modules=given.target_modules,
             target_parameters=given.target_parameters,
-            share=int(given.share) if given.share.isdigit() else given.share,
+            share=int(given.share) if given.share.isdecimal() else given.share,
             lora_rank=given.lora_rank,
             batches=given.batch,
             lengths=given.length,
@@ -97,15 +103,16 @@ def run(arguments: Sequence[str]) -> int:
             quantization=given.quantization,
             checkpointing=given.checkpointing,
             revision=given.revision,
+            trust_remote_code=given.trust_remote_code,
         )
         found = estimate(question, progress=status.update)
     if given.json:
         import dataclasses
         import json
 
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        show(json.dumps(dataclasses.asdict(found), indent=2))
     else:
-        print(as_text(found))
+        show(as_text(found))
     return 0
 
 
@@ -123,11 +130,11 @@ def parse_budget(text: str | None) -> tuple[int | None, bool]:
     unit = match[2].upper() if match else ""
     in_bytes = unit not in _UNITS
     factor = _BYTES.get(unit) if in_bytes else _UNITS[unit]
-    if match is None or factor is None or (amount := int(float(match[1]) * factor)) < 1:
+    if match is None or factor is None or not 1 <= (amount := float(match[1]) * factor) < 1e18:
         raise ConfigError(
             f"--budget {text!r} must be a number of parameters (500000, 500k, 2M) or of bytes (800kB, 4MB, 4MiB)."
         )
-    return amount, in_bytes
+    return int(amount), in_bytes
 
 
 def as_text(found: "Estimate") -> str:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica report pica-compare-arithmetic-tiny
   pica report pica-compare-minilm-sst2 -o minilm.html
@@ -50,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     from pica.report.pictures_page import is_picture_run, write_picture_page
 
     if is_picture_run(given.folder):
-        print(f"Report: {write_picture_page(given.folder, page=given.output)}")
+        show(f"Report: {write_picture_page(given.folder, page=given.output)}")
         return 0
 
     from pica.cli.compare import print_summary

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pica.cli.options import add_trust
+from pica.cli.show import show
 from pica.errors import ConfigError
+from pica.foreign_code import FLAG
 
 if TYPE_CHECKING:
     from pica.experiments.run import RunResult
 
 DEFAULT = "arithmetic-tiny"
 
-USAGE = "pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite]\n       pica train --resume [DIR]"
+USAGE = """pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite] [--trust-remote-code]
+       pica train --resume [DIR] [--trust-remote-code]"""
 
 DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems it has not seen.
 
@@ -40,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     from pica.experiments.parsing import load_recipe
 
     if {"-h", "--help"} & set(arguments):
-        print(help_text())
+        show(help_text())
         return 0
     reference, overrides, options = split_arguments(arguments)
     if options["resume"] is not None and (overrides or options["overwrite"]):
@@ -53,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
     if reference is None and not any(key == "model.path" for key, _ in overrides):
         reference = DEFAULT
     folder = Path(options["resume"]).expanduser() if options["resume"] else None
+    if options["trust"] and options["resume"] is None:
+        overrides.append(("model.trust_remote_code", True))
     recipe = None if folder else load_recipe(reference, overrides)
 
     from pica.cli.console import loading
@@ -62,9 +68,11 @@ def run(arguments: Sequence[str]) -> int:
     if recipe is None or options["resume"] is not None:
         folder = folder or default_output(recipe)  # pyright: ignore[reportArgumentType]
         shown.say(f"Resuming {folder}")
-        result = resume(folder, reporter=shown)
+        result = resume(folder, reporter=shown, trust_remote_code=options["trust"])
     else:
         shown.say(f"Recipe {recipe.name}: {recipe.model.path} on {recipe.task.name}, into {default_output(recipe)}")
+        if recipe.model.trust_remote_code:
+            shown.say(f"Python code that comes with {recipe.model.path} is run (model.trust_remote_code)")
         result = start(recipe, reporter=shown, overwrite=options["overwrite"])
     from pica.experiments.distributed import leads
 
@@ -76,19 +84,22 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
-    """The recipe, the overrides as (field, text), and the options `overwrite` and `resume` (None: absent, "": no folder).
+    """The recipe, the overrides as (field, text), and the options `overwrite`, `trust` and `resume` (None: absent,
+    "": no folder).
 
     Raises:
         ConfigError: An option has no value, or there are two recipes.
     """
     recipe: str | None = None
     overrides: list[tuple[str, Any]] = []
-    options: dict[str, Any] = {"overwrite": False, "resume": None}
+    options: dict[str, Any] = {"overwrite": False, "trust": False, "resume": None}
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
         if token == "--overwrite":
             options["overwrite"] = True
+        elif token == FLAG:
+            options["trust"] = True
         elif token == "--resume":
             options["resume"] = rest.pop(0) if rest and not rest[0].startswith("-") else ""
         elif token.startswith("--resume="):
@@ -124,6 +135,7 @@ def help_text() -> str:
     group = parser.add_argument_group("Run")
     group.add_argument("-o", metavar="DIR", help="Same as --output.")
     group.add_argument("--overwrite", action="store_true", help="Replace an earlier run in the output folder.")
+    add_trust(group)
     group.add_argument("--resume", metavar="DIR", help="Go on with the interrupted run in DIR.")
     group.add_argument("--debug", action="store_true", help="Show the full traceback of an error.")
     for action in parser._actions:
@@ -186,8 +198,8 @@ def _print_pictures(result: "RunResult") -> None:
     from pica.report.pictures_page import GRID, write_picture_page
 
     if (result.output / GRID).is_file():
-        print(f"Pictures:    {result.output / GRID}, {result.output / 'pictures-*'}")
-    print(f"Report:      {write_picture_page(result.output)}")
+        show(f"Pictures:    {result.output / GRID}, {result.output / 'pictures-*'}")
+    show(f"Report:      {write_picture_page(result.output)}")
 
 
 def _scores(row: dict[str, Any]) -> tuple[str, str]:

@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import add_trust
+from pica.cli.show import show
+
 EPILOG = """examples:
   pica verify pica-arithmetic-tiny
   pica verify out/adapter --base ./SmolLM2-135M
@@ -23,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
+    add_trust(made)
     made.add_argument("--files-only", action="store_true", help="do not load a base model")
     return made
 
@@ -46,6 +50,6 @@ def run(arguments: Sequence[str]) -> int:
     if not given.files_only and (adapter / "adapter_config.json").is_file():
         base = locate(base_of(adapter, given.base))
     with shown.console.status("Checking"):
-        report = verify(adapter, base)
-    print(report)
+        report = verify(adapter, base, trust_remote_code=given.trust_remote_code)
+    show(report)
     return 0 if report.ok else 1

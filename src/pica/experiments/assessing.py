@@ -40,6 +40,7 @@ class Request:
     batch_size: int = 32
     dtype: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     output: Path | None = None
 
 
@@ -93,7 +94,9 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
     _check_options(request, task, adapter)
     if run and run.task.name != name:
         run = None
-    recipe = dataclasses.replace(run or Recipe(), model=ModelSection(path=request.model, revision=request.revision))
+    # A whole new section: that the run trusted its model's code does not count, its recipe may have come with the adapter.
+    section = ModelSection(path=request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    recipe = dataclasses.replace(run or Recipe(), model=section)
     if adapter is not None:
         recipe.model.path = base_of(adapter, request.base)
     if recorded is not None:  # whatever its task: the basis may be of the quantised weights

@@ -150,7 +150,7 @@ def _run(cell: Cell, run: Path, reporter: "_Messenger") -> dict[str, Any]:
     recipe = dataclasses.replace(cell.recipe, output=str(run))
     metrics = _finished(run)
     if metrics is None and (run / files.RESOLVED).is_file():
-        metrics = resume(run, reporter=reporter).metrics
+        metrics = resume(run, reporter=reporter, trust_remote_code=recipe.model.trust_remote_code).metrics
     elif metrics is None:
         shutil.rmtree(run, ignore_errors=True)
         metrics = start(recipe, reporter=reporter).metrics

@@ -1,6 +1,8 @@
 """What can be wrong with a recipe whose fields have the right types. Reads no data and imports no torch."""
 
+import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,6 +32,10 @@ _POSITIVE_INTEGERS = {
     "baseline": ("r",),
 }
 _DEFAULT = AdapterSection()
+_MOST = 2**31 - 1  # what the libraries' whole numbers hold
+_SEEDS = ("trainer.seed", "data.seed", "adapter.projection_seed", "adapter.pattern_seed")  # of their own range
+# Has a sentence of its own below, or means something.
+_MAY_BE_EMPTY = ("name", "model.path", "dreambooth.instance_prompt", "dreambooth.class_prompt")
 _AT_LEAST_ZERO = {
     "trainer": ("warmup", "weight_decay", "max_grad_norm"),
     "dreambooth": ("prior_weight", "validation_pictures", "guidance"),
@@ -45,7 +51,7 @@ REQUIRED = "REQUIRED"
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything that is wrong with the recipe, one sentence each: ranges, unknown names, missing files."""
-    return [*_ranges(recipe), *_names(recipe), *_places(recipe)]
+    return [*_absurdities(recipe), *_ranges(recipe), *_names(recipe), *_places(recipe)]
 
 
 def model_problem(path: str) -> str | None:
@@ -62,9 +68,45 @@ def model_problem(path: str) -> str | None:
         return f"folder {path!r} holds no config.json, so it is no model folder{hint}."
     if folder.is_file():
         return f"{path!r} is a file; give the model's folder."
+    if folder.is_symlink():
+        return f"{path!r} is a link to nowhere."
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path.strip():
         return f"model folder {path!r} does not exist."
     return None
+
+
+def _absurdities(recipe: Recipe) -> Iterator[str]:
+    """Values of the right types that no library underneath survives, whatever the field is for."""
+    for section in ("", *(field.name for field in dataclasses.fields(recipe) if dataclasses.is_dataclass(field.type))):
+        holder = getattr(recipe, section) if section else recipe
+        for name, value in vars(holder).items():
+            dotted = f"{section}.{name}" if section else name
+            for leaf in _leaves(value):
+                if isinstance(leaf, str) and "\0" in leaf:
+                    yield f"{dotted}: holds a NUL character, which is part of no name; remove it."
+                elif isinstance(leaf, int) and not -_MOST <= leaf <= _MOST and dotted not in _SEEDS:
+                    yield f"{dotted} = {leaf}: must be at most {_MOST}."
+            if value == "" and dotted not in _MAY_BE_EMPTY:
+                yield f"{dotted} is empty: give a value, or leave it out."
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if (recipe.trainer.threads or 0) > most:
+        yield f"trainer.threads = {recipe.trainer.threads}: must be at most {most} on this machine."
+    if not 0 <= recipe.data.seed < 2**32:
+        yield f"data.seed = {recipe.data.seed}: must be from 0 to 2^32 - 1."
+    if len(recipe.name.encode("utf-8", "replace")) > 200:
+        yield f"name: has {len(recipe.name)} characters; it becomes part of a folder name and must be at most 200 bytes."
+    if recipe.trainer.epochs > _MOST:
+        yield f"trainer.epochs = {recipe.trainer.epochs:g}: must be at most {_MOST}."
+
+
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif not dataclasses.is_dataclass(value):
+        yield value
 
 
 def _ranges(recipe: Recipe) -> Iterator[str]:

@@ -12,8 +12,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
+from pica.documents import read_yaml
 from pica.errors import OutputError
 from pica.experiments import output as files
 from pica.experiments.cells import Cell, failed_record, make_cell, read_record, record_path, run_cell, tail
@@ -137,8 +136,8 @@ def prepare(comparison: Comparison, folder: Path) -> None:
 def _name_in(marker: Path) -> Any:
     """Name of the comparison that a folder is of; None if there is none that can be read."""
     try:
-        content = yaml.safe_load(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = read_yaml(marker)
+    except (OSError, ValueError):
         return None
     return content.get("name") if isinstance(content, dict) else None
 

@@ -14,11 +14,12 @@ class Interrupted(Exception):
     Attributes:
         checkpoint: Folder of the last checkpoint, itself a loadable adapter; None if no training is under way.
         folder: The run's output folder; None if nothing has been written yet.
+        trusted: Whether the run was allowed to run its model's code, which has to be said again when it goes on.
     """
 
-    def __init__(self, *, checkpoint: Path | None = None, folder: Path | None = None) -> None:
+    def __init__(self, *, checkpoint: Path | None = None, folder: Path | None = None, trusted: bool = False) -> None:
         super().__init__("interrupted")
-        self.checkpoint, self.folder = checkpoint, folder
+        self.checkpoint, self.folder, self.trusted = checkpoint, folder, trusted
 
 
 class StopRequest:

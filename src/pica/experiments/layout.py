@@ -16,18 +16,25 @@ import pica
 from pica.basis import Basis
 from pica.errors import ConfigError, PicaError
 from pica.experiments.packing import quantise
+from pica.foreign_code import code_options
 from pica.tuner.layer import PicaLinear
 
 
-def build(config: PreTrainedConfig, dtype: torch.dtype, packing: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+def build(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    packing: BitsAndBytesConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """The model of a configuration, on the meta device: the class that it names, else a causal language model.
 
-    With `packing` its linear layers are bitsandbytes'.
+    With `packing` its linear layers are bitsandbytes'; with `trust_remote_code` code that comes with the model is run.
 
     Raises:
         ConfigError: transformers cannot build one, or it generates no text and is to be quantised.
     """
-    model = _built(copy.deepcopy(config), dtype)  # quantising writes to it
+    model = _built(copy.deepcopy(config), dtype, code_options(trust_remote_code))  # quantising writes to it
     if packing is not None:
         if not model.can_generate():
             raise ConfigError(
@@ -37,15 +44,18 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, packing: BitsAndBytesCon
     return model
 
 
-def _built(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _built(config: PreTrainedConfig, dtype: torch.dtype, code: dict[str, bool]) -> PreTrainedModel:
     names = getattr(config, "architectures", None) or []
     named = getattr(transformers, names[0], None) if names else None
     try:
         with torch.device("meta"):
             if isinstance(named, type) and issubclass(named, PreTrainedModel):
                 return named._from_config(config, dtype=dtype)
-            auto: Any = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-            return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+            generates = type(config) in AutoModelForCausalLM._model_mapping or (
+                code["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+            )
+            auto: Any = AutoModelForCausalLM if generates else AutoModel
+            return auto.from_config(config, dtype=dtype, **code)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
         line = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(

@@ -1,6 +1,5 @@
 """An adapter and its base model made into one plain model folder."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from transformers import (
 )
 
 from pica.adapters.dequantise import merge_in_full
+from pica.documents import read_json
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
 from pica.experiments.assessing import run_of
@@ -32,7 +32,14 @@ from pica.experiments.models import (
 from pica.experiments.recipe import ModelSection
 
 
-def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = "auto") -> Path:
+def merge(
+    adapter: Path,
+    target: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Path:
     """Write the merged model and its tokenizer or image processor to `target`, a folder for transformers without pica.
 
     For an adapter of a pipeline of diffusers, `target` is a pipeline folder.
@@ -45,6 +52,8 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
         target: New or empty folder.
         base: Base model; as recorded in the adapter if None.
         dtype: "float32", "bfloat16", "float16", or "auto" for that of the base model's files.
+        trust_remote_code: Run the Python code that comes with the base model, if it has some; what a run's recipe says of
+            that does not count, since it may have come with the adapter.
 
     Returns:
         `target`.
@@ -57,7 +66,9 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
     run = run_of(adapter)
     # W_q + dW: the adapter was trained on the quantised weights, and its basis may be theirs
     kind = None if run is None else run.model.quantization
-    section = ModelSection(path=base_of(adapter, base), dtype="float32", quantization=kind)
+    section = ModelSection(
+        path=base_of(adapter, base), dtype="float32", quantization=kind, trust_remote_code=trust_remote_code
+    )
     if (Path(locate(section.path)) / "model_index.json").is_file() or _of_diffusers(adapter):
         from pica.experiments.diffusion.merging import merge_pipeline  # diffusers is an extra, and takes its seconds
 
@@ -91,7 +102,7 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
 
 def _of_diffusers(adapter: Path) -> bool:
     """Whether an adapter's file says that it belongs to a model of diffusers."""
-    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("auto_mapping") or {}
+    recorded = read_json(adapter / "adapter_config.json").get("auto_mapping") or {}
     return str(recorded.get("parent_library", "")).startswith("diffusers.")
 
 

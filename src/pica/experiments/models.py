@@ -1,7 +1,7 @@
 """Loading models and tokenizers from a folder, the hub or this package."""
 
-import json
 import logging
+import pickle
 from collections.abc import Sequence
 from importlib import resources
 from importlib.util import find_spec
@@ -23,9 +23,11 @@ from transformers import (
 )
 
 import pica
+from pica.documents import read_json
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.checks import model_problem
 from pica.experiments.recipe import ModelSection
+from pica.foreign_code import code_options, code_refusal, nothing_asked, wants_code
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +208,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
         if not (folder / name).is_file():  # PEFT would look for it on the hub
             raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {name}.")
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        with nothing_asked():
+            return peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except PicaError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -220,7 +223,7 @@ def base_of(adapter: Path, base: str | None = None) -> str:
         AdapterFileError: The folder holds no adapter, or its base model is not to be found.
     """
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(adapter / "adapter_config.json")
         recorded = config.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
@@ -242,7 +245,7 @@ def task_type_of(adapter: Path) -> str | None:
         AdapterFileError: The folder holds no readable adapter_config.json.
     """
     try:
-        return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+        return read_json(adapter / "adapter_config.json").get("task_type")
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
 
@@ -254,11 +257,13 @@ def _from_pretrained(loader: Any, section: ModelSection, options: dict[str, Any]
         return loader.from_pretrained(
             location,
             revision=section.revision or "main",
-            trust_remote_code=section.trust_remote_code,
             local_files_only=local,  # a folder must not cause requests to the hub
+            **code_options(section.trust_remote_code),
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+        if wants_code(error):
+            raise ConfigError(f"Model {code_refusal(section.path)}") from error
         if local:
             raise ConfigError(f"Model folder {section.path!r} cannot be loaded: {_first_line(error)}") from error
         raise ConfigError(

@@ -1,7 +1,5 @@
 """Writing results so that what stands under its final name is complete."""
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -14,6 +12,7 @@ from pica.adapters.folders import atomic_folder as atomic_folder
 from pica.adapters.folders import disk_is_full as disk_is_full
 from pica.adapters.folders import translated_write_errors as translated_write_errors
 from pica.errors import OutputError
+from pica.text import csv_text
 
 RESOLVED = "recipe.resolved.yaml"
 """File in every output folder that holds the full recipe; its presence marks a folder as one of ours."""
@@ -100,11 +99,7 @@ def write_jsonl(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def write_csv(target: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Write these columns of the rows, empty where a row has none; see `write_text`."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(target, buffer.getvalue())
+    write_text(target, csv_text(rows, columns))
 
 
 def _umask() -> int:

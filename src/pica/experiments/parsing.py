@@ -17,6 +17,7 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from pica.documents import parse_yaml, text_problem, yaml_problem
 from pica.errors import ConfigError
 from pica.experiments.checks import problems
 from pica.experiments.recipe import Recipe
@@ -133,11 +134,9 @@ def read_named(what: str, reference: str, builtin: Mapping[str, str], wanted: st
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"{what} {reference!r} is neither a file nor built in. {hint}Built in: {', '.join(builtin)}.")
     try:
-        given = yaml.safe_load(text)
+        given = parse_yaml(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        where, problem = yaml_problem(error)
         raise ConfigError(f"{what} {reference!r}{where}: not valid YAML, {problem}.") from None
     if given is None:
         raise ConfigError(f"{what} {reference!r} is empty.")
@@ -217,11 +216,14 @@ def _typed(values: Mapping[str, Any], recipe: Recipe | None = None) -> tuple[Rec
         if value is None and not optional:
             mistakes.append(f"{key}: has no value; give one or remove the line.")
             continue
+        if trouble := text_problem(value):
+            mistakes.append(f"{key}: {trouble}.")
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 parsed = parser.parse_object({section: {name: value}} if section else {name: value})
-        except (ArgumentError, TypeError, ValueError):
+        except (ArgumentError, TypeError, ValueError, RecursionError):
             mistakes.append(f"{key} = {value!r}: must be {_type_name(fields[key].type)}.")
             continue
         setattr(getattr(recipe, section) if section else recipe, name, parsed[key])

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -50,6 +50,7 @@ class Question:
         quantization: nf4, fp4 or int8, as a recipe's `model.quantization`; None: not quantised.
         checkpointing: Whether activations are computed again in the backward pass.
         revision: Branch, tag or commit of a model on the hub.
+        trust_remote_code: Run the Python code that comes with the model, if it has some.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Question:
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     checkpointing: bool = False
     revision: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,9 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
         PicaError: PiCa refuses the targets.
     """
     _check(question)
-    config = load_config(ModelSection(path=question.model, revision=question.revision))
+    config = load_config(
+        ModelSection(path=question.model, revision=question.revision, trust_remote_code=question.trust_remote_code)
+    )
     if question.lengths is None:
         question = dataclasses.replace(question, lengths=[min(512, positions(config) or 512)])
     for length in question.lengths or ():
@@ -174,11 +178,12 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
     packing = None
     if question.quantization is not None:
         packing = quantisation(ModelSection(quantization=question.quantization, dtype=cast(Any, question.dtype)))
-    base = build(config, dtype, packing)
+    lay_out = partial(build, config, dtype, packing, trust_remote_code=question.trust_remote_code)
+    base = lay_out()
     kind, base_parameters, weights = type(base).__name__, _elements(base.parameters()), resting_bytes(base)
     r = question.r
     if question.budget is not None:
-        r = _rank_within(question, adapt(build(config, dtype, packing), _pica(question, 1), notes))
+        r = _rank_within(question, adapt(lay_out(), _pica(question, 1), notes))
     adapted = adapt(base, _pica(question, r), notes)
     layers = _layers(adapted)
     groups = _groups(adapted, layers)
@@ -194,7 +199,7 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
     for rank in dict.fromkeys((max(1, round(parameters / widths)), question.lora_rank)):
         lora = LoraConfig(r=rank, **_targets(adapted))
         try:
-            model = adapt(build(config, dtype, packing), lora, notes)
+            model = adapt(lay_out(), lora, notes)
         except PicaError as error:
             notes.append(f"There is no LoRA beside it: {error}")
             break

@@ -20,7 +20,7 @@ class ModelSection:
     attention: str | None = None
     """Attention implementation, for instance sdpa or eager; the model's own choice if unset."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a model on the hub; only for authors you trust."""
+    """Run Python code that comes with the model; only for authors you trust. Same as --trust-remote-code."""
 
 
 @dataclass

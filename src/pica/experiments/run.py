@@ -36,6 +36,7 @@ from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
 from pica.experiments.trainers import check_optimizer
 from pica.experiments.training import last_checkpoint, train
+from pica.foreign_code import FLAG
 from pica.tasks import get_task
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,14 @@ def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> Run
     return _guarded(_Run(with_absolute_paths(recipe), folder, reporter, resuming=False))
 
 
-def resume(folder: Path, *, reporter: Reporter) -> RunResult:
+def resume(folder: Path, *, reporter: Reporter, trust_remote_code: bool = False) -> RunResult:
     """Go on with an interrupted run, with the recipe that it was started with.
 
+    `trust_remote_code` has to be given again for a run that was started with it: the folder may be somebody else's.
+
     Raises:
-        ConfigError: The folder holds no run, or a finished one, or its checkpoint is of another kind of job.
+        ConfigError: The folder holds no run, or a finished one, or its checkpoint is of another kind of job, or its model's
+            code was trusted then and is not now.
         PicaError, Interrupted: As `start`.
     """
     distributed.join()
@@ -91,6 +95,11 @@ def resume(folder: Path, *, reporter: Reporter) -> RunResult:
     if (folder / "metrics.json").is_file():
         raise ConfigError(f"The run in {str(folder)!r} is finished; start another one with --output or --overwrite.")
     recipe = load_recipe(str(folder / files.RESOLVED))
+    if recipe.model.trust_remote_code and not trust_remote_code:
+        raise ConfigError(
+            f"The run in {str(folder)!r} was started with {FLAG}, for Python code that comes with {recipe.model.path!r}; if "
+            f"you trust its authors, give {FLAG} with --resume again."
+        )
     run = _Run(recipe, folder, reporter, resuming=True)
     if _LAUNCH in run.phases and any(run.checkpoints.glob("*/checkpoint-*")):
         distributed.check_same_kind(run.phases[_LAUNCH])
@@ -104,7 +113,9 @@ def _guarded(run: "_Run") -> RunResult:
         checkpoints = [last_checkpoint(folder) for folder in (run.folder / CHECKPOINTS).glob("*")]
         latest = max((path for path in checkpoints if path), key=lambda path: path.stat().st_mtime, default=None)
         begun = (run.folder / files.RESOLVED).is_file() and run.begun
-        raise Interrupted(checkpoint=latest, folder=run.folder if begun else None) from None
+        raise Interrupted(
+            checkpoint=latest, folder=run.folder if begun else None, trusted=run.recipe.model.trust_remote_code
+        ) from None
 
 
 def preference(candidate: Mapping[str, Any]) -> tuple[float, float]:

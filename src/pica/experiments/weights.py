@@ -18,6 +18,7 @@ from pica.adapters.base_model import _model_class
 from pica.basis.checkpoint import WeightFolder, renaming
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.models import locate
+from pica.foreign_code import code_options, nothing_asked
 
 
 def fetch(path: str) -> Path:
@@ -67,12 +68,13 @@ def skeleton(folder: WeightFolder, model_class: type | None = None) -> nn.Module
     if not folder.config:
         return None
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder.path), local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(str(folder.path), local_files_only=True, **code_options())
         names = config.architectures or ["AutoModel"]
         chosen = model_class or getattr(transformers, names[0])
         with torch.device("meta"):
-            build = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
-            return build(config)
+            if hasattr(chosen, "from_config"):  # one of transformers' Auto classes
+                return chosen.from_config(config, **code_options())
+            return chosen._from_config(config)
     except Exception:  # whatever an architecture's own code raises: what is left is to go by names
         return None
 
@@ -179,7 +181,8 @@ class TunedAdapter:
         try:
             config = peft.PeftConfig.from_pretrained(str(adapter))
             model = mapped_model(base, _model_class(str(base.path), config))
-            carried = peft.PeftModel.from_pretrained(model, str(adapter)).eval()  # pyright: ignore[reportArgumentType]
+            with nothing_asked():
+                carried = peft.PeftModel.from_pretrained(model, str(adapter)).eval()  # pyright: ignore[reportArgumentType]
         except PicaError:
             raise
         except Exception as error:  # each method raises what it likes

@@ -19,6 +19,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pica.text import visible
+
 INK, MUTED, GRID, CARD = "#010101", "#010102", "#010103", "#010104"
 """Text and axes; secondary text; grid lines; the surface below the figure (for outlines)."""
 
@@ -35,6 +37,7 @@ _COLOUR = re.compile("|".join(map(re.escape, _VARIABLES)))
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # real text: selectable, searchable, and in the page's own typeface
+    "text.parse_math": False,  # labels are names, and a "$" in one is no formula
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -164,7 +167,7 @@ def _svg(name: str, draw: Callable[[Sheet], None], width: Width, height: float, 
         draw(sheet)
         written = io.StringIO()
         canvas.print_svg(written, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    root = ElementTree.fromstring(written.getvalue())
+    root = ElementTree.fromstring(visible(written.getvalue()))  # control characters of names would be no XML
     for parent in list(root.iter()):
         for child in list(parent):
             # The metadata hold addresses, and the style is a rule on "*", which inside a page would hit everything.

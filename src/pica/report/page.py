@@ -1,8 +1,6 @@
 """One self-contained HTML page: no network, light and dark, for a phone and for a desk."""
 
 import base64
-import csv
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +11,8 @@ import jinja2
 from markupsafe import Markup, escape
 
 from pica._version import __version__
+from pica.text import csv_text as csv_text
+from pica.text import visible
 
 _ASSETS = "assets/report"
 
@@ -80,7 +80,7 @@ class Page:
             (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html.jinja")
         )
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-        return environment.from_string(template).render(
+        page = environment.from_string(template).render(
             title=self.title,
             lead=self.lead,
             facts=self.facts,
@@ -90,6 +90,7 @@ class Page:
             script=Markup(script),
             version=__version__,
         )
+        return visible(page)  # control characters have no place in HTML, and names from files may hold some
 
 
 def paragraph(text: str) -> Markup:
@@ -155,15 +156,6 @@ def table(
         Markup("").join(heads),
         Markup("\n").join(lines),
     )
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """The rows as CSV, empty where a row has no value."""
-    written = io.StringIO()
-    writer = csv.DictWriter(written, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return written.getvalue()
 
 
 def _cell(content: Any, column: Column, *, first: bool) -> Markup:

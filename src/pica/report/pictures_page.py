@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pica.documents import read_json
 from pica.errors import ConfigError
 from pica.experiments.output import RESOLVED, write_text
 from pica.report import page as html
@@ -28,7 +29,7 @@ _NAMES = {
 def is_picture_run(folder: Path) -> bool:
     """Whether a folder holds a finished run of task dreambooth."""
     try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"] == "dreambooth"
+        return read_json(folder / "metrics.json")["task"] == "dreambooth"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -48,7 +49,7 @@ def write_picture_page(folder: Path, *, page: Path | None = None) -> Path:
         OutputError: The page can't be written.
     """
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_json(folder / "metrics.json")
         recipe = (folder / RESOLVED).read_text(encoding="utf-8")
         with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
             curve = list(csv.DictReader(file))

@@ -1,6 +1,5 @@
 """The records of a comparison's cells as one line a method."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pica.documents import read_json, read_yaml
 from pica.errors import ConfigError
 
 COMPARISON, INDEX = "comparison.yaml", "cells.json"
@@ -115,28 +113,28 @@ def summarise(folder: Path) -> Summary:
     """
     if not (folder / COMPARISON).is_file():
         raise ConfigError(f"{str(folder)!r} holds no {COMPARISON}, so it is no output folder of pica compare.")
-    text = (folder / COMPARISON).read_text(encoding="utf-8")
     try:
-        content = yaml.safe_load(text)
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        content = read_yaml(folder / COMPARISON)
+        text = (folder / COMPARISON).read_text(encoding="utf-8")
+        index = read_json(folder / INDEX)
         records = [_record(folder, entry) for entry in index["cells"]]
         labels = [row["label"] for row in content["methods"]]
         name, workers = content["name"], index["workers"]
+        rows = [summarise_row(label, [record for record in records if record["label"] == label]) for label in labels]
+        first = next((record for record in records if record["status"] == "done"), None)
+        base = next((record["base"] for record in records if record.get("base")), None)
+        title, description = (content.get(key) or "" for key in ("title", "description"))
+        metric = first["result"].get("metric", "accuracy") if first else "score"
     except FileNotFoundError:
         raise ConfigError(f"{str(folder)!r} holds no finished cell yet; run pica compare first.") from None
     except KeyError as error:
         raise ConfigError(
             f"A file in {str(folder)!r} is damaged (it lacks {error}); run pica compare with the folder again."
         ) from None
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"A file in {str(folder)!r} is damaged ({error}); run pica compare with the folder again."
         ) from None
-    rows = [summarise_row(label, [record for record in records if record["label"] == label]) for label in labels]
-    first = next((record for record in records if record["status"] == "done"), None)
-    base = next((record["base"] for record in records if record.get("base")), None)
-    title, description = (content.get(key) or "" for key in ("title", "description"))
-    metric = first["result"].get("metric", "accuracy") if first else "score"
     return Summary(name, title, description, content, text, metric, rows, base, records, workers)
 
 
@@ -226,4 +224,4 @@ def _record(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / "cells" / f"{entry['key']}.json"
     if not path.is_file() and entry["status"] == "failed":  # a cell that was not even begun has no file
         return dict(entry)
-    return json.loads(path.read_text(encoding="utf-8")) | {"label": entry["label"], "seed": entry["seed"]}
+    return read_json(path) | {"label": entry["label"], "seed": entry["seed"]}

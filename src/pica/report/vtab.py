@@ -1,13 +1,11 @@
 """VTAB-1K's scores of several runs or comparisons, one line a method, with the means of its groups."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pica.documents import read_json, read_yaml
 from pica.errors import ConfigError
 from pica.experiments import output as files
 from pica.experiments.methods import METHODS
@@ -94,8 +92,8 @@ def _comparison(folder: Path) -> tuple[str, list[VtabMethod]]:
 
 def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
     try:
-        recipe = yaml.safe_load((folder / files.RESOLVED).read_text(encoding="utf-8"))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        recipe = read_yaml(folder / files.RESOLVED)
+        metrics = read_json(folder / "metrics.json")
         name = _set_of(folder, recipe["task"])
         results = [metrics[kind] for kind in ("adapter", "baseline") if kind in metrics]
         return name, [_of_result(name, result) for result in results]
@@ -104,7 +102,7 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
         raise ConfigError(f"{str(folder)!r} holds no {missing}: it is no finished run or comparison.") from None
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"A file in {str(folder)!r} is damaged ({type(error).__name__}: {error}).") from None
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pica.documents import parse_json, parse_json_at
 from pica.errors import ConfigError, DataError
+from pica.foreign_code import code_options
 from pica.tasks.base import Split
 from pica.tasks.tables import ENDINGS as TABLES
 from pica.tasks.tables import table_rows
@@ -79,6 +81,8 @@ def check_location(location: str) -> str | None:
         return f"file {location!r} does not exist; give {KINDS_OF_FILE}, a folder, hub:OWNER/NAME or embedded."
     if path.is_dir():
         return None
+    if not path.is_file():  # a pipe or a device would be waited for
+        return f"{location!r} is neither a file nor a folder; give {KINDS_OF_FILE}."
     if path.suffix not in ENDINGS:
         return f"{location!r} has an unknown ending; give {KINDS_OF_FILE}."
     return None
@@ -158,7 +162,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})."
@@ -167,7 +171,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Rows of a JSON list with the line each begins at. Decoded one by one, since json.loads keeps no positions."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    blank = re.compile(r"\s*")
 
     def skip(position: int) -> int:
         match = blank.match(text, position)
@@ -185,7 +189,7 @@ def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, end = decoder.raw_decode(text, position)
+            value, end = parse_json_at(text, position)
         except json.JSONDecodeError as error:
             raise fail(error.pos, error.msg) from None
         yield line, value
@@ -211,7 +215,7 @@ def load_hub(location: str) -> Any:
     if match is None:
         raise ConfigError(f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT].")
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", **code_options())
     except Exception as error:  # the library raises many kinds; all mean that the data could not be had
         raise DataError(f"{location}: could not be loaded ({type(error).__name__}: {error}).") from error
 

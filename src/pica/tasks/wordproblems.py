@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from pica.errors import DataError
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -217,12 +219,12 @@ def generate(split: Split, count: int, seed: int = 0) -> list[WordProblem]:
         seed: Decides which problems are drawn, their order, wording, names and things.
 
     Raises:
-        ValueError: Unknown split, or a `count` outside the range above.
+        ValueError: Unknown split; DataError: a `count` outside the range above.
     """
     pools = {name: list(numbers) for name, numbers in _split_keys(_known(split)).items()}
     total = sum(map(len, pools.values()))
     if not 0 <= count <= total:
-        raise ValueError(f"count={count} word problems were asked for, but the {split!r} split holds 0 to {total}.")
+        raise DataError(f"count={count} word problems were asked for, but the {split!r} split holds 0 to {total}.")
     rng = random.Random(f"wordproblems/{split}/{seed}")
     for pool in pools.values():
         rng.shuffle(pool)

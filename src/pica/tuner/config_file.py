@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pica.documents import read_json
 from pica.errors import AdapterFileError
 from pica.tuner.bank import BANK_NAMES
 
@@ -37,8 +37,8 @@ def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict
             false, {} or [] are noted and left out.
     """
     try:
-        found = json.loads(Path(path).read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 errors, numbers without end
+        found = read_json(Path(path))
+    except (OSError, ValueError) as error:
         raise AdapterFileError(f"{str(path)!r} cannot be read: {str(error) or type(error).__name__}.") from error
     if not isinstance(found, dict):
         raise AdapterFileError(f"{str(path)!r} must hold a JSON object, not a {type(found).__name__}.")

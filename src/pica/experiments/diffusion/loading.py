@@ -1,6 +1,5 @@
 """Reading a pipeline of diffusers from a folder or the hub."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, pipelines
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from pica.adapters.pipelines import stored_dtype
 from pica.adapters.wording import first_line
+from pica.documents import read_json
 from pica.errors import ConfigError
 from pica.experiments.diffusion.families import FAMILIES, Family
 from pica.experiments.models import DTYPES, locate
 from pica.experiments.recipe import ModelSection
+from pica.foreign_code import code_options, nothing_asked
 
 INDEX = "model_index.json"
+# Where the classes of a pipeline's parts may come from, beside the pipelines of diffusers themselves.
+_LIBRARIES = ("diffusers", "transformers")
 _ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 # What Stable Diffusion 3 does without where memory is short; diffusers wants to be told so.
 _MAY_BE_ABSENT = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
@@ -42,9 +45,9 @@ def load_pipeline(section: ModelSection) -> tuple[Any, Family]:
     family = FAMILIES[kind]
     dtype = stored_dtype(folder / family.component) if section.dtype == "auto" else DTYPES[section.dtype]
     try:
-        with quiet():
+        with quiet(), nothing_asked():
             pipeline: Any = DiffusionPipeline.from_pretrained(
-                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, **absent
+                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, **code_options(), **absent
             )
     except _ERRORS as error:
         raise ConfigError(f"Pipeline {section.path!r} cannot be loaded: {first_line(error)}") from error
@@ -65,7 +68,9 @@ def local_folder(section: ModelSection) -> Path:
         return Path(location)
     try:
         with quiet():
-            return Path(DiffusionPipeline.download(location, revision=section.revision, use_safetensors=True))
+            return Path(
+                DiffusionPipeline.download(location, revision=section.revision, use_safetensors=True, **code_options())
+            )
     except _ERRORS as error:
         raise ConfigError(
             f"Pipeline {section.path!r} is no local folder, and loading it from the hub failed: {first_line(error)}"
@@ -76,15 +81,26 @@ def read_index(folder: Path, shown: str) -> dict[str, Any]:
     """The content of a pipeline's model_index.json.
 
     Raises:
-        ConfigError: There is none, it is damaged, or names a kind of pipeline that is not known here.
+        ConfigError: There is none, it is damaged, names a kind of pipeline that is not known here, or a part whose class
+            is neither diffusers' nor transformers': older diffusers import such a part, and that runs its code.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         kind = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{shown!r} is no pipeline of diffusers: its {INDEX} cannot be read ({error}).") from None
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"{shown!r} is a {kind}; task dreambooth knows {', '.join(FAMILIES)}.")
+    for part, origin in index.items():
+        library = origin[0] if isinstance(origin, list) and origin else None
+        if library is None:  # a setting, or a part that is absent
+            continue
+        known = library in _LIBRARIES or (isinstance(library, str) and hasattr(pipelines, library))
+        if not known or (folder / part / f"{library}.py").exists():
+            raise ConfigError(
+                f"{shown!r}: its {INDEX} takes {part} from {library!r}, code that is neither diffusers' nor transformers'; "
+                "such a pipeline is not loaded."
+            )
     return index
 
 

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pica.adapters.wording import first_line
 from pica.experiments.models import device
+from pica.foreign_code import code_options
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,10 @@ def _load(name: str, loaders: tuple[Any, ...]) -> tuple[Any, ...]:
         try:
             loaded = [
                 loader.from_pretrained(
-                    location, local_files_only=local, **({"backend": "pil"} if loader is AutoImageProcessor else {})
+                    location,
+                    local_files_only=local,
+                    **code_options(),
+                    **({"backend": "pil"} if loader is AutoImageProcessor else {}),
                 )
                 for loader in loaders
             ]

@@ -1,0 +1,42 @@
+"""Text that holds names from other people's files, on its way to a terminal, a page or a spreadsheet."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Control characters but for tab and line feed, what turns the direction of writing, and halves of characters.
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORMULA = ("=", "+", "-", "@", "\t")
+
+
+def visible(text: str) -> str:
+    r"""The text with each character that would steer a terminal or hide something written out, as in "\x1b[31m"."""
+    return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """These columns of the rows as CSV, empty where a row has no value.
+
+    A text that a spreadsheet would run as a formula has an apostrophe put before it, which makes it text there, and
+    control characters are written out, as a lone carriage return would end a row.
+    """
+    written = io.StringIO()
+    writer = csv.DictWriter(written, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return written.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    value = visible(value)
+    if not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
