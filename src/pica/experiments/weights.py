@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pica.adapters.base_model import _model_class
+from pica.adapters.base_model import model_class_of
 from pica.basis.checkpoint import WeightFolder, renaming
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.models import locate
@@ -178,7 +178,7 @@ class TunedAdapter:
         self.notes: list[str] = []
         try:
             config = peft.PeftConfig.from_pretrained(str(adapter))
-            model = mapped_model(base, _model_class(str(base.path), config))
+            model = mapped_model(base, model_class_of(str(base.path), config))
             carried = peft.PeftModel.from_pretrained(model, str(adapter)).eval()  # pyright: ignore[reportArgumentType]
         except PicaError:
             raise
