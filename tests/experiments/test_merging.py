@@ -1,11 +1,12 @@
 """Merging adapters of every task, with what lies beside them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig, get_peft_model
 from tests.experiments.tiny import write_tiny_llama
 from tests.experiments.tiny_encoder import write_tiny_bert
 from transformers import (
@@ -198,3 +199,41 @@ def test_a_tokenizer_larger_than_what_the_adapter_holds_is_noted(tmp_path: Path,
     merge(tmp_path / "adapter", tmp_path / "merged")
     assert "has 259 tokens and the base model's embeddings have 258 rows" in caplog.text
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 259
+
+
+def test_resized_embeddings_that_are_adapted_themselves(tmp_path: Path):
+    """The file holds the very weight that the basis is of."""
+    base = write_tiny_llama(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
+    model.save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<think>"])
+    model.resize_token_embeddings(len(tokenizer))
+    adapted = trained(model, task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"])
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    report = pica.verify(tmp_path / "adapter", str(base))
+    assert report.ok, report
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file permissions")
+def test_results_are_as_readable_as_the_umask_says(tmp_path: Path):
+    base = write_tiny_llama(tmp_path / "base")
+    adapted = trained(AutoModelForCausalLM.from_pretrained(base), task_type="CAUSAL_LM")
+    before = os.umask(0o027)
+    try:
+        pica.save_adapter(adapted, tmp_path / "adapter")
+        pica.export_lora(tmp_path / "adapter", tmp_path / "lora", check=False)
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    for folder in ("adapter", "lora", "merged"):
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / folder).iterdir()}
+        assert set(modes.values()) == {0o640}, modes
+
+
+def test_what_changes_no_weights_is_not_merged(tmp_path: Path):
+    base = write_tiny_llama(tmp_path / "base")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), prompt).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(AdapterFileError, match=r"\(PROMPT_TUNING\) changes no weights, so there is nothing to merge"):
+        merge(tmp_path / "adapter", tmp_path / "merged")

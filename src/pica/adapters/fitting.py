@@ -47,6 +47,8 @@ def whole_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         AdapterFileError: the file is missing or damaged.
     """
     path = folder / "adapter_model.safetensors"
+    if not path.is_file():  # PEFT would look for it on the hub, or unpickle another
+        raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {path.name}.")
     try:
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if not any(bank in key for bank in _BANKS)]  # noqa: SIM118 - no mapping
@@ -152,6 +154,7 @@ def fit_embeddings(model: nn.Module, folder: Path, config: PeftConfig, shapes: S
                 f"{tuple(parameter.shape)}; load the model with as many outputs or tokens as the adapter was trained with."
             )
     _unshare(model, set(shapes))
+    _take_adapted_embeddings(model, folder, shapes)
 
 
 def _wanted_rows(model: nn.Module, folder: Path, config: PeftConfig, shapes: Shapes, found: int) -> int:
@@ -196,6 +199,15 @@ def _vocabulary_paths(model: Any) -> list[str]:
     modules = [module for module in modules if isinstance(module, (nn.Embedding, nn.Linear))]
     named = model.named_modules(remove_duplicate=False)
     return [path for path, module in named if any(module is known for known in modules)]
+
+
+def _take_adapted_embeddings(model: nn.Module, folder: Path, shapes: Shapes) -> None:
+    """Load now the resized embeddings that the adapter itself adapts: it is held against them before PEFT loads them."""
+    own = {f"{path}.weight" for path in _vocabulary_paths(model)} & set(shapes)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file, torch.no_grad():
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            if ".base_layer." in key and _plain(key) in own:
+                model.get_parameter(_plain(key)).copy_(file.get_tensor(key))
 
 
 def _unshare(model: nn.Module, names: set[str]) -> None:

@@ -58,10 +58,13 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
             "the adapter again with such new layers in modules_to_save, or name the right base model with --base."
         )
     loaded = load_adapter(model, adapter)
+    if not hasattr(loaded, "merge_and_unload"):
+        method = next(iter(loaded.peft_config.values())).peft_type.value
+        raise AdapterFileError(f"Adapter {str(adapter)!r} ({method}) changes no weights, so there is nothing to merge.")
     quantised = section.quantization is not None or getattr(model, "hf_quantizer", None) is not None
     try:
         merged = merge_in_full(loaded) if quantised else loaded.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:  # prompts, prefixes and the like have no weights
+    except (NotImplementedError, ValueError) as error:
         raise AdapterFileError(f"Adapter {str(adapter)!r} cannot be merged: {first_line(error)}") from error
     assert isinstance(merged, PreTrainedModel)
     merged = merged.to(chosen)  # pyright: ignore[reportArgumentType]
