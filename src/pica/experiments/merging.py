@@ -59,7 +59,8 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
         )
     loaded = load_adapter(model, adapter)
     if not hasattr(loaded, "merge_and_unload"):
-        method = next(iter(loaded.peft_config.values())).peft_type.value
+        kind = next(iter(loaded.peft_config.values())).peft_type
+        method = getattr(kind, "value", kind)
         raise AdapterFileError(f"Adapter {str(adapter)!r} ({method}) changes no weights, so there is nothing to merge.")
     quantised = section.quantization is not None or getattr(model, "hf_quantizer", None) is not None
     try:
