@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -81,9 +82,54 @@ def test_the_command_prints_a_table_and_its_status_tells(adapter, tiny_llama, tm
     assert main(["verify", str(adapter), "--base", str(tmp_path / "base")]) == 0
     assert "belongs to this base  ok" in capsys.readouterr().out
     assert main(["verify", str(adapter), "--base", str(tmp_path / "other")]) == 1
-    assert "15 of 15 layers have another basis" in capsys.readouterr().out
+    assert "15 of 15 layers differ" in capsys.readouterr().out
     assert main(["verify", str(adapter), "--files-only"]) == 0
     assert main(["verify", str(tmp_path / "nothing"), "--files-only"]) == 1
+
+
+def test_an_adapter_whose_checkpoint_moved_is_verified_as_it_loads(tiny_llama, tmp_path, capsys):
+    """Its basis is that of the checkpoint it was quantised from, which the base model itself may be."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "checkpoint")
+    model = get_peft_model(tiny_llama(), PicaConfig(r=8, init_weights=False, basis_from=str(tmp_path / "checkpoint")))  # pyright: ignore[reportArgumentType]
+    model.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "checkpoint").rename(tmp_path / "moved")
+    PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
+    report = pica.verify(tmp_path / "adapter", tiny_llama())
+    assert report.ok, report
+    assert failed(pica.verify(tmp_path / "adapter", tiny_llama(seed=1))) == ["belongs to this base"]
+
+
+def test_a_model_of_other_sizes_is_told_with_both(tiny_llama, tmp_path):
+    model = get_peft_model(tiny_llama(), PicaConfig(r=8, init_weights=False, modules_to_save=["norm"]))  # pyright: ignore[reportArgumentType]
+    model.save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    wide = {k: torch.ones(80) if v.shape == (64,) else v for k, v in tensors.items()}
+    save_file(wide, tmp_path / "adapter_model.safetensors")
+    report = pica.verify(tmp_path, tiny_llama())
+    assert failed(report) == ["right shapes"]
+    assert "norm.weight of shape (80,), and this model has one of shape (64,)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "words"),
+    [
+        (None, "does not record its base model; name it with --base"),
+        (7, "base_model_name_or_path is 7, not a name"),
+        ("/gone/away", "'/gone/away' does not exist. Name it with --base"),
+    ],
+)
+@pytest.mark.parametrize("command", ["verify", "export", "merge", "evaluate"])
+def test_a_base_that_is_not_to_be_had_is_one_sentence(adapter, tmp_path, tiny_llama, capsys, recorded, words, command):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = recorded
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    more = {"verify": [], "evaluate": ["--task", "arithmetic"]}.get(command, ["-o", str(tmp_path / "out")])
+    assert main([command, str(adapter), *more]) == 2
+    assert words in capsys.readouterr().err
+    if command in ("verify", "export") and recorded != 7:
+        tiny_llama().save_pretrained(tmp_path / "base")
+        assert main([command, str(adapter), *more, "--base-model", str(tmp_path / "base")]) == 0
 
 
 def logits(model) -> torch.Tensor:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tests.experiments.tiny import write_tiny_llama
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -77,6 +78,23 @@ def test_an_adapter_without_weights_is_refused(model_folder: Path, tmp_path: Pat
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).save_pretrained(str(tmp_path))
     with pytest.raises(AdapterFileError, match="changes no weights"):
         TunedAdapter(open_folder(str(model_folder)), tmp_path)
+
+
+def test_an_adapter_with_other_outputs_and_more_tokens_than_its_base(model_folder: Path, tmp_path: Path):
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=5)
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 2)
+    config = pica.PicaConfig(r=4, task_type="SEQ_CLS", init_weights=False, modules_to_save=["embed_tokens"])  # pyright: ignore[reportArgumentType]
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(str(tmp_path))
+    merged = adapted.merge_and_unload().state_dict()  # pyright: ignore[reportCallIssue]
+    base = open_folder(str(model_folder))
+    tuned = TunedAdapter(base, tmp_path)
+    found = [target for target in linear_weights(base) if tuned.has(target)]
+    assert found
+    for target in found:
+        torch.testing.assert_close(tuned.load(target), merged[target.name], atol=1e-5, rtol=1e-5)
+    assert base.load("model.embed_tokens.weight").shape[0] == rows
 
 
 def test_sharded_and_single_files_hold_the_same(model_folder: Path, tmp_path: Path):

@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
+from pica.adapters.fitting import output_options, whole_shapes
 from pica.adapters.pipelines import part_name, stored_dtype
 from pica.adapters.wording import first_line
 from pica.documents import DocumentError, read_json
@@ -36,7 +37,12 @@ _LIBRARIES = ("transformers", "diffusers")
 
 
 def load_base_model(
-    name: str | None, config: PeftConfig, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str | None,
+    config: PeftConfig,
+    *,
+    revision: str | None = None,
+    folder: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The base model of an adapter, in its files' precision, in evaluation mode, on the CPU.
 
@@ -44,8 +50,10 @@ def load_base_model(
         name: Folder or hub name; by default the one that `config` records.
         config: The adapter's configuration: its task type or class name says which model class to load.
         revision: Branch, tag or commit; by default the one that `config` records.
+        folder: The adapter's folder: the model gets as many outputs as the head in it.
         trust_remote_code: Run the Python code that comes with the model, if it has some.
     Raises:
+        AdapterFileError: the adapter's file is damaged, or its head cannot be that of such a model.
         ConfigError: no name is known, or the model cannot be loaded, or needs code of its own that may not be run.
     """
     name = name or config.base_model_name_or_path
@@ -53,7 +61,7 @@ def load_base_model(
         raise ConfigError("The adapter records no base model; give its name or folder as base_model (--base).")
     location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
-        model_class: Any = _model_class(location, config, trust_remote_code=trust_remote_code)
+        model_class: Any = model_class_of(location, config, trust_remote_code=trust_remote_code)
         options: dict[str, Any] = {"revision": revision or config.revision, "torch_dtype": "auto"}
         if _is_in_pipeline(location, model_class):
             options["subfolder"] = part_name(model_class.__name__)
@@ -61,6 +69,9 @@ def load_base_model(
             options["torch_dtype"] = stored_dtype(Path(location) / options.get("subfolder", ""))
         else:
             options |= code_options(trust_remote_code)  # the models of diffusers have no code but the library's
+            if folder is not None and (shapes := whole_shapes(folder)):
+                own = base_config(location, revision=options["revision"], trust_remote_code=trust_remote_code)
+                options |= output_options(model_class, own, shapes, trust_remote_code=trust_remote_code)
         model = model_class.from_pretrained(location, **options)
     except (
         OSError,
@@ -80,7 +91,22 @@ def load_base_model(
     return model.eval()
 
 
-def _model_class(location: str, config: PeftConfig, *, trust_remote_code: bool = False) -> type:
+def base_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model of transformers."""
+    import transformers
+
+    local = Path(location).is_dir()  # a folder must not cause requests to the hub
+    return transformers.AutoConfig.from_pretrained(
+        location, revision=revision or "main", local_files_only=local, **code_options(trust_remote_code)
+    )
+
+
+def model_class_of(location: str, config: PeftConfig, *, trust_remote_code: bool = False) -> type:
+    """The class that an adapter's base model is loaded by: as its task type or recorded class says, else as the model's.
+
+    Raises:
+        OSError, ValueError, AttributeError, ImportError: there is no such model, or transformers has no such class.
+    """
     import transformers
 
     task = str(getattr(config.task_type, "value", config.task_type) or "")
@@ -90,7 +116,7 @@ def _model_class(location: str, config: PeftConfig, *, trust_remote_code: bool =
     library, class_name = str(recorded.get("parent_library", "")), str(recorded.get("base_model_class", ""))
     if class_name and library.partition(".")[0] in _LIBRARIES:
         return getattr(importlib.import_module(library), class_name)
-    architectures = transformers.AutoConfig.from_pretrained(location, **code_options(trust_remote_code)).architectures
+    architectures = base_config(location, trust_remote_code=trust_remote_code).architectures
     if not architectures:
         raise ValueError("its config.json names no architecture")
     return getattr(transformers, architectures[0])

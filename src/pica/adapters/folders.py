@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import sys
 import time
 import uuid
@@ -71,6 +72,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             _remove_leftovers(target)
             yield partial
             for path in partial.rglob("*"):
+                _make_readable(path, partial.stat().st_mode)
                 flush(path)
             flush(partial)
             _put_in_place(partial, target)
@@ -131,6 +133,15 @@ def _put_in_place(partial: Path, target: Path) -> None:
             raise
     flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_readable(path: Path, folder_mode: int) -> None:
+    """Give a new file the permissions that the umask says, which its folder shows: safetensors writes for the owner only."""
+    found = path.lstat()
+    if (
+        stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    ):  # a link to a file that was there before is not ours to change
+        path.chmod(stat.S_IMODE(found.st_mode) | (folder_mode & 0o666))
 
 
 def _exchange(one: Path, other: Path) -> bool:

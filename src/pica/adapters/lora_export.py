@@ -19,6 +19,7 @@ from pica.adapters.base_model import flags_kept, load_base_model, read_peft_conf
 from pica.adapters.engines import Engine, EngineName, find_engine
 from pica.adapters.expert_factors import adapted_experts, parameter_paths, stack_paths, stack_tensors
 from pica.adapters.factors import GroupRow, SharedSpectrum, choose_rank, layer_factors, shared_spectra
+from pica.adapters.fitting import copy_tokenizer, fit_embeddings, whole_tensors
 from pica.adapters.folders import check_replaceable, new_folder
 from pica.adapters.lora_check import CheckResult, check_folder
 from pica.adapters.lora_folder import PREFIX, LoraFolder, write_lora_folder
@@ -169,11 +170,19 @@ def export_lora(
         logger.warning("%s", note)
     if on_plan is not None:
         on_plan(plan)
+    place = None if isinstance(adapter, nn.Module) else Path(adapter).expanduser()
+    resized = {} if place is None else whole_tensors(root, place)
+    if rules and rules.modules_to_save is not None and resized:
+        raise ExportError(
+            f"The adapter brings {next(iter(resized))}, resized for new tokens, and {rules.name} cannot load that. Merge "
+            "the adapter into its base model instead (pica merge)."
+        )
     recorded = base_model_name or config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
     tensors = {
         **_tensors(layers, name, spectra, plan),
         **stack_tensors(root, name, spectra, plan.rank, plan.dtype),
         **_extra_tensors(root, name, plan.dtype),
+        **{key: value.detach().cpu().to(plan.dtype).clone() for key, value in resized.items()},
     }
     if rules and rules.name == "diffusers":
         others = {f"{denoiser_name(type(root).__name__)}.{k}": v for k, v in tensors.items()} | others
@@ -191,6 +200,8 @@ def export_lora(
     )
     with new_folder(target, overwrite=overwrite) as work:
         size = write_lora_folder(contents, work)
+        if place is not None:
+            copy_tokenizer(place, work)  # its new tokens belong to the adapter
         filled = {shape.path for shape in plan.filled}
         result = check_folder(root, name, work, spectra, filled, plan.rank, plan.dtype, check_inputs) if check else None
     return LoraExport(target, plan, len(layers) + len(filled), size, result, contents.command)
@@ -210,9 +221,11 @@ def _find_adapter(
         config = read_peft_config(folder)
         base = base_model
         if not isinstance(base, nn.Module):
-            base = load_base_model(base, config, revision=revision, trust_remote_code=trust_remote_code)
+            base = load_base_model(base, config, revision=revision, folder=folder, trust_remote_code=trust_remote_code)
         # on a copy of the module tree, so that a model that was passed in stays as it is
-        adapter = PeftModel.from_pretrained(share_tensors(base), str(folder))
+        base = share_tensors(base)
+        fit_embeddings(base, folder, config)
+        adapter = PeftModel.from_pretrained(base, str(folder))
         return adapter.get_base_model(), config, "default"
     if base_model is not None:
         raise ConfigError("base_model goes with a saved adapter; this model has its base model inside.")
@@ -429,7 +442,7 @@ def _other_parts(
         return {}
     config = read_peft_config(place)
     pipeline = None if isinstance(base_model, nn.Module) else base_model
-    encoder = load_base_model(pipeline, config, revision=revision)
+    encoder = load_base_model(pipeline, config, revision=revision, folder=place)
     with tempfile.TemporaryDirectory() as work:
         made = export_lora(place, Path(work) / "lora", encoder, revision=revision, check=check, **size)
         tensors = load_file(made.folder / "adapter_model.safetensors")

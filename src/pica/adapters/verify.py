@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pica.adapters.base_model import flags_kept, load_base_model, read_peft_config, share_tensors
+from pica.adapters.fitting import fit_embeddings
+from pica.adapters.lora_check import example_inputs, output_of
 from pica.adapters.wording import first_line
 from pica.basis.fingerprint import decode
-from pica.errors import AdapterFileError, PicaError
+from pica.errors import AdapterFileError, BasisMismatchError, PicaError
 from pica.tuner.bank import BANK_NAMES, find_banks
 from pica.tuner.base_config import BankedConfig
-from pica.tuner.config import PicaConfig
 from pica.tuner.meaning import TOLERANCE, check_fingerprint
 
 _BANKS = tuple(f"{name}." for name in BANK_NAMES)
 _FINGERPRINTS = tuple(f"{bank}fingerprint" for bank in _BANKS)
-_PROBE_TOKENS = 8
 
 
 def _is_matrix(key: str) -> bool:
@@ -90,10 +88,10 @@ def verify(
         ]
         return VerifyReport(str(folder), tuple(checks))
     with flags_kept(base_model):
-        if isinstance(base_model, str):
-            model = load_base_model(base_model, config, trust_remote_code=trust_remote_code)
-        else:
+        if isinstance(base_model, nn.Module):
             model = share_tensors(base_model)
+        else:
+            model = load_base_model(base_model, config, folder=folder, trust_remote_code=trust_remote_code)
         return VerifyReport(str(folder), (*checks, *_against(model, folder, config, tensors)))
 
 
@@ -127,67 +125,35 @@ def _complete(tensors: dict[str, Tensor]) -> Check:
 
 
 def _against(base: nn.Module, folder: Path, config: BankedConfig, tensors: dict[str, Tensor]) -> list[Check]:
-    """The questions that need the base model, which is used up."""
-    plain = copy.copy(config)
-    plain.basis_format = None  # solve this base's own bases, to compare
-    if isinstance(plain, PicaConfig):
-        plain.save_basis = False
-    before = _probe(base)
+    """The questions that need the base model, which is used up: what loading does, and what it changes."""
     try:
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[plain.peft_type](base, plain, "verified")  # pyright: ignore[reportArgumentType]
-    except (PicaError, ValueError) as error:
-        return [Check("right shapes", False, first_line(error))]
-    _, bank = find_banks(tuner)[0]
-    slot = bank.matrices("verified")
-    wrong = []
-    for group, matrix in slot.items():
-        stored = [v for k, v in tensors.items() if k.endswith(tuple(bank + group for bank in _BANKS))]
-        if len(stored) != 1 or stored[0].shape != matrix.shape:
-            found = tuple(stored[0].shape) if stored else "nothing"
-            wrong.append(f"{group} should be {tuple(matrix.shape)}, the file has {found}")
-    shapes = Check("right shapes", not wrong, wrong[0] if wrong else f"{len(slot)} groups on {len(slot.layers)} layers")
-    if wrong:
-        return [shapes]
-    fingerprint = next((v for k, v in tensors.items() if k.endswith(_FINGERPRINTS)), None)
-    if fingerprint is None:
-        return [shapes, Check("belongs to this base", False, "the file holds no basis fingerprint")]
-    try:
-        layers = check_fingerprint(slot, "verified", fingerprint)
-    except PicaError as error:
-        return [shapes, Check("belongs to this base", False, str(error))]
-    bad = [c for c in layers if not c.acceptable]
-    worst = max(layers, key=lambda c: c.alignment.deviation)
-    if bad:
-        first = bad[0].alignment
-        why = first.reason or f"deviation {first.deviation:.0%}"
-        detail = f"{len(bad)} of {len(layers)} layers have another basis, e.g. {bad[0].path} ({why})"
-        if bad[0].difference and bad[0].trained_origin != bad[0].origin:
-            detail += (
-                f"; {bad[0].difference}. Give it a base model that is quantised as then (pica.verify takes a model)"
-            )
-    else:
-        detail = f"largest deviation {worst.alignment.deviation:.2%} (accepted up to {TOLERANCE:.0%})"
-    belongs = Check("belongs to this base", not bad, detail)
-    tuner.unload()
-    if bad:
-        return [shapes, belongs]
-    loaded = PeftModel.from_pretrained(base, str(folder)).eval()
-    return [shapes, belongs, _effect(before, _probe(loaded), tensors)]
+        fit_embeddings(base, folder, config)
+        before = _probe(base)
+        loaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    except BasisMismatchError as error:
+        return [
+            Check("right shapes", True, "the adapter's matrices fit this model"),
+            Check("belongs to this base", False, str(error)),
+        ]
+    except (PicaError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        return [Check("right shapes", False, str(error) if isinstance(error, PicaError) else first_line(error))]
+    _, bank = find_banks(loaded.get_base_model())[0]
+    slot = bank.matrices("default")
+    shapes = Check("right shapes", True, f"{len(slot)} groups on {len(slot.layers)} layers")
+    fingerprint = next(v for k, v in tensors.items() if k.endswith(_FINGERPRINTS))  # else it would not have loaded
+    worst = max(check_fingerprint(slot, "default", fingerprint), key=lambda c: c.alignment.deviation)
+    detail = f"largest deviation {worst.alignment.deviation:.2%} (accepted up to {TOLERANCE:.0%})"
+    return [shapes, Check("belongs to this base", True, detail), _effect(before, _probe(loaded), tensors)]
 
 
 def _probe(model: nn.Module) -> Tensor | None:
-    """Output for a few tokens, or None for a model that does not take token ids."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not isinstance(vocabulary, int):
+    """Output for a few tokens or pixels, or None for a model of which it is not known what it takes."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            return output_of(model, example_inputs(model, next(model.parameters()).device)).float()
+    except Exception:  # whatever a model's own code raises on inputs that are not its own
         return None
-    device = next(model.parameters()).device
-    ids = (torch.arange(_PROBE_TOKENS, device=device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
-    inputs = {"input_ids": ids}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    with torch.no_grad():
-        output = model.eval()(**inputs)
-    return output[0].float()
 
 
 def _effect(before: Tensor | None, after: Tensor | None, tensors: dict[str, Tensor]) -> Check:

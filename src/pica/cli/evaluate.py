@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("model", metavar="MODEL", help="a model, an adapter folder, or the output folder of pica train")
-    made.add_argument("--base", metavar="MODEL", help="base model of the adapter, if not the one it records")
+    made.add_argument(
+        "--base", "--base-model", metavar="MODEL", help="base model of the adapter, if not the one it records"
+    )
     made.add_argument(
         "--task",
         help="arithmetic, commonsense, glue, images, math, sentiment or vtab; an adapter's run knows its own",

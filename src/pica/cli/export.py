@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")
-    made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
+    made.add_argument(
+        "--base", "--base-model", metavar="MODEL", help="base model, if not the one that the adapter records"
+    )
     size = made.add_mutually_exclusive_group()
     size.add_argument("--rank", type=whole, metavar="K", help="truncate to the best LoRA of rank K")
     size.add_argument(
@@ -63,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         from pica.adapters.lora_export import ExportPlan, export_lora
         from pica.adapters.lora_folder import error_table
         from pica.experiments.assessing import require_adapter
-        from pica.experiments.models import locate
+        from pica.experiments.models import base_of, locate
 
         pica.register()
     adapter = require_adapter(given.adapter.expanduser())
@@ -79,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
         done = export_lora(
             adapter,
             given.output.expanduser(),
-            locate(given.base) if given.base else None,
+            locate(base_of(adapter, given.base)),
             rank=given.rank,
             energy=given.energy,
             dtype=given.dtype,

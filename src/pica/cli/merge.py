@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty folder to write")
-    made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
+    made.add_argument(
+        "--base", "--base-model", metavar="MODEL", help="base model, if not the one that the adapter records"
+    )
     add_trust(made)
     made.add_argument(
         "--dtype",

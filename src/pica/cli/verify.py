@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
-    made.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter records")
+    made.add_argument(
+        "--base", "--base-model", metavar="MODEL", help="base model, if not the one that the adapter records"
+    )
     add_trust(made)
     made.add_argument("--files-only", action="store_true", help="do not load a base model")
     return made

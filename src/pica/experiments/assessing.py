@@ -10,7 +10,7 @@ from pica.experiments import output as files
 from pica.experiments.checks import SUBJECT_METRICS
 from pica.experiments.data import Splits, source, with_classes
 from pica.experiments.evaluation import Evaluation
-from pica.experiments.models import base_of, device, load_config
+from pica.experiments.models import base_of, device, load_config, revision_of
 from pica.experiments.parsing import recorded_recipe
 from pica.experiments.pipelines import make_pipeline
 from pica.experiments.pipelines.classification import ClassificationPipeline
@@ -99,6 +99,7 @@ def _recipe(request: Request, adapter: Path | None) -> Recipe:
     recipe = dataclasses.replace(run or Recipe(), model=section)
     if adapter is not None:
         recipe.model.path = base_of(adapter, request.base)
+        recipe.model.revision = request.revision or revision_of(adapter, request.base)
     if recorded is not None:  # whatever its task: the basis may be of the quantised weights
         recipe.model.quantization = recorded.model.quantization
     recipe.model.dtype = request.dtype or (run.model.dtype if run else "float32")  # pyright: ignore[reportAttributeAccessIssue]

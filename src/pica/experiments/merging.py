@@ -3,32 +3,16 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from pica.adapters.dequantise import merge_in_full
+from pica.adapters.wording import first_line
 from pica.documents import read_json
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
 from pica.experiments.assessing import run_of
-from pica.experiments.models import (
-    DTYPES,
-    base_of,
-    load_adapter,
-    load_classifier,
-    load_config,
-    load_image_processor,
-    load_model,
-    load_tokenizer,
-    locate,
-    task_type_of,
-)
+from pica.experiments.companions import Companions
+from pica.experiments.models import DTYPES, base_of, load_adapter, load_base_of, load_config, locate, revision_of
 from pica.experiments.recipe import ModelSection
 
 
@@ -40,8 +24,10 @@ def merge(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write the merged model and its tokenizer or image processor to `target`, a folder for transformers without pica.
+    """Write the merged model and what makes its inputs to `target`, a folder for transformers without pica.
 
+    The model is of whatever class the adapter's task or its own record names. Tokenizer, processors, generation settings
+    and the parts around a sentence-transformers model are the adapter's own where they lie beside it, else the base's.
     For an adapter of a pipeline of diffusers, `target` is a pipeline folder.
 
     The sum W + dW is formed in float32 and rounded once. An adapter that a run trained on a quantised base model is merged
@@ -67,36 +53,47 @@ def merge(
     # W_q + dW: the adapter was trained on the quantised weights, and its basis may be theirs
     kind = None if run is None else run.model.quantization
     section = ModelSection(
-        path=base_of(adapter, base), dtype="float32", quantization=kind, trust_remote_code=trust_remote_code
+        path=base_of(adapter, base),
+        revision=revision_of(adapter, base),
+        dtype="float32",
+        quantization=kind,
+        trust_remote_code=trust_remote_code,
     )
     if (Path(locate(section.path)) / "model_index.json").is_file() or _of_diffusers(adapter):
         from pica.experiments.diffusion.merging import merge_pipeline  # diffusers is an extra, and takes its seconds
 
         return merge_pipeline(adapter, target, section, dtype=DTYPES.get(dtype))
     chosen = DTYPES[dtype] if dtype in DTYPES else _stored_dtype(section)
-    if _sees_pictures(adapter, section):
-        processor = load_image_processor(section)
-        model, _ = load_classifier(section, AutoModelForImageClassification, labels=_classes(adapter), seed=0)
-    elif task_type_of(adapter) == "SEQ_CLS":
-        processor = load_tokenizer(section, generates=False)
-        model, _ = load_classifier(section, AutoModelForSequenceClassification, labels=_classes(adapter), seed=0)
-    else:
-        processor = load_tokenizer(section)
-        model = load_model(section)
+    companions = Companions(adapter, section)
+    model, absent = load_base_of(adapter, section, labels=run and run.task.labels)
+    if absent:
+        raise AdapterFileError(
+            f"Neither the base model nor adapter {str(adapter)!r} holds {absent[0]}, so the merged model would guess; train "
+            "the adapter again with such new layers in modules_to_save, or name the right base model with --base."
+        )
     loaded = load_adapter(model, adapter)
+    if not hasattr(loaded, "merge_and_unload"):
+        kind = next(iter(loaded.peft_config.values())).peft_type
+        method = getattr(kind, "value", kind)
+        raise AdapterFileError(f"Adapter {str(adapter)!r} ({method}) changes no weights, so there is nothing to merge.")
     quantised = section.quantization is not None or getattr(model, "hf_quantizer", None) is not None
-    merged = merge_in_full(loaded) if quantised else loaded.merge_and_unload()
+    try:
+        merged = merge_in_full(loaded) if quantised else loaded.merge_and_unload()
+    except (NotImplementedError, ValueError) as error:
+        raise AdapterFileError(f"Adapter {str(adapter)!r} cannot be merged: {first_line(error)}") from error
     assert isinstance(merged, PreTrainedModel)
     merged = merged.to(chosen)  # pyright: ignore[reportArgumentType]
     for name, parameter in merged.named_parameters():
         if not torch.isfinite(parameter).all():
             raise AdapterFileError(f"Merged weight {name} is not finite in {chosen}; choose another with --dtype.")
+    if (generation := companions.generation_config()) is not None and merged.can_generate():
+        merged.generation_config = generation
     if target.is_dir():
         with files.translated_write_errors(target):
             target.rmdir()  # empty, as checked
     with files.atomic_folder(target) as partial:
         merged.save_pretrained(str(partial))
-        processor.save_pretrained(str(partial))
+        companions.save(partial)
     return target
 
 
@@ -104,32 +101,6 @@ def _of_diffusers(adapter: Path) -> bool:
     """Whether an adapter's file says that it belongs to a model of diffusers."""
     recorded = read_json(adapter / "adapter_config.json").get("auto_mapping") or {}
     return str(recorded.get("parent_library", "")).startswith("diffusers.")
-
-
-def _sees_pictures(adapter: Path, section: ModelSection) -> bool:
-    """Whether an adapter classifies pictures. PEFT has no task type for that, so that its model must tell."""
-    if task_type_of(adapter) is not None:
-        return False
-    kind = type(load_config(section))
-    return kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _classes(adapter: Path) -> list[str] | None:
-    """Names of a classifier's outputs, from its run, else as transformers numbers them; None for a single output."""
-    recipe = run_of(adapter)
-    if recipe is not None and recipe.task.labels is not None:
-        return recipe.task.labels
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        heads = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118 -- the file object is no mapping
-        outputs = max((file.get_slice(name).get_shape()[0] for name in heads), default=0)
-    if not outputs:
-        raise AdapterFileError(
-            f"Adapter {str(adapter)!r} is for classification but holds no classifier; train it again."
-        )
-    return None if outputs == 1 else [f"LABEL_{number}" for number in range(outputs)]
-
-
-_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "head.weight", "head.fc.weight")
 
 
 def _stored_dtype(section: ModelSection) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Loading models and tokenizers from a folder, the hub or this package."""
 
+import dataclasses
 import logging
 import pickle
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,6 +25,8 @@ from transformers import (
 )
 
 import pica
+from pica.adapters.base_model import model_class_of
+from pica.adapters.fitting import fit_embeddings, has_tokenizer, output_options, whole_shapes
 from pica.documents import read_json
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.checks import model_problem
@@ -62,7 +66,7 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     options = _options(section)
     if section.quantization is not None:
         options["quantization_config"] = quantisation(section)
-    return _from_pretrained(AutoModelForCausalLM, section, options).eval()
+    return read_pretrained(AutoModelForCausalLM, section, options).eval()
 
 
 def quantisation(section: ModelSection) -> BitsAndBytesConfig:
@@ -113,16 +117,10 @@ def load_classifier(
     if labels is None:
         options |= {"num_labels": 1, "problem_type": "regression"}
     else:
-        names = dict(enumerate(labels))
-        options |= {
-            "num_labels": len(names),
-            "id2label": names,
-            "label2id": {name: index for index, name in names.items()},
-            "problem_type": "single_label_classification",
-        }
+        options |= {**names_of_outputs(labels), "problem_type": "single_label_classification"}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, found = _from_pretrained(auto_class, section, options)
+        model, found = read_pretrained(auto_class, section, options)
     missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     body = f"{model.base_model_prefix}."
     inner = _head_within(model)
@@ -134,6 +132,50 @@ def load_classifier(
     # Within the body the smallest module, outside it (heads, poolers) the outermost: PEFT saves a head as one.
     new = {key.rpartition(".")[0] if key.startswith(body) else key.partition(".")[0] for key in missing}
     return model.eval(), sorted(new)
+
+
+def names_of_outputs(labels: Sequence[str]) -> dict[str, Any]:
+    """Options for `from_pretrained` that name a classifier's outputs."""
+    names = dict(enumerate(labels))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
+
+
+def load_base_of(
+    adapter: Path, section: ModelSection, *, labels: Sequence[str] | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The base model of an adapter of any task, with as many outputs as the adapter's head, on the CPU.
+
+    Args:
+        adapter: Its folder.
+        section: Which model.
+        labels: Names of a classifier's outputs; those of the base model, or numbers, where they are not as many.
+    Returns:
+        The model, and the names of weights that neither its files nor the adapter's have (an embedder's pooler aside).
+    Raises:
+        AdapterFileError: The adapter cannot be read, or its head is of another kind of model.
+        ConfigError: The model is not to be had.
+    """
+    try:
+        config = peft.PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from error
+    own = load_config(section)
+    try:
+        model_class: Any = model_class_of(locate(section.path), config, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        raise ConfigError(f"No class is known to load {section.path!r} by: {_first_line(error)}") from error
+    shapes = whole_shapes(adapter)
+    options = output_options(model_class, own, shapes, trust_remote_code=section.trust_remote_code)
+    if labels is not None and len(labels) == options.get("num_labels", own.num_labels):
+        options |= names_of_outputs(labels)
+    options |= _options(section) | {"output_loading_info": True}
+    if section.quantization is not None:
+        options["quantization_config"] = quantisation(section)
+    model, found = read_pretrained(model_class, section, options)
+    absent = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - set(shapes)
+    if model_class is AutoModel:  # embedders are used without their pooler, and are trained and published without it
+        absent = {name for name in absent if "pooler" not in name}
+    return model.eval(), sorted(absent)
 
 
 def _head_within(model: PreTrainedModel) -> tuple[str, ...]:
@@ -152,7 +194,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         ConfigError: It is not to be had.
     """
-    return _from_pretrained(AutoConfig, section, {})
+    return read_pretrained(AutoConfig, section, {})
 
 
 def _options(section: ModelSection) -> dict[str, Any]:
@@ -162,17 +204,21 @@ def _options(section: ModelSection) -> dict[str, Any]:
     return options
 
 
-def load_tokenizer(section: ModelSection, *, generates: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    section: ModelSection, *, generates: bool = True, beside: Path | None = None
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
     Args:
         section: Which model.
         generates: Whether texts are to be generated, which needs an end-of-text token.
+        beside: An adapter's folder: a tokenizer that lies there goes before the base model's.
 
     Raises:
         ConfigError: There is none, or it lacks a token that is needed.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, section, {})
+    own = beside if beside is not None and has_tokenizer(beside) else None
+    tokenizer = read_pretrained(AutoTokenizer, section, {}, beside=own)
     if generates and tokenizer.eos_token_id is None:
         raise ConfigError(
             f"The tokenizer of {section.path!r} has no end-of-text token, so no answer could ever end; the model does not "
@@ -185,19 +231,20 @@ def load_tokenizer(section: ModelSection, *, generates: bool = True) -> PreTrain
     return tokenizer
 
 
-def load_image_processor(section: ModelSection) -> Any:
-    """What makes pictures into a model's input.
+def load_image_processor(section: ModelSection, *, beside: Path | None = None) -> Any:
+    """What makes pictures into a model's input; one that lies in an adapter's folder goes before the base model's.
 
     That with Pillow is taken where there is a choice: its pixels do not depend on whether torchvision is installed.
 
     Raises:
         ConfigError: The model has none.
     """
-    return _from_pretrained(AutoImageProcessor, section, {"backend": "pil"})
+    own = beside if beside is not None and (beside / "preprocessor_config.json").is_file() else None
+    return read_pretrained(AutoImageProcessor, section, {"backend": "pil"}, beside=own)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    """Put a saved adapter, of any method that PEFT knows, on its base model.
+    """Put a saved adapter, of any method that PEFT knows, on its base model, which gets as many tokens as the adapter has.
 
     Raises:
         AdapterFileError: The folder holds no adapter, or one that is damaged or belongs to another model.
@@ -209,6 +256,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
             raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {name}.")
     try:
         with nothing_asked():
+            fit_embeddings(model, folder, peft.PeftConfig.from_pretrained(str(folder)))
             return peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except PicaError:
         raise
@@ -222,13 +270,14 @@ def base_of(adapter: Path, base: str | None = None) -> str:
     Raises:
         AdapterFileError: The folder holds no adapter, or its base model is not to be found.
     """
-    try:
-        config = read_json(adapter / "adapter_config.json")
-        recorded = config.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
+    recorded = _recorded(adapter).get("base_model_name_or_path")
     if base is not None:
         return base
+    if recorded is not None and not isinstance(recorded, str):
+        raise AdapterFileError(
+            f"{str(adapter / 'adapter_config.json')!r}: base_model_name_or_path is {recorded!r}, not a name; name the base "
+            "model with --base."
+        )
     if recorded and (Path(recorded).is_absolute() and Path(recorded).parts[-3:] == ("pica", "assets", "tiny-llama")):
         return "embedded"  # the package may be installed elsewhere by now
     if not recorded:
@@ -238,20 +287,43 @@ def base_of(adapter: Path, base: str | None = None) -> str:
     return recorded
 
 
+def revision_of(adapter: Path, base: str | None = None) -> str | None:
+    """Branch, tag or commit of the base model that an adapter records; None where another base is named.
+
+    Raises:
+        AdapterFileError: The folder holds no readable adapter_config.json.
+    """
+    return None if base is not None else _recorded(adapter).get("revision")
+
+
 def task_type_of(adapter: Path) -> str | None:
     """PEFT's name for what an adapter's model does, as recorded with it.
 
     Raises:
         AdapterFileError: The folder holds no readable adapter_config.json.
     """
+    return _recorded(adapter).get("task_type")
+
+
+def _recorded(adapter: Path) -> dict[str, Any]:
     try:
-        return read_json(adapter / "adapter_config.json").get("task_type")
-    except (OSError, ValueError, AttributeError) as error:
+        config = read_json(adapter / "adapter_config.json")
+    except (OSError, ValueError) as error:
         raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json ({error}).") from None
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{str(adapter)!r} holds no readable adapter_config.json (it is no JSON object).")
+    return config
 
 
-def _from_pretrained(loader: Any, section: ModelSection, options: dict[str, Any]) -> Any:
-    location = locate(section.path)
+def read_pretrained(loader: Any, section: ModelSection, options: dict[str, Any], *, beside: Path | None = None) -> Any:
+    """What a loader of transformers reads from the model, or from the adapter's folder `beside`.
+
+    Raises:
+        ConfigError: It is not to be had.
+    """
+    if beside is not None:
+        section = dataclasses.replace(section, path=str(beside), revision=None)
+    location = locate(section.path) if beside is None else section.path
     local = Path(location).is_dir()
     try:
         return loader.from_pretrained(

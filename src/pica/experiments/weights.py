@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pica.adapters.base_model import _model_class
+from pica.adapters.base_model import base_config, model_class_of
+from pica.adapters.fitting import fit_embeddings, output_options, whole_shapes
 from pica.basis.checkpoint import WeightFolder, renaming
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.models import locate
@@ -56,12 +57,13 @@ def open_folder(path: str) -> WeightFolder:
     return WeightFolder(folder)
 
 
-def skeleton(folder: WeightFolder, model_class: type | None = None) -> nn.Module | None:
+def skeleton(folder: WeightFolder, model_class: type | None = None, outputs: int | None = None) -> nn.Module | None:
     """The model's modules on the meta device, without weights; None where transformers cannot build it.
 
     Args:
         folder: Its configuration names the architecture.
         model_class: A class of transformers to build instead of the one that the configuration names.
+        outputs: Number of a head's outputs, where it is not the configuration's.
     """
     import transformers
 
@@ -69,6 +71,8 @@ def skeleton(folder: WeightFolder, model_class: type | None = None) -> nn.Module
         return None
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder.path), local_files_only=True, **code_options())
+        if outputs is not None:
+            config.num_labels = outputs
         names = config.architectures or ["AutoModel"]
         chosen = model_class or getattr(transformers, names[0])
         with torch.device("meta"):
@@ -180,7 +184,11 @@ class TunedAdapter:
         self.notes: list[str] = []
         try:
             config = peft.PeftConfig.from_pretrained(str(adapter))
-            model = mapped_model(base, _model_class(str(base.path), config))
+            shapes, model_class = whole_shapes(adapter), model_class_of(str(base.path), config)
+            own = base_config(str(base.path))
+            outputs = output_options(model_class, own, shapes).get("num_labels")
+            model = mapped_model(base, model_class, outputs)
+            fit_embeddings(model, adapter, config, shapes)
             with nothing_asked():
                 carried = peft.PeftModel.from_pretrained(model, str(adapter)).eval()  # pyright: ignore[reportArgumentType]
         except PicaError:
@@ -231,15 +239,15 @@ class TunedAdapter:
             layer.get_base_layer().weight = nn.Parameter(mapped, requires_grad=False)
 
 
-def mapped_model(folder: WeightFolder, model_class: type) -> nn.Module:
+def mapped_model(folder: WeightFolder, model_class: type, outputs: int | None = None) -> nn.Module:
     """The model with its weights mapped from the files: pages are read when they are touched, and can be dropped.
 
-    Weights that the files lack (a new head) are zero.
+    Weights that the files lack (a new head, with as many `outputs` if given) are zero.
 
     Raises:
         ConfigError: transformers cannot build the architecture.
     """
-    built = skeleton(folder, model_class)
+    built = skeleton(folder, model_class, outputs)
     if built is None:
         raise ConfigError(
             f"transformers cannot build the model of {str(folder.path)!r}, so no adapter can be put on it."

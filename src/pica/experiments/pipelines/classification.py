@@ -8,7 +8,13 @@ import datasets
 import peft
 import torch
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 
 from pica.errors import ConfigError
 from pica.experiments.adapters import attach, head_parameters
@@ -33,6 +39,10 @@ class Inputs(Protocol):
 
     auto_class: Any
     task_type: str | None
+
+    def take_from(self, adapter: Path) -> None:
+        """Use what lies beside an adapter to make inputs, if anything does."""
+        ...
 
     def configure(self, model: PreTrainedModel) -> None:
         """Put into the model's configuration what its inputs need, such as the padding token."""
@@ -62,8 +72,16 @@ class TextInputs:
     task_type: str | None = "SEQ_CLS"
 
     def __init__(self, recipe: Recipe) -> None:
-        self.tokenizer = load_tokenizer(recipe.model, generates=False)
-        self._max_length = min(recipe.trainer.max_length, self.tokenizer.model_max_length)
+        self._recipe = recipe
+        self._use(load_tokenizer(recipe.model, generates=False))
+
+    def take_from(self, adapter: Path) -> None:
+        """The adapter's own tokenizer, if it has one."""
+        self._use(load_tokenizer(self._recipe.model, generates=False, beside=adapter))
+
+    def _use(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._max_length = min(self._recipe.trainer.max_length, tokenizer.model_max_length)
 
     def configure(self, model: PreTrainedModel) -> None:
         """A decoder with a head looks for the last token that is no padding."""
@@ -138,7 +156,8 @@ class ClassificationPipeline:
         return attach(model, section, seed=seed, task_type=self._inputs.task_type, modules_to_save=new)
 
     def read(self, folder: Path) -> peft.PeftModel:
-        """See `Pipeline.read`."""
+        """See `Pipeline.read`; a tokenizer or image processor beside the adapter is used from now on."""
+        self._inputs.take_from(folder)
         return load_adapter(self.load_base(), folder)
 
     def encode(self, examples: Sequence[Any]) -> datasets.Dataset:

@@ -35,7 +35,8 @@ class GenerationPipeline:
         return attach(self.load_base(), section, seed=seed)
 
     def read(self, folder: Path) -> peft.PeftModel:
-        """See `Pipeline.read`."""
+        """See `Pipeline.read`; a tokenizer beside the adapter is used from now on."""
+        self.tokenizer = load_tokenizer(self._recipe.model, beside=folder)
         return load_adapter(self.load_base(), folder)
 
     def encode(self, examples: Sequence[Example]) -> datasets.Dataset:

@@ -1,6 +1,7 @@
 """Pictures as a classifier's input."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,9 +27,14 @@ class ImageInputs:
     task_type: str | None = None  # PEFT has no name for it
 
     def __init__(self, recipe: Recipe) -> None:
+        self._section = recipe.model
         self.processor = load_image_processor(recipe.model)
         self._pictures: list[LabelledPicture] = []
         self._dtype = torch.float32
+
+    def take_from(self, adapter: Path) -> None:
+        """The adapter's own image processor, if it has one."""
+        self.processor = load_image_processor(self._section, beside=adapter)
 
     def configure(self, model: PreTrainedModel) -> None:
         """Nothing is changed; pictures will have the precision of the model's weights."""
