@@ -10,7 +10,7 @@ from pica.tasks import Source
 from pica.tasks.base import Target
 from pica.tasks.glue import GlueTask
 from pica.tasks.labelled import checked_target, classes_of
-from pica.tasks.records import check_location
+from pica.tasks.places import check_location
 from pica.tasks.sentiment import SentimentTask
 
 SENTIMENT, GLUE = SentimentTask(), GlueTask()

@@ -31,7 +31,7 @@ from pica.experiments.reporting import Advance
 from pica.tasks import TASKS, Split
 from pica.tasks.dreambooth import picture_files
 from pica.tasks.pictures import files_of
-from pica.tasks.records import split_file, split_files
+from pica.tasks.places import data_files
 
 FORMAT = 1
 """Version of the record; a record of another version is run again."""
@@ -209,9 +209,8 @@ def _data_digest(place: str | None, recipe: Recipe) -> Any:
         return {file.name: _picture_digest(file) for file in picture_files(path)}
     if path.is_file():
         return _file_digest(path)
-    found = [split_file(path, split) for split in SPLITS]
-    found += [file for split in SPLITS for file in split_files(path, split).values()]
-    return {file.relative_to(path).as_posix(): _file_digest(file) for file in found if file is not None}
+    found = [file for split in SPLITS for file in data_files(place, split)]
+    return {file.relative_to(path).as_posix(): _file_digest(file) for file in found}
 
 
 def _picture_digest(path: Path) -> str:

@@ -10,7 +10,7 @@ from pica.experiments.recipe import AdapterSection, DreamBoothSection, Recipe
 from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
-from pica.tasks.records import KINDS_OF_FILE
+from pica.tasks.places import KINDS_OF_FILE
 
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),

@@ -27,8 +27,9 @@ class ModelSection:
 class DataSection:
     """Where the problems come from.
 
-    A source is "embedded", a .json, .jsonl, .tsv or .csv file, a folder with train, validation (dev) and test files, or
-    hub:OWNER/NAME[/CONFIG][:SPLIT]. For pictures a file may also be .txt, .parquet or .arrow, and a folder may hold folders.
+    A source is "embedded", a .json, .jsonl, .tsv, .csv (or .gz of these) or .parquet file, a folder with train, validation
+    (dev) and test files, also as on the hub or saved by datasets, or hub:OWNER/NAME[/CONFIG][:SPLIT]. For pictures a file
+    may also be .txt or .arrow, and a folder may hold folders.
     """
 
     train: str = "embedded"

@@ -2,11 +2,10 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 from pica.errors import ConfigError, DataError
 from pica.tasks.base import Labelled, LabelledText, Source, Split, Target
-from pica.tasks.columns import renamed
+from pica.tasks.columns import header_names, renamed
 from pica.tasks.records import Record, read_records
 
 Fields = Mapping[str, tuple[str, ...]]
@@ -33,8 +32,7 @@ def read_labelled(
         ConfigError: The source's columns name a field that the task does not have.
     """
     accepted = renamed(fields, source.columns)
-    known = set(chain.from_iterable(accepted.values())) - {str(number) for number in range(1, 10)}
-    records = read_records(source.location, split, names=known)
+    records = read_records(source.location, split, names=header_names(accepted))
     if source.limit is not None and source.limit < len(records):
         chosen = random.Random(source.seed).sample(range(len(records)), source.limit)
         records = [records[index] for index in sorted(chosen)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from pica.errors import DataError
 from pica.tasks.base import Example, Kind, Source, Split, make_example
-from pica.tasks.columns import renamed
+from pica.tasks.columns import has_header, header_names, renamed
 from pica.tasks.formulas import same_text, same_value
 from pica.tasks.numbers import after_marker, answer_in, find_numbers, last_boxed, same_number, whole_number
 from pica.tasks.records import read_records
@@ -47,7 +47,8 @@ class MathTask:
             raise DataError("Task math has no embedded problems; set data.train and data.test to GSM8K-style files.")
         fields = renamed(_FIELDS, source.columns)
         examples = []
-        for record in read_records(source.location, split)[: source.limit]:
+        known, headed = header_names(fields), has_header(fields)
+        for record in read_records(source.location, split, names=known, headed=headed)[: source.limit]:
             solution = record.text(*fields["solution"])
             answer = _final(solution)
             if answer is None and split != "train":

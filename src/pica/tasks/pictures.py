@@ -18,8 +18,10 @@ from pica.errors import ConfigError, DataError, PicaError
 from pica.tasks.base import Bar, Source, Split, Target
 from pica.tasks.columns import renamed
 from pica.tasks.labelled import Fields, check_labels, label_of
-from pica.tasks.records import ENDINGS as RECORDS
-from pica.tasks.records import Record, check_location, is_hub, load_hub, read_records
+from pica.tasks.places import FORMATS as RECORDS
+from pica.tasks.places import check_location, is_hub
+from pica.tasks.records import Record, read_records
+from pica.tasks.rows import load_hub
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """Endings of files in a class folder that are taken for pictures; other files there are no one's business."""
