@@ -57,8 +57,12 @@ class ArithmeticTask:
             solution = record.text(*fields["solution"], required=split == "train", filled=False).strip()
             if not solution and split == "train":
                 unsolved.append(record.place)
+                source.leave_out(record.place, question, "no worked solution to learn from")
                 continue
-            examples.append(make_example(template, question, solution, answer=answer or "", context=context))
+            example = make_example(
+                template, question, solution, answer=answer or "", context=context, place=record.place
+            )
+            examples.append(example)
         if unsolved:
             logger.warning(
                 "%d of the rows have no worked solution to learn from and are left out, the first at %s",

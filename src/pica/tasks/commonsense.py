@@ -93,4 +93,13 @@ def _example(record: Record, group: str, fields: Mapping[str, tuple[str, ...]], 
     if split != "train" and not solution.endswith(answer):  # scoring by likelihood puts other choices in its place
         solution = f"the correct answer is {answer}"
     context = record.text(*fields["context"], required=False, filled=False)
-    return make_example(template, question, solution, answer=answer, context=context, choices=choices, group=group)
+    return make_example(
+        template,
+        question,
+        solution,
+        answer=answer,
+        context=context,
+        choices=choices,
+        group=group,
+        place=record.place,
+    )

@@ -50,14 +50,14 @@ class MathTask:
         known, headed = header_names(fields), has_header(fields)
         for record in read_records(source.location, split, names=known, headed=headed)[: source.limit]:
             solution = record.text(*fields["solution"])
-            answer = _final(solution)
+            answer = _final(solution) or whole_number(solution)  # a column of bare answers is fine
             if answer is None and split != "train":
                 raise DataError(
                     f"{record.place}: the solution gives no final answer after '####' or 'The answer is:', nor in \\boxed."
                 )
             question = record.text(*fields["question"])
             template = source.template or self.default_template
-            examples.append(make_example(template, question, solution, answer=answer or ""))
+            examples.append(make_example(template, question, solution, answer=answer or "", place=record.place))
         return examples
 
     def extract(self, text: str, example: Example | None = None) -> str | None:

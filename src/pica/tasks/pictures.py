@@ -7,7 +7,7 @@ import hashlib
 import io
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -186,7 +186,7 @@ def read_pictures(
         found = [found[index] for index in sorted(chosen)]
     if target.labels is not None:
         check_labels(found, target.labels, split)
-    return readable(found, skip=source.skip_unreadable, bar=source.bar)
+    return readable(found, skip=source.skip_unreadable, bar=source.bar, leave_out=source.leave_out)
 
 
 def _listed(
@@ -376,7 +376,13 @@ def _of_rows(
     return found
 
 
-def readable(examples: Sequence[LabelledPicture], *, skip: bool, bar: Bar | None = None) -> list[LabelledPicture]:
+def readable(
+    examples: Sequence[LabelledPicture],
+    *,
+    skip: bool,
+    bar: Bar | None = None,
+    leave_out: Callable[[str, str, str], None] | None = None,
+) -> list[LabelledPicture]:
     """The examples with their digests, without those that cannot be decoded; decodes each, which many show a bar for."""
 
     def check(example: LabelledPicture) -> LabelledPicture | OSError:
@@ -406,6 +412,8 @@ def readable(examples: Sequence[LabelledPicture], *, skip: bool, bar: Bar | None
         )
     if not kept:
         raise DataError(f"None of {len(examples)} pictures can be read: {named}.")
+    for place, error in bad if leave_out else ():
+        leave_out(place, place, f"cannot be read ({_reason(error)})")  # pyright: ignore[reportOptionalCall]
     logger.warning("%d of %d pictures cannot be read and are left out: %s", len(bad), len(examples), named)
     return kept
 
