@@ -11,6 +11,7 @@ from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
 from pica.tasks.places import KINDS_OF_FILE
+from pica.tasks.records import class_name
 
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
@@ -217,7 +218,9 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         yield f"The section dreambooth is for task dreambooth, and the task is {task.name}; leave it out."
     if given.metric is not None and given.metric not in METRICS:
         yield f"task.metric = {given.metric!r}: unknown metric{_near(given.metric, METRICS)}"
-    if given.labels is not None and (len(given.labels) < 2 or len(set(given.labels)) < len(given.labels)):
+    if given.labels is not None and (
+        len(given.labels) < 2 or len({*map(class_name, given.labels)}) < len(given.labels)
+    ):
         yield "task.labels: give two or more different classes."
     for name in ("template", "max_new_tokens"):
         if getattr(given, name) is not None:

@@ -54,12 +54,14 @@ class LabelledText:
         label: Name of its class; a number where the task is a regression.
         pair: The second text, for tasks on two.
         place: Where it stands ("train.tsv, line 7"), for messages.
+        bare: Whether it is of a table without a header, whose first row may be one that was not known for it.
     """
 
     text: str
     label: str | float
     pair: str | None = None
     place: str = field(default="", compare=False)
+    bare: bool = field(default=False, compare=False)
 
     @property
     def identity(self) -> str:

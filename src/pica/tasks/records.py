@@ -1,6 +1,7 @@
 """Rows as tasks take them: fields by any of their usual names, as text that a tokenizer can read."""
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,19 @@ class Record:
 
     fields: Mapping[str, Any]
     place: str
+
+    def label(self, *names: str) -> str:
+        """The first of these fields that the row has, as the name of a class, see `class_name`.
+
+        Raises:
+            DataError: It is missing, empty, NaN, or neither text, a number nor true or false.
+        """
+        value = next((self.fields[name] for name in names if self.fields.get(name) is not None), None)
+        known = isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value))
+        name = class_name(value if known else self.text(*names))
+        if name.lower().lstrip("+-") == "nan":
+            raise DataError(f"{self.place}: label {name!r} is no value; give the row a label, or remove it.")
+        return name
 
     def text(self, *names: str, required: bool = True, filled: bool = True) -> str:
         """The first of these fields that the row has, as text.
@@ -66,6 +80,27 @@ def read_records(
     if not records:
         raise DataError(f"{location}: the {'data set' if location.startswith('hub:') else 'file'} holds no rows.")
     return records
+
+
+def class_name(value: Any) -> str:
+    """A label as the name of its class: equal values have equal names, however a file writes them.
+
+    1, 1.0, "1" and "1.00" are "1"; -0.0 is "0"; true, "True" and "TRUE" are "true". Other text only loses the white space
+    around it: "01" is not "1".
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    if number := _NUMBER.fullmatch(text):
+        sign, whole, part = number["sign"], number["whole"], (number["part"] or "").rstrip("0")
+        digits = f"{whole}.{part}" if part else whole
+        return f"-{digits}" if sign == "-" and digits.strip("0.") else digits
+    return text
+
+
+_NUMBER = re.compile(r"(?P<sign>[+-]?)(?P<whole>\d+)(?:\.(?P<part>\d*))?", re.ASCII)
 
 
 def shown(text: str, *, quoted: bool = True, length: int = _SHOWN) -> str:
