@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pica.errors import DataError
+from pica.errors import ConfigError, DataError
 from pica.experiments.data import IGNORED, encode, load_splits, take_out
 from pica.experiments.recipe import Recipe
 from pica.tasks import Example, get_task
@@ -134,3 +134,17 @@ def test_a_limit_beside_held_out_rows_draws_from_the_whole_of_a_sorted_file(
     assert len(splits.validation) == 4
     assert {example.label for example in splits.train} == {"0", "1"}
     assert len(splits.train) > 10
+
+
+def test_columns_may_differ_between_splits(recipe: Callable, tmp_path: Path):
+    for name, question in (("train", "prompt"), ("test", "problem")):
+        made = [{question: f"{name} {n}?", "instruction": "other", "target": "is 1", "answer": "1"} for n in range(30)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+    columns = {"solution": "target", "train": {"question": "prompt"}, "test": {"question": "problem"}}
+    named = {"data__train": str(tmp_path), "data__columns": columns, "trainer__learning_rates": [0.1, 0.2]}
+    splits = load_splits(recipe(**named), ARITHMETIC)
+    assert splits.train[0].prompt == "Question: train 0?\nAnswer:"
+    assert splits.validation[0].prompt.startswith("Question: train")
+    assert splits.test[0].prompt == "Question: test 0?\nAnswer:"
+    with pytest.raises(ConfigError, match="data.columns: 'tset' has names below it, and is no split"):
+        recipe(data__columns={"tset": {"question": "problem"}})

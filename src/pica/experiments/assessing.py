@@ -32,7 +32,7 @@ class Request:
     labels: list[str] | None = None
     metric: str | None = None
     data: str | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, str | dict[str, str]] | None = None
     limit: int | None = None
     skip_unreadable: bool = False
     scoring: str | None = None

@@ -26,7 +26,7 @@ from pica.experiments.comparison import Comparison, Row
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.methods import METHODS
 from pica.experiments.parsing import dump_recipe
-from pica.experiments.recipe import Recipe, with_absolute_paths
+from pica.experiments.recipe import Recipe, columns_of, with_absolute_paths
 from pica.experiments.reporting import Advance
 from pica.tasks import TASKS, Split
 from pica.tasks.dreambooth import picture_files
@@ -203,7 +203,7 @@ def _data_digest(place: str | None, recipe: Recipe) -> Any:
     if place is None or path is None or not path.exists():
         return None
     if TASKS[recipe.task.name].kind == "image-classification":
-        pictures = {file for split in SPLITS for file in files_of(place, split, recipe.data.columns)}
+        pictures = {file for split in SPLITS for file in files_of(place, split, columns_of(recipe.data.columns, split))}
         return {os.path.relpath(file, path): _picture_digest(file) for file in pictures}
     if TASKS[recipe.task.name].kind == "text-to-image":
         return {file.name: _picture_digest(file) for file in picture_files(path)}

@@ -167,6 +167,9 @@ def _places(recipe: Recipe) -> Iterator[str]:
             yield f"data.{name} is not set: give {given} with --data.{name}."
         elif location is not None and (problem := location_problem(task, location)):
             yield f"data.{name}: {problem}"
+    for name, columns in recipe.data.columns.items():
+        if not isinstance(columns, str) and name not in ("train", "validation", "test"):
+            yield f"data.columns: {name!r} has names below it, and is no split; those are train, validation and test."
     if (
         recipe.data.train not in ("embedded", REQUIRED)
         and recipe.data.test is None

@@ -11,7 +11,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from pica.errors import DataError
-from pica.experiments.recipe import Recipe
+from pica.experiments.limits import Limits, check_tokens
+from pica.experiments.recipe import Recipe, columns_of
 from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.base import Bar, LeftOut
 from pica.tasks.identity import same_problem
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of tokens without loss, as torch's cross entropy has it
 _MOST_TAKEN_OUT = 1000
+_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def source(
         limit,
         recipe.data.seed,
         recipe.task.template,
-        recipe.data.columns,
+        columns_of(recipe.data.columns, split),
         recipe.task.subset,
         target_of(recipe, task) if _has_classes(task) else None,  # pyright: ignore[reportArgumentType]
         recipe.data.skip_unreadable,
@@ -240,15 +242,28 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return end, padding
 
 
-def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the prompts, with the tokenizer's start token if it has one and never with an end token."""
-    encoded = tokenizer([example.prompt for example in examples])["input_ids"]
+def prompt_ids(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limits: Limits = _NO_LIMITS
+) -> list[list[int]]:
+    """Token ids of the prompts, with the tokenizer's start token if it has one and never with an end token.
+
+    Raises:
+        DataError: One has a token that the model has no embedding for.
+    """
+    encoded = tokenizer([example.prompt for example in examples], verbose=False)["input_ids"]
     end, _ = special_ids(tokenizer)
-    return [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]  # pyright: ignore[reportArgumentType]
+    prompts = [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]  # pyright: ignore[reportArgumentType]
+    check_tokens(prompts, [example.place for example in examples], tokenizer, limits)
+    return prompts
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    limits: Limits = _NO_LIMITS,
+    whole: bool = False,
 ) -> datasets.Dataset:
     """Token sequences for training or for measuring a loss.
 
@@ -259,28 +274,41 @@ def encode(
         examples: What to encode.
         tokenizer: Tokenizer with an end-of-text token.
         max_length: Sequences are cut off here at the end; those with no completion left are dropped.
+        limits: What the model can take.
+        whole: Keep every example: where there are too few positions, the prompt loses its beginning, and after it the
+            completion its end.
 
     Returns:
         Columns `input_ids` and `labels`, both lists of the sequence's length; labels are -100 on the prompt.
 
     Raises:
-        DataError: No sequence is left.
+        DataError: No sequence is left, or one has a token that the model has no embedding for.
     """
-    prompts = prompt_ids(examples, tokenizer)
-    completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids(examples, tokenizer, limits)
+    completions: Any = tokenizer([example.completion for example in examples], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    check_tokens(completions, [example.place for example in examples], tokenizer, limits)
     end, _ = special_ids(tokenizer)
+    if whole and limits.positions is not None:
+        completions = [list(completion)[: limits.positions - 2] for completion in completions]
+        room = [limits.positions - len(completion) - 1 for completion in completions]
+        prompts = [prompt[-most:] for prompt, most in zip(prompts, room)]
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    cut = 0
-    for prompt, completion in zip(prompts, completions):  # pyright: ignore[reportArgumentType]
+    cut, dropped = 0, list[str]()
+    for example, prompt, completion in zip(examples, prompts, completions):
         ids: list[int] = (prompt + list(completion) + [end])[:max_length]
         cut += max_length is not None and len(prompt) + len(completion) + 1 > max_length
         if len(ids) > len(prompt):
             rows["input_ids"].append(ids)
             rows["labels"].append([IGNORED] * len(prompt) + ids[len(prompt) :])
+        else:
+            dropped.append(example.place)
     if not rows["input_ids"]:
         raise DataError(f"All prompts are longer than trainer.max_length = {max_length}, so nothing can be learnt.")
     if cut:
         logger.warning("%d of %d sequences are cut off at trainer.max_length = %d", cut, len(examples), max_length)
-    if dropped := len(examples) - len(rows["input_ids"]):
-        logger.warning("%d sequences are dropped: nothing but their prompt was left", dropped)
+    if dropped:
+        first = f", the first at {dropped[0]}" if dropped[0] else ""
+        logger.warning("%d sequences are dropped: nothing but their prompt was left%s", len(dropped), first)
     return datasets.Dataset.from_dict(rows)
