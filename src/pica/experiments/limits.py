@@ -41,7 +41,9 @@ def limits_of(model: Any) -> Limits:
     tokens = getattr(embeddings, "num_embeddings", None)
     most = getattr(config, "max_position_embeddings", None)
     found = None
-    for name, module in model.named_modules() if isinstance(most, int) else ():
+    for name, module in model.named_modules():
+        if not isinstance(most, int):
+            break
         if isinstance(module, nn.Embedding) and name.removesuffix(".base_layer").rpartition(".")[2] in _TABLES:
             # RoBERTa and its kin count from the padding token's id on, OPT and BART from 2.
             first = getattr(module, "offset", None) or (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -82,7 +84,7 @@ def fit_padding(tokenizer: PreTrainedTokenizerBase, limits: Limits, model: str) 
         return
     known = [tokenizer.eos_token, tokenizer.sep_token, tokenizer.unk_token, tokenizer.bos_token]
     for token in known:
-        number = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        number = tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
         if isinstance(number, int) and number < limits.tokens:
             tokenizer.pad_token = token
             return

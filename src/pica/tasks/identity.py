@@ -7,7 +7,7 @@ _PUNCTUATION = ".,;:!?…\"'`‘’‚“”„«»‹›¿¡" + "。，、；�
 # Where it touches numbers and names it is no punctuation: 1.5, 6 : 3, .5, 5!, 5' 7", (n + 1)!, f'(x).
 _OPERATORS = re.compile(r"""(?<=\d)\s*[.,:]\s*(?=\d)|\.(?=\d)|(?<=[\d)])[!'"’”]+|(?<=\w)['’]+(?=\()""")
 _BETWEEN_TEXTS = " \u241e "  # a symbol, so that "a b" with "c" is not "a" with "b c"
-_INVISIBLE = dict.fromkeys((0x200B, 0xFEFF), " ")  # zero-width spaces
+_INVISIBLE: dict[int, str] = {0x200B: " ", 0xFEFF: " "}  # zero-width spaces
 
 
 def same_problem(text: str) -> str:
