@@ -67,24 +67,26 @@ def read_yaml(path: Path) -> Any:
         raise DocumentError(f"{path}, line {_line(error)}: not UTF-8 text") from None
 
 
-def parse_json(text: str) -> Any:
-    """As `json.loads`.
+def parse_json(text: str, *, long_integers: bool = False) -> Any:
+    """As `json.loads`; with `long_integers`, whole numbers of more digits than Python reads are given as text.
 
     Raises:
         json.JSONDecodeError: it is not valid JSON, deeper than `MAX_DEPTH`, or has a key twice in one object.
     """
     if text.count("{") + text.count("[") > MAX_DEPTH:
         _check_json(text, 0, twice=False)
-    return _decoding(text, 0, lambda: _DECODER.decode(text))
+    decoder = _LONG_DECODER if long_integers else _DECODER
+    return _decoding(text, 0, lambda: decoder.decode(text))
 
 
-def parse_json_at(text: str, position: int) -> tuple[Any, int]:
-    """As `json.JSONDecoder.raw_decode`: the value that begins at a position, and where it ends.
+def parse_json_at(text: str, position: int, *, long_integers: bool = False) -> tuple[Any, int]:
+    """As `json.JSONDecoder.raw_decode`: the value that begins at a position, and where it ends; see `parse_json`.
 
     Raises:
         json.JSONDecodeError: as `parse_json`.
     """
-    return _decoding(text, position, lambda: _DECODER.raw_decode(text, position))
+    decoder = _LONG_DECODER if long_integers else _DECODER
+    return _decoding(text, position, lambda: decoder.raw_decode(text, position))
 
 
 def parse_yaml(text: str) -> Any:
@@ -136,7 +138,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_LONG_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
 def _decoding(text: str, start: int, decode: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pica.errors import DataError
+from pica.errors import ConfigError, DataError
 from pica.experiments.data import IGNORED, encode, load_splits, take_out
 from pica.experiments.recipe import Recipe
 from pica.tasks import Example, get_task
@@ -53,6 +53,9 @@ def test_taken_out_problems_are_disjoint_seeded_and_rid_of_their_doubles():
     assert len(taken) == 10
     assert not {example.prompt for example in kept} & {example.prompt for example in taken}
     assert take_out(examples, 10, seed=0) == (kept, taken)
+    doubles: list = []
+    take_out(examples, 10, seed=0, left_out=doubles.append)
+    assert len(doubles) == 30 - len(kept)
     assert take_out(examples, 10, seed=1)[1] != taken
     with pytest.raises(DataError, match="holds 40 problems, too few to take 21 out"):
         take_out(examples, 21, seed=0)
@@ -94,6 +97,10 @@ def test_test_problems_are_not_learnt_from_unless_asked(recipe: Callable, tmp_pa
     kept = load_splits(recipe(data__train=train, data__test=test, data__keep_test_problems=True), ARITHMETIC)
     assert len(kept.train) == 30
     assert "kept, as data.keep_test_problems says" in caplog.text
+    first = splits.left_out[0]
+    assert (first.place, first.reason) == (f"{train}, line 1", f"is a test problem too ({test}, line 1)")
+    assert first.problem.startswith("Question: Number 28?")
+    assert [len(splits.left_out), len(kept.left_out)] == [2, 0]
 
 
 def test_test_problems_choose_nothing(recipe: Callable, tmp_path: Path, caplog):
@@ -103,6 +110,7 @@ def test_test_problems_choose_nothing(recipe: Callable, tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         splits = load_splits(recipe(**named, data__validation=validation), ARITHMETIC)
     assert "2 of 3 validation problems are test problems too: left out" in caplog.text
+    assert [each.place for each in splits.left_out] == [f"{validation}, line 1"] * 2
     assert [example.answer for example in splits.validation] == ["2"]
     with pytest.raises(DataError, match=r"data\.validation: all of its problems are test problems"):
         load_splits(recipe(**named, data__validation=test), ARITHMETIC)
@@ -126,3 +134,17 @@ def test_a_limit_beside_held_out_rows_draws_from_the_whole_of_a_sorted_file(
     assert len(splits.validation) == 4
     assert {example.label for example in splits.train} == {"0", "1"}
     assert len(splits.train) > 10
+
+
+def test_columns_may_differ_between_splits(recipe: Callable, tmp_path: Path):
+    for name, question in (("train", "prompt"), ("test", "problem")):
+        made = [{question: f"{name} {n}?", "instruction": "other", "target": "is 1", "answer": "1"} for n in range(30)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+    columns = {"solution": "target", "train": {"question": "prompt"}, "test": {"question": "problem"}}
+    named = {"data__train": str(tmp_path), "data__columns": columns, "trainer__learning_rates": [0.1, 0.2]}
+    splits = load_splits(recipe(**named), ARITHMETIC)
+    assert splits.train[0].prompt == "Question: train 0?\nAnswer:"
+    assert splits.validation[0].prompt.startswith("Question: train")
+    assert splits.test[0].prompt == "Question: test 0?\nAnswer:"
+    with pytest.raises(ConfigError, match="data.columns: 'tset' has names below it, and is no split"):
+        recipe(data__columns={"tset": {"question": "problem"}})

@@ -243,3 +243,22 @@ def test_help_shows_every_field():
     for section in section_names():
         for field in dataclasses.fields(getattr(Recipe(), section)):
             assert f"--{section}.{field.name} " in text
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        ("[-1, 0, 1]", ["-1", "0", "1"]),
+        ('["-1", "0"]', ["-1", "0"]),
+        ([-1, 0, 1.0], ["-1", "0", "1"]),
+        ("[false, true]", ["false", "true"]),
+        ("[good, bad]", ["good", "bad"]),
+    ],
+)
+def test_labels_may_be_numbers_or_true_and_false(given: object, labels: list[str]):
+    text = {"task.name": "sentiment", "model.path": "a/b", "data.train": "hub:a/b", "data.test": "hub:a/b"}
+    assert load_recipe(None, [*text.items(), ("task.labels", given)]).task.labels == labels
+    with pytest.raises(ConfigError, match="task.labels: give two or more different classes"):
+        load_recipe(None, [*text.items(), ("task.labels", ["1", "1.0"])])
+    with pytest.raises(ConfigError, match="task.labels = .*: must be a list, each item text or null"):
+        load_recipe(None, [*text.items(), ("task.labels", "[[1], a]")])

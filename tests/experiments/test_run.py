@@ -67,6 +67,24 @@ def test_a_run_writes_its_files_and_says_what_it_measured(recipe: Callable[..., 
     assert "Trainable parameters (pica r=4): 384 of" in said
 
 
+def test_what_is_left_out_of_the_data_is_listed(recipe: Callable[..., Recipe], tmp_path: Path):
+    rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(6)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(
+        '{"question": "what is 4+1", "answer": "5"}\n{"question": "4 - 1", "answer": "3"}\n'
+    )
+    data = {"data__train": str(tmp_path / "train.jsonl"), "data__test": str(tmp_path / "test.jsonl")}
+    reporter = Recorder()
+    start(recipe(task__name="math", task__template="plain", trainer__max_steps=1, **data), reporter=reporter)
+    assert "Problems: 5 train, 2 test; 1 left out, listed in left-out.jsonl" in reporter.said
+    assert listing(tmp_path / "out") == sorted([*FILES, "left-out.jsonl"])
+    assert json.loads((tmp_path / "out" / "left-out.jsonl").read_text()) == {
+        "place": f"{tmp_path / 'train.jsonl'}, line 5",
+        "problem": "What is 4 + 1?\n",
+        "reason": f"is a test problem too ({tmp_path / 'test.jsonl'}, line 1)",
+    }
+
+
 @pytest.mark.parametrize("start_from", ["pissa", "olora"])
 def test_the_base_is_measured_as_it_is_where_the_method_changes_it(recipe: Callable[..., Recipe], start_from: str):
     plain = start(recipe(evaluate_base=True, trainer__max_steps=1), reporter=Silent()).metrics["base"]

@@ -9,11 +9,13 @@ from pica.errors import ConfigError, DataError
 from pica.tasks import Source
 from pica.tasks.base import Target
 from pica.tasks.glue import GlueTask
-from pica.tasks.labelled import checked_target, classes_of
-from pica.tasks.records import check_location
+from pica.tasks.labelled import check_labels, checked_target, classes_of
+from pica.tasks.places import check_location
+from pica.tasks.records import class_name
 from pica.tasks.sentiment import SentimentTask
 
 SENTIMENT, GLUE = SentimentTask(), GlueTask()
+TAB = "\t"
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -113,6 +115,61 @@ def test_classes_are_found_and_odd_ones_refused(tmp_path: Path):
         classes(*[str(number / 7) for number in range(1001)], "0.0")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+@pytest.mark.parametrize(
+    ("written", "classes"),
+    [
+        (["1", "1.0", "0", "0.0", "-0.0", "+1", "1.00"], ("0", "1")),
+        (["-1", "0", "1.0", "-1.0"], ("-1", "0", "1")),
+        (["true", "false", "true"], ("false", "true")),
+        (["0.5", "0.50", "-1.5", "10"], ("-1.5", "0.5", "10")),
+    ],
+)
+def test_labels_are_compared_by_value(tmp_path: Path, name: str, written: list[str], classes: tuple[str, ...]):
+    def line(number: int, label: str) -> str:
+        if name == "a.jsonl":
+            return f'{{"text": "t{number}", "label": {label.lstrip("+")}}}\n'
+        return f"t{number}{',' if name == 'a.csv' else TAB}{label.title()}\n"
+
+    header = "" if name == "a.jsonl" else line(0, "x").replace("t0", "text").replace("X", "label")
+    text = header + "".join(line(number, label) for number, label in enumerate(written))
+    assert classes_of(SENTIMENT.load("train", Source(write(tmp_path, name, text)))) == classes
+
+
+def test_names_that_look_like_numbers_stay_names():
+    assert [class_name(value) for value in ("01", "1", " a ", "1e3", "٣", "1.2.3")] == [
+        "01",
+        "1",
+        "a",
+        "1e3",
+        "٣",
+        "1.2.3",
+    ]
+
+
+@pytest.mark.parametrize("label", ["NaN", '"nan"', "null", "[1]", "1e999"])
+@pytest.mark.parametrize("metric", ["accuracy", "pearson"])
+def test_labels_that_are_no_value_name_their_line(tmp_path: Path, label: str, metric: str):
+    location = write(tmp_path, "a.jsonl", f'{{"text": "a", "label": 1}}\n{{"text": "b", "label": {label}}}\n')
+    with pytest.raises(DataError, match="line 2: (field 'label' (is null|must be text)|label ('nan'|'inf') is no)"):
+        loaded(location, target=Target(metric=metric))
+
+
+def test_a_header_shows_before_its_row_is_sampled_or_left_out(tmp_path: Path):
+    rows = "".join(f"phrase {n},{n % 2}\n" for n in range(50))
+    location = write(tmp_path, "a.csv", f"phrase,stars\n{rows}")
+    for limit in (None, 5):
+        with pytest.raises(DataError, match="a.csv, line 1: label 'stars' is the only one of its kind"):
+            loaded(location, limit=limit)
+    examples = SENTIMENT.load("test", Source(location))
+    with pytest.raises(
+        DataError, match="line 1: label 'stars' of the test data is none of '0', '1'. If that row is a header"
+    ):
+        check_labels(examples, ("0", "1"), "test")
+    lone = "".join(f'{{"text": "t{n}", "label": "{"other" if n == 0 else n % 2}"}}\n' for n in range(9))
+    assert classes_of(SENTIMENT.load("train", Source(write(tmp_path, "a.jsonl", lone)))) == ("0", "1", "other")
+
+
 def test_numbers_are_needed_where_a_correlation_is_the_metric(tmp_path: Path):
     location = write(tmp_path, "a.tsv", "a\t1.5\nb\tgood\n")
     with pytest.raises(DataError, match="line 2: label 'good' is not a number, which task.metric = pearson needs"):
@@ -164,6 +221,9 @@ def test_secret_labels_are_told_apart(tmp_path: Path):
     location = write(tmp_path, "a.jsonl", '{"sentence": "x", "label": -1}\n')
     with pytest.raises(DataError, match="label -1 marks rows whose label is kept secret"):
         GLUE.load("test", Source(location, subset="sst2"))
+    location = write(tmp_path, "b.jsonl", '{"sentence1": "x", "sentence2": "y", "label": -1.0}\n')
+    with pytest.raises(DataError, match="label -1 marks rows whose label is kept secret"):
+        GLUE.load("test", Source(location, subset="stsb"))
 
 
 def test_targets_that_do_not_fit_are_refused():

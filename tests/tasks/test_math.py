@@ -116,3 +116,9 @@ def test_the_papers_comparison_is_of_texts_and_numbers(text: str, gold: str, rig
 def test_there_are_no_embedded_problems():
     with pytest.raises(DataError, match="no embedded problems"):
         TASK.load("test", Source("embedded"))
+
+
+def test_a_column_of_bare_answers_is_fine_to_test_on(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("question,answer\nWhat is 3 + 1?,4\n")
+    (example,) = TASK.load("test", Source(str(tmp_path / "a.csv")))
+    assert example.answer == "4"

@@ -95,7 +95,7 @@ def _shown(metric: str, value: float) -> str:
     return f"{value:.2%}" if metric in ("accuracy", "f1") else f"{value:.4f}"
 
 
-def _mapping(text: str) -> dict[str, str]:
+def _mapping(text: str) -> dict[str, str | dict[str, str]]:
     import yaml
 
     from pica.documents import parse_yaml
@@ -106,4 +106,7 @@ def _mapping(text: str) -> dict[str, str]:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no mapping such as '{{text: review, label: stars}}'")
-    return {str(name): str(column) for name, column in value.items()}
+    return {
+        str(name): {str(field): str(own) for field, own in column.items()} if isinstance(column, dict) else str(column)
+        for name, column in value.items()
+    }

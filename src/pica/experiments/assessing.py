@@ -18,6 +18,7 @@ from pica.experiments.recipe import DataSection, ModelSection, Recipe
 from pica.experiments.reporting import Reporter
 from pica.tasks import Task, get_task, location_problem
 from pica.tasks.base import METRICS
+from pica.tasks.records import class_name
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Request:
     labels: list[str] | None = None
     metric: str | None = None
     data: str | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, str | dict[str, str]] | None = None
     limit: int | None = None
     skip_unreadable: bool = False
     scoring: str | None = None
@@ -160,7 +161,7 @@ def _with_labels(recipe: Recipe, examples: list[Any], adapter: Path | None) -> R
     if task.kind == "generation" or recipe.task.labels is not None:
         return with_classes(recipe, Splits([], [], examples))
     if adapter is None:
-        own = [str(name) for _, name in sorted((load_config(recipe.model).id2label or {}).items())]
+        own = [class_name(name) for _, name in sorted((load_config(recipe.model).id2label or {}).items())]
         if {str(example.label) for example in examples} <= set(own):
             recipe.task.labels = own
     return with_classes(recipe, Splits(examples, [], examples))

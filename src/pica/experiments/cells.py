@@ -26,12 +26,12 @@ from pica.experiments.comparison import Comparison, Row
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.methods import METHODS
 from pica.experiments.parsing import dump_recipe
-from pica.experiments.recipe import Recipe, with_absolute_paths
+from pica.experiments.recipe import Recipe, columns_of, with_absolute_paths
 from pica.experiments.reporting import Advance
 from pica.tasks import TASKS, Split
 from pica.tasks.dreambooth import picture_files
 from pica.tasks.pictures import files_of
-from pica.tasks.records import split_file, split_files
+from pica.tasks.places import data_files
 
 FORMAT = 1
 """Version of the record; a record of another version is run again."""
@@ -203,15 +203,14 @@ def _data_digest(place: str | None, recipe: Recipe) -> Any:
     if place is None or path is None or not path.exists():
         return None
     if TASKS[recipe.task.name].kind == "image-classification":
-        pictures = {file for split in SPLITS for file in files_of(place, split, recipe.data.columns)}
+        pictures = {file for split in SPLITS for file in files_of(place, split, columns_of(recipe.data.columns, split))}
         return {os.path.relpath(file, path): _picture_digest(file) for file in pictures}
     if TASKS[recipe.task.name].kind == "text-to-image":
         return {file.name: _picture_digest(file) for file in picture_files(path)}
     if path.is_file():
         return _file_digest(path)
-    found = [split_file(path, split) for split in SPLITS]
-    found += [file for split in SPLITS for file in split_files(path, split).values()]
-    return {file.relative_to(path).as_posix(): _file_digest(file) for file in found if file is not None}
+    found = [file for split in SPLITS for file in data_files(place, split)]
+    return {file.relative_to(path).as_posix(): _file_digest(file) for file in found}
 
 
 def _picture_digest(path: Path) -> str:

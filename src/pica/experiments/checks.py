@@ -12,7 +12,8 @@ from pica.experiments.recipe import AdapterSection, DreamBoothSection, Recipe
 from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
-from pica.tasks.records import KINDS_OF_FILE
+from pica.tasks.places import KINDS_OF_FILE
+from pica.tasks.records import class_name
 
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
@@ -208,6 +209,9 @@ def _places(recipe: Recipe) -> Iterator[str]:
             yield f"data.{name} is not set: give {given} with --data.{name}."
         elif location is not None and (problem := location_problem(task, location)):
             yield f"data.{name}: {problem}"
+    for name, columns in recipe.data.columns.items():
+        if not isinstance(columns, str) and name not in ("train", "validation", "test"):
+            yield f"data.columns: {name!r} has names below it, and is no split; those are train, validation and test."
     if (
         recipe.data.train not in ("embedded", REQUIRED)
         and recipe.data.test is None
@@ -259,7 +263,9 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         yield f"The section dreambooth is for task dreambooth, and the task is {task.name}; leave it out."
     if given.metric is not None and given.metric not in METRICS:
         yield f"task.metric = {given.metric!r}: unknown metric{_near(given.metric, METRICS)}"
-    if given.labels is not None and (len(given.labels) < 2 or len(set(given.labels)) < len(given.labels)):
+    if given.labels is not None and (
+        len(given.labels) < 2 or len({*map(class_name, given.labels)}) < len(given.labels)
+    ):
         yield "task.labels: give two or more different classes."
     for name in ("template", "max_new_tokens"):
         if getattr(given, name) is not None:

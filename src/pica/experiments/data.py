@@ -3,36 +3,46 @@
 import dataclasses
 import logging
 import random
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from pica.errors import DataError
-from pica.experiments.recipe import Recipe
+from pica.experiments.limits import Limits, check_tokens
+from pica.experiments.recipe import Recipe, columns_of
 from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
-from pica.tasks.base import Bar
+from pica.tasks.base import Bar, LeftOut
+from pica.tasks.identity import same_problem
 from pica.tasks.labelled import check_labels, checked_target, classes_of
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of tokens without loss, as torch's cross entropy has it
 _MOST_TAKEN_OUT = 1000
+_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to learn from, to choose learning rates by, and to report on, of the task's own type."""
+    """Examples to learn from, to choose learning rates by, and to report on, of the task's own type; and what is unused."""
 
     train: list[Any]
     validation: list[Any]
     test: list[Any]
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
-def source(recipe: Recipe, split: Split, *, limit: int | None, bar: Bar | None = None) -> Source:
+def source(
+    recipe: Recipe,
+    split: Split,
+    *,
+    limit: int | None,
+    bar: Bar | None = None,
+    left_out: Callable[[LeftOut], None] | None = None,
+) -> Source:
     """Where one split of a recipe comes from; `location` is that of training problems where the split has no own."""
     location = getattr(recipe.data, split) or recipe.data.train
     task = get_task(recipe.task.name)
@@ -41,11 +51,12 @@ def source(recipe: Recipe, split: Split, *, limit: int | None, bar: Bar | None =
         limit,
         recipe.data.seed,
         recipe.task.template,
-        recipe.data.columns,
+        columns_of(recipe.data.columns, split),
         recipe.task.subset,
         target_of(recipe, task) if _has_classes(task) else None,  # pyright: ignore[reportArgumentType]
         recipe.data.skip_unreadable,
         bar,
+        left_out,
     )
 
 
@@ -92,7 +103,8 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
 
     Validation problems are the validation source's, else generated ones or those of the training folder, else taken out
     of the training problems by the data seed. Training problems that are test or validation problems too are left out
-    with a warning, and so are validation problems that are test problems too. `bar` shows how pictures are decoded.
+    with a warning, and so are validation problems that are test problems too; `Splits.left_out` lists them. `bar` shows how
+    pictures are decoded.
 
     Raises:
         DataError: A source is missing, empty or malformed, or holds too few problems.
@@ -100,20 +112,26 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
     if task.kind == "text-to-image":
         return _subject_splits(recipe, task, bar)
     data = recipe.data
+    left_out: list[LeftOut] = []
+
+    def load(split: Split, limit: int | None) -> list[Any]:
+        return list(task.load(split, source(recipe, split, limit=limit, bar=bar, left_out=left_out.append)))
+
     validation: list[Any] = []
     own_source = data.validation is not None or data.train == "embedded" or has_split(task, data.train, "validation")
     if needs_validation(recipe) and own_source:
-        validation = list(task.load("validation", source(recipe, "validation", limit=data.validation_limit, bar=bar)))
+        validation = load("validation", data.validation_limit)
     if needs_validation(recipe) and not own_source:
-        everything = task.load("train", source(recipe, "train", limit=None, bar=bar))
+        everything = load("train", None)
         count = data.validation_limit or max(1, min(len(everything) // 10, _MOST_TAKEN_OUT))
-        train, validation = take_out(everything, count, seed=data.seed)
+        train, validation = take_out(everything, count, seed=data.seed, left_out=left_out.append)
         train = _limited(train, data.train_limit, task, seed=data.seed)
     else:
-        train = list(task.load("train", source(recipe, "train", limit=data.train_limit, bar=bar)))
-    test = list(task.load("test", source(recipe, "test", limit=data.test_limit, bar=bar)))
-    validation = _not_tested(validation, test)
-    kept = without(train, [*test, *validation])
+        train = load("train", data.train_limit)
+    test = load("test", data.test_limit)
+    validation = _not_tested(validation, test, left_out.append)
+    told = None if data.keep_test_problems else left_out.append
+    kept = without(without(train, test, _of_another("test", told)), validation, _of_another("validation", told))
     if len(kept) < len(train):
         action = "kept, as data.keep_test_problems says" if data.keep_test_problems else "left out"
         shared = len(train) - len(kept)
@@ -122,16 +140,16 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
         train = kept
     if not train or not test:
         raise DataError(f"data.{'test' if train else 'train'}: no problems are left to use.")
-    return Splits(train, validation, test)
+    return Splits(train, validation, test, left_out)
 
 
-def _not_tested(validation: list[Any], test: list[Any]) -> list[Any]:
+def _not_tested(validation: list[Any], test: list[Any], told: Callable[[LeftOut], None]) -> list[Any]:
     """The validation problems that are no test problems: those must choose nothing, nor be learnt from by a refit.
 
     Raises:
         DataError: None are left.
     """
-    kept = without(validation, test)
+    kept = without(validation, test, _of_another("test", told))
     if shared := len(validation) - len(kept):
         if not kept:
             raise DataError(
@@ -166,18 +184,41 @@ def _limited(examples: list[Any], limit: int | None, task: Task, *, seed: int) -
     return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
-def without(examples: Sequence[AnyExample], others: Sequence[AnyExample]) -> list[Any]:
-    """The examples that are none of the others, whatever the case, spacing and punctuation."""
-    taken = {_words(example.identity) for example in others}
-    return [example for example in examples if _words(example.identity) not in taken]
+def without(
+    examples: Sequence[AnyExample],
+    others: Sequence[AnyExample],
+    told: Callable[[AnyExample, AnyExample], None] | None = None,
+) -> list[Any]:
+    """The examples that are none of the others (see `pica.tasks.identity`); `told` is given each double and its other."""
+    taken = {same_problem(example.identity): example for example in reversed(others)}
+    kept = []
+    for example in examples:
+        other = taken.get(same_problem(example.identity))
+        if other is None:
+            kept.append(example)
+        elif told is not None:
+            told(example, other)
+    return kept
 
 
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+def _of_another(
+    split: Split, told: Callable[[LeftOut], None] | None
+) -> Callable[[AnyExample, AnyExample], None] | None:
+    """What notes a problem as left out since it is one of another split too."""
+    if told is None:
+        return None
+
+    def note(example: AnyExample, other: AnyExample) -> None:
+        where = f" ({other.place})" if other.place else ""
+        told(LeftOut(example.place, example.identity, f"is a {split} problem too{where}"))
+
+    return note
 
 
-def take_out(examples: Sequence[AnyExample], count: int, *, seed: int) -> tuple[list[Any], list[Any]]:
-    """Split examples into (kept, taken out), the latter drawn with a generator of its own.
+def take_out(
+    examples: Sequence[AnyExample], count: int, *, seed: int, left_out: Callable[[LeftOut], None] | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Split examples into (kept, taken out), the latter drawn with a generator of its own; doubles of it are left out.
 
     Raises:
         DataError: Fewer than twice `count` examples are there.
@@ -189,7 +230,8 @@ def take_out(examples: Sequence[AnyExample], count: int, *, seed: int) -> tuple[
         )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))
     taken = [example for index, example in enumerate(examples) if index in chosen]
-    return without(examples, taken), taken
+    rest = [example for index, example in enumerate(examples) if index not in chosen]
+    return without(rest, taken, _of_another("validation", left_out)), taken
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -200,15 +242,28 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return end, padding
 
 
-def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the prompts, with the tokenizer's start token if it has one and never with an end token."""
-    encoded = tokenizer([example.prompt for example in examples])["input_ids"]
+def prompt_ids(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limits: Limits = _NO_LIMITS
+) -> list[list[int]]:
+    """Token ids of the prompts, with the tokenizer's start token if it has one and never with an end token.
+
+    Raises:
+        DataError: One has a token that the model has no embedding for.
+    """
+    encoded = tokenizer([example.prompt for example in examples], verbose=False)["input_ids"]
     end, _ = special_ids(tokenizer)
-    return [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]  # pyright: ignore[reportArgumentType]
+    prompts = [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]  # pyright: ignore[reportArgumentType]
+    check_tokens(prompts, [example.place for example in examples], tokenizer, limits)
+    return prompts
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    limits: Limits = _NO_LIMITS,
+    whole: bool = False,
 ) -> datasets.Dataset:
     """Token sequences for training or for measuring a loss.
 
@@ -219,28 +274,41 @@ def encode(
         examples: What to encode.
         tokenizer: Tokenizer with an end-of-text token.
         max_length: Sequences are cut off here at the end; those with no completion left are dropped.
+        limits: What the model can take.
+        whole: Keep every example: where there are too few positions, the prompt loses its beginning, and after it the
+            completion its end.
 
     Returns:
         Columns `input_ids` and `labels`, both lists of the sequence's length; labels are -100 on the prompt.
 
     Raises:
-        DataError: No sequence is left.
+        DataError: No sequence is left, or one has a token that the model has no embedding for.
     """
-    prompts = prompt_ids(examples, tokenizer)
-    completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids(examples, tokenizer, limits)
+    completions: Any = tokenizer([example.completion for example in examples], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    check_tokens(completions, [example.place for example in examples], tokenizer, limits)
     end, _ = special_ids(tokenizer)
+    if whole and limits.positions is not None:
+        completions = [list(completion)[: limits.positions - 2] for completion in completions]
+        room = [limits.positions - len(completion) - 1 for completion in completions]
+        prompts = [prompt[-most:] for prompt, most in zip(prompts, room)]
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    cut = 0
-    for prompt, completion in zip(prompts, completions):  # pyright: ignore[reportArgumentType]
+    cut, dropped = 0, list[str]()
+    for example, prompt, completion in zip(examples, prompts, completions):
         ids: list[int] = (prompt + list(completion) + [end])[:max_length]
         cut += max_length is not None and len(prompt) + len(completion) + 1 > max_length
         if len(ids) > len(prompt):
             rows["input_ids"].append(ids)
             rows["labels"].append([IGNORED] * len(prompt) + ids[len(prompt) :])
+        else:
+            dropped.append(example.place)
     if not rows["input_ids"]:
         raise DataError(f"All prompts are longer than trainer.max_length = {max_length}, so nothing can be learnt.")
     if cut:
         logger.warning("%d of %d sequences are cut off at trainer.max_length = %d", cut, len(examples), max_length)
-    if dropped := len(examples) - len(rows["input_ids"]):
-        logger.warning("%d sequences are dropped: nothing but their prompt was left", dropped)
+    if dropped:
+        first = f", the first at {dropped[0]}" if dropped[0] else ""
+        logger.warning("%d sequences are dropped: nothing but their prompt was left%s", len(dropped), first)
     return datasets.Dataset.from_dict(rows)

@@ -1,16 +1,21 @@
 """How good a model is at a task: answers that it generates, and the loss on the gold ones."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pica.experiments.data import IGNORED, encode, prompt_ids, special_ids
+from pica.experiments.limits import limits_of, takes_positions
 from pica.experiments.reporting import Advance, Reporter
 from pica.tasks import Example, GenerationTask
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,20 @@ def answers(
 ) -> list[str]:
     """Greedy continuations of the prompts, in the examples' order, without special tokens."""
     model.eval()
-    prompts = prompt_ids(examples, tokenizer)
+    limits = limits_of(model)
+    prompts = prompt_ids(examples, tokenizer, limits)
+    if limits.positions is not None:
+        room = max(1, limits.positions - max_new_tokens + 1)  # the last token that is made takes no position
+        if cut := sum(len(prompt) > room for prompt in prompts):
+            logger.warning(
+                "%d of %d prompts lose their beginning: the model has %d positions, and task.max_new_tokens = %d of them "
+                "are for the answer",
+                cut,
+                len(prompts),
+                limits.positions,
+                max_new_tokens,
+            )
+        prompts = [prompt[-room:] for prompt in prompts]
     end, padding = special_ids(tokenizer)
     # Sampling options in a model's own generation_config would only cause warnings, as greedy decoding ignores them.
     config = GenerationConfig(
@@ -167,7 +185,9 @@ def answers(
     texts = [""] * len(examples)
     right = done = 0
     with reporter.bar(label, len(examples)) as advance:
-        for indices in length_batches([len(ids) for ids in prompts], batch_size):
+        # Padded on the left, a prompt begins at a later position: a model without `position_ids` cannot be told otherwise.
+        alike = limits.positions is not None and not takes_positions(model)
+        for indices in length_batches([len(ids) for ids in prompts], batch_size, alike=alike):
             ids, mask = _left_padded([prompts[index] for index in indices], padding)
             ids, mask = ids.to(model.device), mask.to(model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -228,7 +248,7 @@ def completion_losses(
 ) -> list[tuple[float, int]]:
     """Negative log-likelihood in nats of each example's completion, end-of-text token included, and its tokens."""
     model.eval()
-    rows = encode(examples, tokenizer)
+    rows = encode(examples, tokenizer, limits=limits_of(model), whole=True)
     ids, labels = rows["input_ids"], rows["labels"]
     lengths = [len(row) for row in ids]
     _, padding = special_ids(tokenizer)
@@ -256,11 +276,13 @@ def completion_losses(
     return losses
 
 
-def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, so that memory runs out at once or never."""
+def length_batches(lengths: Sequence[int], size: int, *, alike: bool = False) -> Iterator[list[int]]:
+    """Indices in batches of similar length (if `alike` the same), longest first: memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)] if alike else [order]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _left_padded(rows: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -21,6 +21,7 @@ from pica.documents import parse_yaml, text_problem, yaml_problem
 from pica.errors import ConfigError
 from pica.experiments.checks import problems
 from pica.experiments.recipe import Recipe
+from pica.tasks.records import class_name
 
 _SECTIONS = {field.name: field.type for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.type)}
 
@@ -222,12 +223,25 @@ def _typed(values: Mapping[str, Any], recipe: Recipe | None = None) -> tuple[Rec
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                value = _named(value) if name == "labels" else value
                 parsed = parser.parse_object({section: {name: value}} if section else {name: value})
         except (ArgumentError, TypeError, ValueError, RecursionError):
             mistakes.append(f"{key} = {value!r}: must be {_type_name(fields[key].type)}.")
             continue
         setattr(getattr(recipe, section) if section else recipe, name, parsed[key])
     return recipe, mistakes
+
+
+def _named(value: Any) -> Any:
+    """Labels with those that YAML reads as numbers or as true and false as the names of classes."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value  # its type is wrong, and said to be
+    if isinstance(value, list):
+        return [class_name(each) if isinstance(each, (bool, int, float)) else each for each in value]
+    return value
 
 
 def _subject(mistake: str) -> str:
@@ -243,8 +257,8 @@ def _type_name(annotation: Any) -> str:
     text, arguments = str(annotation), get_args(annotation)
     if text.startswith("typing.Literal"):
         return "one of " + ", ".join(map(str, arguments))
-    if text.startswith("list["):
+    if get_origin(annotation) is list:
         return f"a list, each item {_type_name(arguments[0])}"
-    if text.startswith("dict["):
+    if get_origin(annotation) is dict:
         return f"a mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
     return " or ".join(_type_name(argument) for argument in arguments)

@@ -1,5 +1,6 @@
 """A recipe: everything that decides a training run. The text under each field is its help on the command line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +28,9 @@ class ModelSection:
 class DataSection:
     """Where the problems come from.
 
-    A source is "embedded", a .json, .jsonl, .tsv or .csv file, a folder with train, validation (dev) and test files, or
-    hub:OWNER/NAME[/CONFIG][:SPLIT]. For pictures a file may also be .txt, .parquet or .arrow, and a folder may hold folders.
+    A source is "embedded", a .json, .jsonl, .tsv, .csv (or .gz of these) or .parquet file, a folder with train, validation
+    (dev) and test files, also as on the hub or saved by datasets, or hub:OWNER/NAME[/CONFIG][:SPLIT]. For pictures a file
+    may also be .txt or .arrow, and a folder may hold folders.
     """
 
     train: str = "embedded"
@@ -43,8 +45,9 @@ class DataSection:
     """Use, or take out, this many for validation; if unset, all of a file, or a tenth of the training problems."""
     test_limit: int | None = None
     """Use at most this many test problems; of classification files the seed draws them, of others they are the first."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Names of the task's fields in your files, for instance {question: prompt, solution: target}."""
+    columns: dict[str, str | dict[str, str]] = field(default_factory=dict)
+    """Names of the task's fields in your files, for instance {question: prompt, solution: target}; of one split below its
+    name: {train: {question: prompt}, test: {question: problem}}."""
     hold_out: bool = False
     """Take validation problems out also where nothing is chosen by them, so that runs which choose learn from the same."""
     refit: bool = False
@@ -236,6 +239,16 @@ class Recipe:
     """Trainer."""
     baseline: BaselineSection = field(default_factory=BaselineSection)
     """Baseline."""
+
+
+def columns_of(columns: Mapping[str, str | Mapping[str, str]], split: str) -> dict[str, str]:
+    """`data.columns` as they are for one split: what is named for all, and what is named for it alone.
+
+    Validation problems that have no names of their own have those of the training problems.
+    """
+    chosen = {name: value for name, value in columns.items() if isinstance(value, str)}
+    own = columns.get(split, columns.get("train") if split == "validation" else None)
+    return chosen | (dict(own) if isinstance(own, Mapping) else {})
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

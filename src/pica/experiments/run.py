@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder inside the output folder that holds what an unfinished run needs to go on."""
+LEFT_OUT = "left-out.jsonl"
+"""File in the output folder that lists the problems that are not used: where each stands, and why."""
 _LAUNCH = "launch"  # among the phases: in what kind of job they were done
 
 
@@ -180,7 +182,11 @@ class _Run:
             raise ConfigError(f"Task {recipe.task.name} trains in one process; start it without a launcher.")
         self.rows = self.pipeline.encode(self.splits.train)
         counts = {name: len(getattr(self.splits, name)) for name in ("train", "validation", "test")}
-        self.reporter.say("Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+        left_out = [dataclasses.asdict(each) for each in self.splits.left_out]
+        listed = f"; {len(left_out)} left out, listed in {LEFT_OUT}" if left_out else ""
+        self.reporter.say(
+            "Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count) + listed
+        )
         # The adapter is put on before anything is measured: a wrong target must show now, not after minutes.
         model = None if "adapter" in self.phases else self._adapted(recipe.adapter)
         if model is not None:
@@ -189,6 +195,8 @@ class _Run:
             if distributed.leads():
                 files.create(self.folder)
                 files.write_text(self.folder / files.RESOLVED, dump_recipe(recipe))
+                if left_out:
+                    files.write_jsonl(self.folder / LEFT_OUT, left_out)
             self.begun = True
             self.phases.done(_LAUNCH, distributed.kind)
         distributed.wait()

@@ -24,8 +24,8 @@ from pica.tasks.glue import GlueTask
 from pica.tasks.math import MathTask
 from pica.tasks.pictures import LabelledPicture, has_pictures
 from pica.tasks.pictures import location_problem as picture_location_problem
-from pica.tasks.records import check_location
-from pica.tasks.records import has_split as has_records
+from pica.tasks.places import check_location
+from pica.tasks.places import has_split as has_records
 from pica.tasks.sentiment import SentimentTask
 from pica.tasks.vtab import ImagesTask, VtabTask
 

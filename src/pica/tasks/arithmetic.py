@@ -6,9 +6,9 @@ from fractions import Fraction
 
 from pica.errors import DataError
 from pica.tasks.base import Example, Kind, Source, Split, make_example
-from pica.tasks.columns import renamed
+from pica.tasks.columns import has_header, header_names, renamed
 from pica.tasks.numbers import answer_in, same_number, whole_number
-from pica.tasks.records import read_records
+from pica.tasks.records import read_records, shown
 from pica.tasks.wordproblems import generate
 
 logger = logging.getLogger(__name__)
@@ -46,18 +46,23 @@ class ArithmeticTask:
         fields = renamed(_FIELDS, source.columns)
         examples: list[Example] = []
         unsolved: list[str] = []
-        for record in read_records(source.location, split)[: source.limit]:
+        known, headed = header_names(fields), has_header(fields)
+        for record in read_records(source.location, split, names=known, headed=headed)[: source.limit]:
             written = record.text(*fields["answer"])
             answer = whole_number(written)
             if answer is None and split != "train":
-                raise DataError(f"{record.place}: field {fields['answer'][0]!r} is not a number: {written!r}.")
+                raise DataError(f"{record.place}: field {fields['answer'][0]!r} is not a number: {shown(written)}.")
             question = record.text(*fields["question"])
             context = record.text(*fields["context"], required=False, filled=False)
             solution = record.text(*fields["solution"], required=split == "train", filled=False).strip()
             if not solution and split == "train":
                 unsolved.append(record.place)
+                source.leave_out(record.place, question, "no worked solution to learn from")
                 continue
-            examples.append(make_example(template, question, solution, answer=answer or "", context=context))
+            example = make_example(
+                template, question, solution, answer=answer or "", context=context, place=record.place
+            )
+            examples.append(example)
         if unsolved:
             logger.warning(
                 "%d of the rows have no worked solution to learn from and are left out, the first at %s",

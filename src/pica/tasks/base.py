@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pica.errors import ConfigError
+from pica.tasks.identity import joined
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 Split = Literal["train", "validation", "test"]
@@ -28,6 +29,7 @@ class Example:
             checked; test rows always have one.
         choices: The answers to choose from, where there is a list of them; the completion then ends in the gold one.
         group: Which of several data sets it belongs to; results are then given for each, and the mean of them counts.
+        place: Where it stands ("train.jsonl, line 7"), for messages.
     """
 
     prompt: str
@@ -35,6 +37,7 @@ class Example:
     answer: str
     choices: tuple[str, ...] = ()
     group: str = ""
+    place: str = field(default="", compare=False)
 
     @property
     def identity(self) -> str:
@@ -51,17 +54,34 @@ class LabelledText:
         label: Name of its class; a number where the task is a regression.
         pair: The second text, for tasks on two.
         place: Where it stands ("train.tsv, line 7"), for messages.
+        bare: Whether it is of a table without a header, whose first row may be one that was not known for it.
     """
 
     text: str
     label: str | float
     pair: str | None = None
     place: str = field(default="", compare=False)
+    bare: bool = field(default=False, compare=False)
 
     @property
     def identity(self) -> str:
         """What makes two examples the same problem."""
-        return self.text if self.pair is None else f"{self.text}\n{self.pair}"
+        return self.text if self.pair is None else joined(self.text, self.pair)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A problem of the data that is not used.
+
+    Attributes:
+        place: Where it stands ("train.jsonl, line 7"); empty for generated ones.
+        problem: Its text.
+        reason: Why, and of which other problem where it is one's double.
+    """
+
+    place: str
+    problem: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,7 @@ class Source:
         subset: Which data set of a task that has several.
         target: What is predicted, for classification tasks.
         skip_unreadable: Leave pictures out that cannot be decoded, with a warning, instead of refusing the data.
+        left_out: Is told of each row that is not used: which, where and why.
         bar: Opens a progress bar, from its label and its total to a function that is called for each item done.
     """
 
@@ -89,6 +110,12 @@ class Source:
     target: "Target | None" = None
     skip_unreadable: bool = False
     bar: "Bar | None" = field(default=None, compare=False)
+    left_out: "Callable[[LeftOut], None] | None" = field(default=None, compare=False)
+
+    def leave_out(self, place: str, problem: str, reason: str) -> None:
+        """Tell of a row that is not used."""
+        if self.left_out is not None:
+            self.left_out(LeftOut(place, problem, reason))
 
 
 @dataclass(frozen=True)
@@ -121,7 +148,12 @@ class AnyExample(Protocol):
 
     @property
     def identity(self) -> str:
-        """What makes two examples the same problem, apart from case, spacing and punctuation."""
+        """What makes two examples the same problem; see `pica.tasks.identity`."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages; empty for generated ones."""
         ...
 
 
@@ -187,11 +219,6 @@ class Labelled(AnyExample, Protocol):
         """Name of its class; a number where the task is a regression."""
         ...
 
-    @property
-    def place(self) -> str:
-        """Where it stands, for messages."""
-        ...
-
 
 class ClassificationTask(Task, Protocol):
     """Examples that each have one label: a class, or a number."""
@@ -252,6 +279,7 @@ def make_example(
     context: str = "",
     choices: tuple[str, ...] = (),
     group: str = "",
+    place: str = "",
 ) -> Example:
     """Render one problem; surrounding white space of question and solution is dropped.
 
@@ -265,4 +293,4 @@ def make_example(
     # Not str.format on the whole: questions may hold braces, and only the template's own fields are to be filled in.
     pattern = chosen.with_context if context else chosen.text
     prompt = pattern.format(question=question, context=context)
-    return Example(prompt, chosen.lead + solution.strip(), answer, choices, group)
+    return Example(prompt, chosen.lead + solution.strip(), answer, choices, group, place)

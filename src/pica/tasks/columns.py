@@ -1,6 +1,6 @@
 """Field names of data files that differ from the ones a task knows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from pica.errors import ConfigError
 
@@ -20,3 +20,13 @@ def renamed(fields: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -
             f"data.columns: {', '.join(map(repr, unknown))} is no field of this task; it has {', '.join(fields)}."
         )
     return {name: (columns[name],) if name in columns else usual for name, usual in fields.items()}
+
+
+def header_names(fields: Mapping[str, tuple[str, ...]]) -> Set[str]:
+    """Names by which a table's header is known: all accepted ones but the numbers that columns without a header have."""
+    return {name for accepted in fields.values() for name in accepted if not name.isdecimal()}
+
+
+def has_header(fields: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether tables need a header, since no field may be a column's number."""
+    return not any(name.isdecimal() for accepted in fields.values() for name in accepted)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from pica.errors import DataError
 from pica.tasks.base import Example, Kind, Source, Split, make_example
-from pica.tasks.columns import renamed
-from pica.tasks.records import Record, is_hub, read_records, split_file, split_files
+from pica.tasks.columns import has_header, header_names, renamed
+from pica.tasks.places import inner_splits, is_saved, split_files
+from pica.tasks.records import Record, read_records
+from pica.tasks.rows import read_file
 
 SETS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
 """The paper's eight, by the names of LLM-Adapters' folders, in the paper's order."""
@@ -39,7 +41,9 @@ class CommonsenseTask:
             raise DataError("Task commonsense has no embedded problems; set data.train and data.test.")
         fields = renamed(_FIELDS, source.columns)
         template = source.template or self.default_template
-        records = [(group, record) for group, rows in _grouped(split, source.location).items() for record in rows]
+        records = [
+            (group, record) for group, rows in _grouped(split, source.location, fields).items() for record in rows
+        ]
         if source.limit is not None and source.limit < len(records):
             chosen = random.Random(source.seed).sample(range(len(records)), source.limit)
             records = [records[index] for index in sorted(chosen)]
@@ -56,17 +60,24 @@ class CommonsenseTask:
         return prediction is not None and prediction == gold.lower()
 
 
-def _grouped(split: Split, location: str) -> dict[str, list[Record]]:
+def _grouped(split: Split, location: str, fields: Mapping[str, tuple[str, ...]]) -> dict[str, list[Record]]:
     """Rows by set; one group without a name for a single file."""
+    known, headed = header_names(fields), has_header(fields)
     folder = Path(location).expanduser()
-    if is_hub(location) or not folder.is_dir() or split_file(folder, split) is not None:
-        return {"": read_records(location, split)}
-    files = split_files(folder, split)
+    if not folder.is_dir() or is_saved(folder) or split_files(folder, split):
+        return {"": read_records(location, split, names=known, headed=headed)}
+    files = inner_splits(folder, split)
     if not files:
         raise DataError(f"{location!r} has neither a {split} file nor folders with one, such as boolq/{split}.json.")
     order = {name: index for index, name in enumerate(SETS)}
     names = sorted(files, key=lambda name: (order.get(name, len(SETS)), name))
-    return {name: read_records(str(files[name])) for name in names}
+    groups = {}
+    for name in names:
+        rows = (row for file in files[name] for row in read_file(file, names=known, headed=headed))
+        groups[name] = [Record(row.fields, row.place) for row in rows]
+        if not groups[name]:
+            raise DataError(f"{files[name][0]}: the file holds no rows.")
+    return groups
 
 
 def _example(record: Record, group: str, fields: Mapping[str, tuple[str, ...]], template: str, split: Split) -> Example:
@@ -82,4 +93,13 @@ def _example(record: Record, group: str, fields: Mapping[str, tuple[str, ...]], 
     if split != "train" and not solution.endswith(answer):  # scoring by likelihood puts other choices in its place
         solution = f"the correct answer is {answer}"
     context = record.text(*fields["context"], required=False, filled=False)
-    return make_example(template, question, solution, answer=answer, context=context, choices=choices, group=group)
+    return make_example(
+        template,
+        question,
+        solution,
+        answer=answer,
+        context=context,
+        choices=choices,
+        group=group,
+        place=record.place,
+    )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pica.errors import ConfigError, DataError
 from pica.tasks.base import Kind, LabelledText, Source, Split, Target
-from pica.tasks.labelled import Fields, read_labelled
+from pica.tasks.labelled import SECRET, Fields, read_labelled
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ class GlueTask:
         numbers = {str(index): name for index, name in enumerate(chosen.labels or ())}
         paired = "pair" in chosen.fields
         target = source.target or Target(chosen.labels, chosen.metric)
-        return read_labelled(split, source, chosen.fields, target, pair=paired, names=numbers)
+        examples = read_labelled(split, source, chosen.fields, target, pair=paired, names=numbers)
+        if target.regression and (secret := next((example for example in examples if example.label == -1), None)):
+            raise DataError(f"{secret.place}: {SECRET}")
+        return examples
 
 
 def _chosen(subset: str | None) -> _Set:

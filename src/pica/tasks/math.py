@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from pica.errors import DataError
 from pica.tasks.base import Example, Kind, Source, Split, make_example
-from pica.tasks.columns import renamed
+from pica.tasks.columns import has_header, header_names, renamed
 from pica.tasks.formulas import same_text, same_value
 from pica.tasks.numbers import after_marker, answer_in, find_numbers, last_boxed, same_number, whole_number
 from pica.tasks.records import read_records
@@ -47,16 +47,17 @@ class MathTask:
             raise DataError("Task math has no embedded problems; set data.train and data.test to GSM8K-style files.")
         fields = renamed(_FIELDS, source.columns)
         examples = []
-        for record in read_records(source.location, split)[: source.limit]:
+        known, headed = header_names(fields), has_header(fields)
+        for record in read_records(source.location, split, names=known, headed=headed)[: source.limit]:
             solution = record.text(*fields["solution"])
-            answer = _final(solution)
+            answer = _final(solution) or whole_number(solution)  # a column of bare answers is fine
             if answer is None and split != "train":
                 raise DataError(
                     f"{record.place}: the solution gives no final answer after '####' or 'The answer is:', nor in \\boxed."
                 )
             question = record.text(*fields["question"])
             template = source.template or self.default_template
-            examples.append(make_example(template, question, solution, answer=answer or ""))
+            examples.append(make_example(template, question, solution, answer=answer or "", place=record.place))
         return examples
 
     def extract(self, text: str, example: Example | None = None) -> str | None:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,8 +18,10 @@ from pica.errors import ConfigError, DataError, PicaError
 from pica.tasks.base import Bar, Source, Split, Target
 from pica.tasks.columns import renamed
 from pica.tasks.labelled import Fields, check_labels, label_of
-from pica.tasks.records import ENDINGS as RECORDS
-from pica.tasks.records import Record, check_location, is_hub, load_hub, read_records
+from pica.tasks.places import FORMATS as RECORDS
+from pica.tasks.places import check_location, is_hub
+from pica.tasks.records import Record, read_records
+from pica.tasks.rows import load_hub
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """Endings of files in a class folder that are taken for pictures; other files there are no one's business."""
@@ -184,7 +186,7 @@ def read_pictures(
         found = [found[index] for index in sorted(chosen)]
     if target.labels is not None:
         check_labels(found, target.labels, split)
-    return readable(found, skip=source.skip_unreadable, bar=source.bar)
+    return readable(found, skip=source.skip_unreadable, bar=source.bar, leave_out=source.leave_out)
 
 
 def _listed(
@@ -374,7 +376,13 @@ def _of_rows(
     return found
 
 
-def readable(examples: Sequence[LabelledPicture], *, skip: bool, bar: Bar | None = None) -> list[LabelledPicture]:
+def readable(
+    examples: Sequence[LabelledPicture],
+    *,
+    skip: bool,
+    bar: Bar | None = None,
+    leave_out: Callable[[str, str, str], None] | None = None,
+) -> list[LabelledPicture]:
     """The examples with their digests, without those that cannot be decoded; decodes each, which many show a bar for."""
 
     def check(example: LabelledPicture) -> LabelledPicture | OSError:
@@ -404,6 +412,8 @@ def readable(examples: Sequence[LabelledPicture], *, skip: bool, bar: Bar | None
         )
     if not kept:
         raise DataError(f"None of {len(examples)} pictures can be read: {named}.")
+    for place, error in bad if leave_out else ():
+        leave_out(place, place, f"cannot be read ({_reason(error)})")  # pyright: ignore[reportOptionalCall]
     logger.warning("%d of %d pictures cannot be read and are left out: %s", len(bad), len(examples), named)
     return kept
 

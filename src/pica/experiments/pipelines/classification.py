@@ -1,5 +1,6 @@
 """Tasks that a model with a classification head solves: one output a class, or one number."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,13 +21,16 @@ from pica.errors import ConfigError
 from pica.experiments.adapters import attach, head_parameters
 from pica.experiments.data import target_of
 from pica.experiments.evaluation import Evaluation, length_batches
-from pica.experiments.models import load_adapter, load_classifier, load_tokenizer
+from pica.experiments.limits import check_tokens, fit_padding, limits_of, longest, planned_limits
+from pica.experiments.models import load_adapter, load_classifier, load_config, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut
 from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter, Silent
 from pica.experiments.trainers import classification_trainer
 from pica.tasks import ClassificationTask, LabelledText, Target
 from pica.tasks.metrics import class_metrics, class_stderr, regression_metrics, regression_stderr
+
+logger = logging.getLogger(__name__)
 
 
 class Inputs(Protocol):
@@ -48,8 +52,12 @@ class Inputs(Protocol):
         """Put into the model's configuration what its inputs need, such as the padding token."""
         ...
 
-    def encode(self, examples: Sequence[Any]) -> datasets.Dataset:
-        """One row an example, without its label."""
+    def encode(self, examples: Sequence[Any], model: Any = None) -> datasets.Dataset:
+        """One row an example, without its label; for `model`, or for the base model.
+
+        Raises:
+            DataError: One is nothing that the model can take.
+        """
         ...
 
     def lengths(self, rows: datasets.Dataset) -> list[int]:
@@ -73,6 +81,7 @@ class TextInputs:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
+        self._limits = planned_limits(recipe.model, self.auto_class)
         self._use(load_tokenizer(recipe.model, generates=False))
 
     def take_from(self, adapter: Path) -> None:
@@ -80,15 +89,35 @@ class TextInputs:
         self._use(load_tokenizer(self._recipe.model, generates=False, beside=adapter))
 
     def _use(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = self._recipe.model
         self.tokenizer = tokenizer
-        self._max_length = min(self._recipe.trainer.max_length, tokenizer.model_max_length)
+        # Padded on the right, positions are those of the text alone, whatever it is batched with. XLNet's are relative, and
+        # its head reads the last position of all.
+        reads_last = getattr(load_config(model), "summary_type", None) == "last"
+        tokenizer.padding_side = "left" if reads_last else "right"
+        fit_padding(tokenizer, self._limits, model.path)
+        self._max_length = min(longest(self._recipe.trainer.max_length, self._limits), tokenizer.model_max_length)
 
     def configure(self, model: PreTrainedModel) -> None:
         """A decoder with a head looks for the last token that is no padding."""
         model.config.pad_token_id = self.tokenizer.pad_token_id
 
-    def encode(self, examples: Sequence[LabelledText]) -> datasets.Dataset:
+    def encode(self, examples: Sequence[LabelledText], model: Any = None) -> datasets.Dataset:
         """The tokenizer's columns: `input_ids`, `attention_mask`, and `token_type_ids` where the model has them."""
+        encoded = self._encode(examples)
+        limits = self._limits if model is None else limits_of(model)
+        check_tokens(encoded["input_ids"], [example.place for example in examples], self.tokenizer, limits)
+        full = [example for example, ids in zip(examples, encoded["input_ids"]) if len(ids) >= self._max_length]
+        if cut := self._longer(full):
+            logger.warning("%d of %d texts are cut off at %d tokens", cut, len(examples), self._max_length)
+        return encoded
+
+    def _longer(self, examples: Sequence[LabelledText]) -> int:
+        """How many texts have more tokens than are used."""
+        texts = [(example.text,) if example.pair is None else (example.text, example.pair) for example in examples]
+        return sum(len(self.tokenizer(*each, verbose=False)["input_ids"]) > self._max_length for each in texts)  # pyright: ignore
+
+    def _encode(self, examples: Sequence[LabelledText]) -> datasets.Dataset:
         options: Any = {"truncation": True, "max_length": self._max_length}
         texts: Any = [example.text for example in examples]
         pairs: Any = [example.pair for example in examples]
@@ -240,7 +269,7 @@ class ClassificationPipeline:
     def _outputs(self, model: Any, examples: Sequence[Any], reporter: Reporter, label: str) -> torch.Tensor:
         """The head's outputs in the examples' order, (examples, outputs), float32 on the CPU."""
         model.eval()
-        rows = self._inputs.encode(examples)
+        rows = self._inputs.encode(examples, model)
         found = torch.empty(len(examples), 1 if self._labels is None else len(self._labels))
         with reporter.bar(label, len(examples)) as advance:
             for indices in length_batches(self._inputs.lengths(rows), self._recipe.trainer.eval_batch_size):

@@ -6,11 +6,13 @@ from typing import Any
 
 import datasets
 import peft
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
+from pica.errors import ConfigError
 from pica.experiments.adapters import attach
 from pica.experiments.data import encode
 from pica.experiments.evaluation import Evaluation, evaluate, held_out_loss
+from pica.experiments.limits import fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut
 from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
@@ -25,6 +27,16 @@ class GenerationPipeline:
     def __init__(self, recipe: Recipe, task: GenerationTask) -> None:
         self._recipe, self._task = recipe, task
         self.tokenizer = load_tokenizer(recipe.model)
+        self._limits = planned_limits(recipe.model, AutoModelForCausalLM)
+        fit_padding(self.tokenizer, self._limits, recipe.model.path)
+        self._max_new_tokens = recipe.task.max_new_tokens or task.default_max_new_tokens
+        generates = recipe.task.scoring == "generation"
+        if generates and self._limits.positions is not None and self._max_new_tokens >= self._limits.positions:
+            raise ConfigError(
+                f"task.max_new_tokens = {self._max_new_tokens}: the model has {self._limits.positions} positions for "
+                "question and answer together; set it lower."
+            )
+        self._max_length = longest(recipe.trainer.max_length, self._limits)
 
     def load_base(self) -> PreTrainedModel:
         """See `Pipeline.load_base`."""
@@ -41,7 +53,7 @@ class GenerationPipeline:
 
     def encode(self, examples: Sequence[Example]) -> datasets.Dataset:
         """Columns `input_ids` and `labels`; the loss is on the completions."""
-        return encode(examples, self.tokenizer, max_length=self._recipe.trainer.max_length)
+        return encode(examples, self.tokenizer, max_length=self._max_length, limits=self._limits)
 
     def trainer(
         self,
@@ -72,7 +84,7 @@ class GenerationPipeline:
             self._task,
             examples,
             batch_size=self._recipe.trainer.eval_batch_size,
-            max_new_tokens=self._recipe.task.max_new_tokens or self._task.default_max_new_tokens,
+            max_new_tokens=self._max_new_tokens,
             reporter=reporter,
             label=label,
             by_likelihood=self._recipe.task.scoring == "likelihood",

@@ -40,7 +40,7 @@ class ImageInputs:
         """Nothing is changed; pictures will have the precision of the model's weights."""
         self._dtype = model.dtype
 
-    def encode(self, examples: Sequence[LabelledPicture]) -> datasets.Dataset:
+    def encode(self, examples: Sequence[LabelledPicture], model: Any = None) -> datasets.Dataset:
         """The number under which `collate` finds each picture."""
         begin = len(self._pictures)
         self._pictures.extend(examples)
