@@ -52,12 +52,17 @@ def test_an_adapter_that_was_trained_inside_a_space_is_no_finding(
     assert first.startswith(f"No finding: this adapter's update was trained inside {where}")
     assert all("Does the update lie in it" not in sentence for sentence in others)
     assert all("Theorem 1" not in sentence for sentence in others)
+
+
+def test_the_page_warns_and_the_data_say_why(model: Path, tmp_path: Path):
+    tuned = adapter(model, tmp_path / "adapter", pica.PicaConfig(r=4, target_modules=["q_proj"]))
+    found = analyse(Settings(str(model), str(tuned), rank=8), tmp_path / "out", reporter=Silent())
     write(found, tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     check_page(text)
     assert "<strong>Warning.</strong> No finding: this adapter" in text
     assert text.count("No finding") == 1
-    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["confined"] == first
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["confined"] == verdict(found)[0]
 
 
 def test_a_model_that_such_an_adapter_was_merged_into_is_known_by_its_numbers(model: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 EPILOG = """examples:
   pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
@@ -74,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
     result = found.result
     print(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
     for name, value in result.metrics.items():
-        error = f" ± {_shown(name, result.stderr)} (standard error)" if name == result.metric else ""
+        error = _uncertainty(result) if name == result.metric else ""
         print(f"{name:<15}{_shown(name, value)}{error}")
     for name, group in result.groups.items():
         print(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
@@ -83,6 +84,16 @@ def run(arguments: Sequence[str]) -> int:
     if given.output is not None:
         print(f"predictions    {given.output}")
     return 0
+
+
+def _uncertainty(result: Any) -> str:
+    """The standard error; Wilson's interval where few answers are right, or wrong."""
+    from pica.experiments.uncertainty import near_the_end, score_interval, shown_interval
+
+    if near_the_end(result.metric, result.score, result.examples):
+        interval = score_interval(result.metric, result.score, result.stderr, result.examples)
+        return f" ({shown_interval(result.metric, interval)}, 95% interval)"
+    return f" ± {_shown(result.metric, result.stderr)} (standard error)"
 
 
 def _shown(metric: str, value: float) -> str:

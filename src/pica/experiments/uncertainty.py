@@ -67,6 +67,15 @@ class Outcomes:
         predicted, gold = np.asarray(kept["predicted"]), np.asarray(kept["gold"])
         return cls(metric, predicted, gold, (len(gold),), kept.get("classes", 0))
 
+    @classmethod
+    def joined(cls, parts: Sequence["Outcomes | None"]) -> "Outcomes | None":
+        """Of several sets whose accuracies' mean is the score; None unless each of them was kept."""
+        known = [part for part in parts if part is not None and part.metric == "accuracy"]
+        if len(known) < len(parts):
+            return None
+        sizes = tuple(len(part.predicted) for part in known)
+        return cls("accuracy", np.concatenate([part.predicted for part in known]), None, sizes)
+
 
 def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What a record keeps of a file of predictions, so that methods can be held against each other problem by problem.
@@ -113,13 +122,18 @@ def score_interval(
         examples: Number of test problems.
         deviation: Standard deviation over seeds; None for one seed.
         seeds: How many.
+
+    Returns:
+        Two numbers that are no numbers if the score or its standard error is none.
     """
-    low = high = score
+    if not (math.isfinite(score) and (math.isfinite(stderr) or (metric == "accuracy" and examples > 0))):
+        return math.nan, math.nan
     if metric == "accuracy" and examples > 0 and 0 <= score <= 1:
         # Of several data sets the standard error is not that of one share; a count that has it serves as well.
-        counts = score * (1 - score) / stderr**2 if stderr > 0 else examples
+        spread = score * (1 - score)
+        counts = spread / stderr**2 if stderr > 0 and spread > 0 else examples
         low, high = wilson(score, max(1.0, min(counts, examples)))
-    elif math.isfinite(stderr):
+    else:
         low, high = score - _Z * stderr, score + _Z * stderr
     of_seeds = _Z * (deviation or 0.0) / math.sqrt(seeds)
     low, high = score - math.hypot(score - low, of_seeds), score + math.hypot(high - score, of_seeds)
@@ -180,7 +194,7 @@ class Difference:
     @property
     def tie(self) -> bool:
         """Whether the two are not told apart."""
-        return self.value <= 0 or self.low <= _ROUNDING
+        return self.value <= 0 or not self.low > _ROUNDING  # also where the uncertainty is not known
 
 
 @dataclass(frozen=True)
@@ -209,18 +223,48 @@ class Standing:
         top = [one.label for one in self.top]
         return "" if label not in top else "best" if len(top) == 1 else "tie"
 
-    def statement(self) -> str:
-        """The result in one sentence, and how far it is to be trusted in another."""
+    def statement(self, what: str = "") -> str:
+        """The result in one sentence, and how far it is to be trusted in another; `what` is compared, the metric if ""."""
+        what = what or self.metric
         names = [f"{one.label} ({shown(self.metric, one.score)})" for one in self.top]
         if len(self.contenders) == 1:
-            return f"{self.metric.capitalize()}: {names[0]}."
+            return f"{what.capitalize()}: {names[0]}."
         if len(names) == 1:
-            first = f"Highest {self.metric}: {names[0]}, ahead of every other method."
+            first = f"Highest {what}: {names[0]}, ahead of every other method."
         elif len(names) == len(self.contenders):
-            first = f"Highest {self.metric}: a tie of all {len(names)}: {listed(names)}."
+            first = f"Highest {what}: a tie of all {len(names)}: {listed(names)}."
         else:
-            first = f"Highest {self.metric}: a tie of {listed(names)}."
+            first = f"Highest {what}: a tie of {listed(names)}."
         return f"{first} {self.basis()}"
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON values, the highest score first."""
+        scores = {
+            one.label: {
+                "score": one.score,
+                "low": one.interval[0],
+                "high": one.interval[1],
+                "place": self.place(one.label),
+            }
+            for one in self.contenders
+        }
+        behind = {
+            label: {
+                "value": one.value,
+                "low": finite(one.low),
+                "high": finite(one.high),
+                "paired": one.paired,
+                "tie": one.tie,
+            }
+            for label, one in self.differences.items()
+        }
+        return {
+            "statement": self.statement(),
+            "metric": self.metric,
+            "level": LEVEL,
+            "scores": scores,
+            "behind_the_best": behind,
+        }
 
     def basis(self) -> str:
         """What the statement rests on."""
@@ -241,9 +285,17 @@ class Standing:
         return text
 
 
+def finite(value: float) -> float | None:
+    """A number as JSON has it: None for what is no number."""
+    return value if math.isfinite(value) else None
+
+
 def listed(names: Sequence[str]) -> str:
-    """A, B and C."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    """A, B and C; with semicolons where a name has a comma of its own."""
+    between = "; " if any("," in name for name in names) else ", "
+    return (f"{between.strip()} and " if between == "; " else " and ").join(
+        filter(None, [between.join(names[:-1]), *names[-1:]])
+    )
 
 
 def standing(metric: str, contenders: Sequence[Contender]) -> Standing | None:

@@ -127,7 +127,7 @@ _INSIDE = 0.9999  # of the update's energy: beyond what any training leaves by i
 
 
 def confinement(analysis: Analysis) -> str:
-    """Why shares of the column space are no finding here: the update was trained inside a space made of W0; "" if it was not.
+    """Why shares of the column space are no finding: the update was trained inside a space made of W0; "" if it was not.
 
     Of an adapter its configuration tells; of whole models (one that such an adapter was merged into) the numbers do: in
     every role at most half of the input's directions hold all of the update.
