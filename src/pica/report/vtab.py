@@ -1,6 +1,7 @@
 """VTAB-1K's scores of several runs or comparisons, one line a method, with the means of its groups."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 from pica.errors import ConfigError
 from pica.experiments import output as files
 from pica.experiments.methods import METHODS
+from pica.experiments.standings import read_outcomes
+from pica.experiments.uncertainty import Contender, Outcomes, Standing, score_interval, standing
 from pica.report.summary import COMPARISON, Stat, summarise
 from pica.tasks.vtab import VtabTask, group_means
 
@@ -24,12 +27,14 @@ class VtabMethod:
         family: Methods of one family share a colour; "" if it is not known.
         parameters: Trained ones of the method, without the head; None if they are not known, or not the same on all sets.
         stats: Accuracy by set, over the seeds of a comparison.
+        contenders: The same as it is held against other methods.
     """
 
     label: str
     family: str = ""
     parameters: int | None = None
     stats: dict[str, Stat] = field(default_factory=dict)
+    contenders: dict[str, Contender] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -40,6 +45,17 @@ class VtabMethod:
     def means(self) -> dict[str, float | None]:
         """See `pica.tasks.vtab.group_means`."""
         return group_means(self.scores)
+
+    def overall(self) -> Contender | None:
+        """The mean over all nineteen sets, as it is held against other methods; None if one is missing."""
+        if not self.contenders.keys() >= set(VtabTask.subsets):
+            return None
+        sets = [self.contenders[name] for name in VtabTask.subsets]
+        score = sum(one.score for one in sets) / len(sets)
+        low, high = (math.hypot(*(one.interval[side] - one.score for one in sets)) / len(sets) for side in (0, 1))
+        seeds = set.intersection(*(set(one.runs) for one in sets))
+        runs = {seed: Outcomes.joined([one.runs[seed] for one in sets]) for seed in sorted(seeds)}
+        return Contender(self.label, score, (score - low, score + high), runs)
 
 
 def read_vtab(folders: Sequence[Path]) -> list[VtabMethod]:
@@ -61,8 +77,18 @@ def read_vtab(folders: Sequence[Path]) -> list[VtabMethod]:
             origin[label, name] = folder
             kept = methods.setdefault(label, method)
             kept.stats |= method.stats
+            kept.contenders |= method.contenders
             kept.parameters = kept.parameters if kept.parameters == method.parameters else None
     return list(methods.values())
+
+
+def overall_standing(methods: Sequence[VtabMethod]) -> Standing | None:
+    """Who is best by the mean over all nineteen sets, of the methods that have all."""
+    return standing("accuracy", [one for method in methods if (one := method.overall()) is not None])
+
+
+WHAT = "mean of all nineteen sets"
+"""What `overall_standing` compares."""
 
 
 def write_vtab(methods: Sequence[VtabMethod], path: Path) -> None:
@@ -89,7 +115,10 @@ def _comparison(folder: Path) -> tuple[str, list[VtabMethod]]:
     base = summary.content.get("base") or {}
     name = _set_of(folder, base.get("task") or {})
     done = [row for row in summary.rows if row.done]
-    return name, [VtabMethod(row.label, row.family, row.parameters, {name: row.score}) for row in done]
+    return name, [
+        VtabMethod(row.label, row.family, row.parameters, {name: row.score}, {name: row.contender("accuracy")})
+        for row in done
+    ]
 
 
 def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
@@ -97,8 +126,9 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
         recipe = yaml.safe_load((folder / files.RESOLVED).read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         name = _set_of(folder, recipe["task"])
-        results = [metrics[kind] for kind in ("adapter", "baseline") if kind in metrics]
-        return name, [_of_result(name, result) for result in results]
+        kept = read_outcomes(folder, metrics)
+        kinds = [kind for kind in ("adapter", "baseline") if kind in metrics]
+        return name, [_of_result(name, metrics[kind], kept.get(kind)) for kind in kinds]
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise ConfigError(f"{str(folder)!r} holds no {missing}: it is no finished run or comparison.") from None
@@ -108,13 +138,14 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
         raise ConfigError(f"A file in {str(folder)!r} is damaged ({type(error).__name__}: {error}).") from None
 
 
-def _of_result(name: str, result: dict[str, Any]) -> VtabMethod:
+def _of_result(name: str, result: dict[str, Any], kept: dict[str, Any] | None) -> VtabMethod:
     method = METHODS.get(result.get("method", ""))
     counts = result.get("parameters") or {}
     trained = counts["trainable"] - counts.get("head", 0) if counts else None
-    return VtabMethod(
-        result["title"], method.family if method else "", trained, {name: Stat.of([float(result["accuracy"])])}
-    )
+    score = float(result["accuracy"])
+    interval = score_interval("accuracy", score, result.get("stderr", math.nan), result.get("examples", 0))
+    held = Contender(result["title"], score, interval, {0: Outcomes.read("accuracy", kept)})
+    return VtabMethod(result["title"], method.family if method else "", trained, {name: Stat.of([score])}, {name: held})
 
 
 def _set_of(folder: Path, task: dict[str, object]) -> str:
