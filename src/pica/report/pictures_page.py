@@ -82,7 +82,8 @@ def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], 
         made.section("Pictures", Markup(grid).format(alt, data, "In each row every model starts from the same noise."))
     made.section("Measurements", *_measurements(metrics, models))
     if curve:
-        made.section("Loss", _curves(curve))
+        titles = {name: model.get("title", name) for name, model in models.items()}
+        made.section("Loss", _curves(curve, titles))
     made.section("Recipe", html.preformatted(recipe))
     made.download("metrics.json", json.dumps(metrics, indent=2), kind="application/json")
     made.download(RESOLVED, recipe, kind="text/yaml")
@@ -91,7 +92,7 @@ def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], 
 
 def _measurements(metrics: Mapping[str, Any], models: Mapping[str, Any]) -> list[Markup | str]:
     found = [name for name in _NAMES if name in metrics["adapter"]]
-    columns = [Column("model", "model", numeric=False), Column("parameters", "trained parameters")]
+    columns = [Column("model", "model", numeric=False), Column("parameters", "trained parameters", lower_first=True)]
     columns += [Column(name, _NAMES[name]) for name in found]
     rows = [
         {
@@ -111,10 +112,13 @@ def _measurements(metrics: Mapping[str, Any], models: Mapping[str, Any]) -> list
     return blocks
 
 
-def _curves(curve: list[dict[str, str]]) -> Markup:
+def _curves(curve: list[dict[str, str]], titles: Mapping[str, str]) -> Markup:
     series: dict[str, list[tuple[int, float]]] = {}
+    alike = len(set(titles.values())) < len(titles)
     for row in curve:
-        label = f"{row['method']}, rate {float(row['peak_rate']):g}" + (" (refit)" if "refit" in row["run"] else "")
+        run = row["run"].removesuffix("-refit")
+        label = titles.get(run, row["method"]) + (f" ({run})" if alike else "")
+        label += f", rate {float(row['peak_rate']):g}" + (" (refit)" if "refit" in row["run"] else "")
         series.setdefault(label, []).append((int(row["step"]), float(row["loss"])))
 
     def draw(sheet: Sheet) -> None:
