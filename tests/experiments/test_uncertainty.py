@@ -130,7 +130,7 @@ def test_equal_methods_tie_whatever_their_order():
     (right,) = answers(np.random.default_rng(5), 0.5)
     found = stand(contender("a", accuracy(right)), contender("b", accuracy(right)))
     assert [found.place(label) for label in ("a", "b")] == ["tie", "tie"]
-    assert "a tie of all 2: a (" in found.statement()
+    assert "a tie of both: a (" in found.statement()
     perfect = np.ones(30, np.float32)
     assert stand(contender("a", accuracy(perfect)), contender("b", accuracy(perfect))).differences["b"].tie
     assert standing("accuracy", []) is None

@@ -174,7 +174,7 @@ def test_a_tie_is_called_a_tie_everywhere(folder: Path, capsys: pytest.CaptureFi
     summary = write_report(folder)
     assert summary.standing is not None
     said = summary.standing.statement()
-    assert said.startswith("Highest accuracy: a tie of all 2: PiCa <r=8> (60.0%) and LoRA & co (56.0%).")
+    assert said.startswith("Highest accuracy: a tie of both: PiCa <r=8> (60.0%) and LoRA & co (56.0%).")
     assert "95% paired bootstrap, 50 test problems, 2 seeds" in said
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert html.escape(said) in text

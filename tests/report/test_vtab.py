@@ -97,7 +97,7 @@ def test_the_page_names_the_best_of_the_complete(tmp_path: Path):
     folders = [write_run(tmp_path / name, name, 0.5) for group in GROUPS.values() for name in group]
     text = vtab_page(read_vtab(folders))
     check_page(text)
-    assert "Highest mean of all nineteen sets: a tie of all 2: pica r=64 (50.0%) and lora r=8 (50.0%)." in text
+    assert "Highest mean of all nineteen sets: a tie of both: pica r=64 (50.0%) and lora r=8 (50.0%)." in text
     assert "Not every method" not in text
 
 

@@ -211,8 +211,8 @@ def print_summary(summary: "Summary", folder: Path, page: Path | None = None) ->
     from pica.report.summary import SPREADS, shown_row
 
     title = summary.title + (", one seed" if summary.one_seed else "")
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE)
-    for column in ("", "trainable", "rate", summary.metric, "", "s/training", "peak MiB"):
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for column in ("", "trainable", "rate", summary.metric, "", "s/\ntraining", "peak\nMiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in summary.rows:
         if not row.done:

@@ -150,9 +150,9 @@ def print_result(result: "RunResult") -> None:
     metrics = result.metrics
     kind = "pictures" if metrics["task"] == "dreambooth" else "test problems"
     title = f"{metrics['name']}: {metrics['problems']['test']} {kind}, one seed"
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
     metric = metrics["adapter"]["metric"]
-    for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak MiB"):
+    for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak\nMiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     if "base" in metrics:
         table.add_row("base model", "", "", *_scores(metrics["base"]), "", "")

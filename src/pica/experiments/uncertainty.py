@@ -232,7 +232,7 @@ class Standing:
         if len(names) == 1:
             first = f"Highest {what}: {names[0]}, ahead of every other method."
         elif len(names) == len(self.contenders):
-            first = f"Highest {what}: a tie of all {len(names)}: {listed(names)}."
+            first = f"Highest {what}: a tie of {'both' if len(names) == 2 else f'all {len(names)}'}: {listed(names)}."
         else:
             first = f"Highest {what}: a tie of {listed(names)}."
         return f"{first} {self.basis()}"

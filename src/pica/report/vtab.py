@@ -15,7 +15,7 @@ from pica.experiments.methods import METHODS
 from pica.experiments.standings import read_outcomes
 from pica.experiments.uncertainty import Contender, Outcomes, Standing, score_interval, standing
 from pica.report.summary import COMPARISON, Stat, summarise
-from pica.tasks.vtab import VtabTask, group_means
+from pica.tasks.vtab import GROUPS, VtabTask, group_means
 
 
 @dataclass
@@ -46,16 +46,38 @@ class VtabMethod:
         """See `pica.tasks.vtab.group_means`."""
         return group_means(self.scores)
 
+    def reaches(self) -> dict[str, tuple[float, float]]:
+        """How far the 95% interval of each of `means` that is there reaches below and above it."""
+        groups = {
+            group: _of_mean([self._reach(name) for name in sets])
+            for group, sets in GROUPS.items()
+            if self.means[group] is not None
+        }
+        if self.means["all sets"] is None:
+            return groups
+        everything = _of_mean([self._reach(name) for name in VtabTask.subsets])
+        return {**groups, "all sets": everything, "all groups": _of_mean(list(groups.values()))}
+
+    def _reach(self, name: str) -> tuple[float, float]:
+        one = self.contenders[name]
+        return one.score - one.interval[0], one.interval[1] - one.score
+
     def overall(self) -> Contender | None:
         """The mean over all nineteen sets, as it is held against other methods; None if one is missing."""
         if not self.contenders.keys() >= set(VtabTask.subsets):
             return None
         sets = [self.contenders[name] for name in VtabTask.subsets]
         score = sum(one.score for one in sets) / len(sets)
-        low, high = (math.hypot(*(one.interval[side] - one.score for one in sets)) / len(sets) for side in (0, 1))
+        low, high = _of_mean([self._reach(name) for name in VtabTask.subsets])
         seeds = set.intersection(*(set(one.runs) for one in sets))
         runs = {seed: Outcomes.joined([one.runs[seed] for one in sets]) for seed in sorted(seeds)}
         return Contender(self.label, score, (score - low, score + high), runs)
+
+
+def _of_mean(reaches: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """How far the interval of a mean reaches, from those of its independent terms."""
+    low, high = (math.hypot(*side) / len(reaches) for side in zip(*reaches))
+    return low, high
 
 
 def read_vtab(folders: Sequence[Path]) -> list[VtabMethod]:

@@ -1,5 +1,6 @@
 """The page of several sets of VTAB-1K: the groups' means, and every set."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,10 @@ def _groups_figure(methods: Sequence[VtabMethod], means: Sequence[str], looks: L
             for place, method in enumerate(methods):
                 value = method.means[mean]
                 if value is not None:
+                    below, above = method.reaches()[mean]
+                    if math.isfinite(below + above):
+                        ends = [value - below, value + above]
+                        panel.plot(ends, [-place, -place], color=looks.color(method.label), linewidth=1.3, zorder=1.5)
                     point = panel.plot([value], [-place], linestyle="none", **looks.marker(method.label))[0]
                     sheet.tip(point, f"{method.label}, {mean}: {value:.1%}")
             panel.set_title(mean)
@@ -128,8 +133,8 @@ def _groups_figure(methods: Sequence[VtabMethod], means: Sequence[str], looks: L
     return figure(
         "groups-plot",
         draw,
-        caption="Mean top-1 accuracy of each group of sets; every panel has an axis of its own. In brackets the trained "
-        "parameters.",
+        caption="Mean top-1 accuracy of each group of sets; every panel has an axis of its own. Lines are 95% intervals of "
+        "test problems and seeds, where they are known. In brackets the trained parameters.",
         alt=f"Group means of {len(methods)} methods; the numbers are in the table.",
         height=1.0 + 0.28 * len(methods),
         narrow_height=(0.9 + 0.17 * len(methods)) * len(means) + 0.12 * len(methods) + 0.4,
