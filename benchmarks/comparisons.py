@@ -15,23 +15,27 @@ from typing import Any
 
 from benchmarks.harness import copy_comparison, save, table
 from benchmarks.run import RESULTS_PAGE, write_page
+from pica.experiments.uncertainty import shown_interval
 from pica.report.summary import Summary, shown_mean, summarise
 
 
 def comparison_table(summary: Summary) -> str:
     """A Markdown table: one line a method that was run, in the comparison's order."""
-    header = ["method", "trainable", "learning rate", summary.metric, "test loss", "seconds", "seeds"]
+    header = ["method", "trainable", "learning rate", summary.metric, "95% interval", "best", "test loss", "seconds"]
+    header.append("seeds")
     seeds = len(summary.content["seeds"])
     shown: list[list[Any]] = []
     for row in summary.rows:
         if not row.done:
             if row.failures:
-                shown.append([row.label, "", "", "failed", "", "", ""])
+                shown.append([row.label, "", "", "failed", "", "", "", "", ""])
             continue
         rates = ", ".join(f"{candidate['learning_rate']:g}" for candidate in row.candidates)
         rate = f"{row.rate:g} of {rates}" + (" (edge)" if row.edge else "")
         spread = "" if row.loss.deviation is None else f" ± {row.loss.deviation:.3f}"
-        measured = [shown_mean(summary.metric, row.score), f"{row.loss.mean:.3f}{spread}", f"{row.seconds.mean:.0f}"]
+        place = summary.standing.place(row.label) if summary.standing else ""
+        measured = [shown_mean(summary.metric, row.score), shown_interval(summary.metric, row.interval), place]
+        measured += [f"{row.loss.mean:.3f}{spread}", f"{row.seconds.mean:.0f}"]
         shown.append([row.label, f"{row.parameters:,}", rate, *measured, f"{len(row.done)} of {seeds}"])
     return table(header, shown)
 
@@ -41,14 +45,18 @@ def heading(summary: Summary) -> str:
     record = next(row.done[0] for row in summary.rows if row.done)
     problems, machine = record["problems"], record["machine"]
     seeds = summary.content["seeds"]
-    stderr = next(row.stderr for row in summary.rows if row.done)
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     where = ", ".join(machine["accelerators"]) or f"{machine['threads']} CPU thread(s)"
     return (
         f"{problems['train']:,} training problems, learning rates chosen with seed {seeds[0]} on "
-        f"{problems['validation']} others, tested on {problems['test']:,}; {spread}. The choice of test problems adds a "
-        f"standard error of about {stderr:.1%}. {where}.\n\n"
+        f"{problems['validation']} others, tested on {problems['test']:,}; {spread}, and 95% intervals of the test problems"
+        f"{' and seeds' if len(seeds) > 1 else ''}. {where}.\n\n{verdict(summary)}"
     )
+
+
+def verdict(summary: Summary) -> str:
+    """Who is best and who ties with it, as a paragraph."""
+    return f"{summary.standing.statement()}\n\n" if summary.standing else ""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import pica.cli
-from benchmarks.comparisons import comparison_table
+from benchmarks.comparisons import comparison_table, verdict
 from benchmarks.harness import copy_comparison, describe_machine, save
 from pica.experiments.output import write_json
 from pica.report.summary import summarise
@@ -234,7 +234,7 @@ def results(compared: Path, known: dict[str, Any]) -> tuple[dict[str, Any], str]
         f"digits; accuracy and loss are on the remaining {problems['test']}, mean ± standard deviation over seeds "
         f"{', '.join(map(str, seeds))}. A small-scale test.\n\n"
     )
-    return {"shapes": known, "digits": numbers}, text + comparison_table(summary)
+    return {"shapes": known, "digits": numbers}, text + verdict(summary) + comparison_table(summary)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,7 +73,7 @@ def test_evaluate_takes_run_adapter_base_and_merged_model(
 
 def test_evaluate_prints_accuracy_with_its_error(pica: Callable, run_folder: Path):
     outcome = pica("evaluate", run_folder, "--limit", "2")
-    assert re.search(r"accuracy +0\.00% ± 0\.00%", outcome.out)
+    assert re.search(r"accuracy +0\.00% \(0\.0–\d+\.\d%, 95% interval\)", outcome.out)
     assert re.search(r"held-out loss +\d\.\d{4} nats a token over \d+ tokens", outcome.out)
 
 

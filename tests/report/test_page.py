@@ -13,6 +13,7 @@ from pica.report import figures
 from pica.report.page import Cell, Column, Page, bullets, csv_text, details, notice, preformatted, table
 
 COLUMNS = [Column("name", "method", numeric=False), Column("value", "value", help="What it is worth.")]
+COSTS = [Column("name", "method", numeric=False), Column("value", "seconds", lower_first=True)]
 ROWS = [
     {"name": "b", "value": 10},
     {"name": "a<b>", "value": Cell("9.0% ± 1%", 0.09)},
@@ -38,6 +39,7 @@ def text() -> str:
     page.section("First part", "A <b>paragraph</b>.", notice("Beware.", "warning"), drawn)
     again = figures.figure("plot-two", draw, caption="", alt="The same")
     page.section("Second part", again, table(COLUMNS, ROWS, caption="Some numbers."), bullets(["one", "two"]))
+    page.section("Costs", table(COSTS, ROWS, caption="Less is better.", marked=[1]))
     page.section("Third", details("More", preformatted("a: 1\nb: <2>")))
     page.download("numbers.csv", "a,b\n1,é\n", kind="text/csv")
     return page.html()
@@ -72,6 +74,18 @@ def test_what_is_given_as_text_is_shown_as_text(text: str):
     ):
         assert shown in text
     assert 'aria-label="Three &quot;lines&quot;"' in text
+
+
+def test_what_stands_between_backticks_is_code():
+    page = Page("T", lead="As `pica train` <b>.", facts={"A": "`x`"})
+    page.section(
+        "S", "Take `a` and `b`.", notice("See `c`."), bullets(["`d`"]), table(COLUMNS, ROWS, caption="Of `e`.")
+    )
+    text = page.html()
+    check_page(text)
+    assert "As <code>pica train</code> &lt;b&gt;." in text
+    assert all(f"<code>{name}</code>" in text for name in "abcdex")
+    assert "`" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
 
 
 def test_downloads_carry_their_bytes(text: str):
@@ -127,6 +141,12 @@ def test_a_browser_sorts_the_table_and_changes_the_theme(text: str, tmp_path: Pa
         heads[column].querySelector("button").click();
         out.push(order() + " " + heads[column].getAttribute("aria-sort"));
       }
+      const costs = document.querySelectorAll("table.sortable")[1];
+      costs.tHead.rows[0].cells[1].querySelector("button").click();
+      out.push([...costs.tBodies[0].rows].map((row) => row.cells[0].textContent).join("|"));
+      const tip = document.getElementById("tip"), help = heads[1].querySelector("button");
+      help.focus();
+      out.push(tip.textContent + tip.hidden + help.hasAttribute("title"));
       const button = document.getElementById("theme");
       for (let press = 0; press < 3; press++) { button.click(); out.push(button.textContent + " " + ground()); }
       const shown = (name) => getComputedStyle(document.querySelector("svg." + name)).display;
@@ -142,6 +162,8 @@ def test_a_browser_sorts_the_table_and_changes_the_theme(text: str, tmp_path: Pa
         "a<b>|d|b|c ascending",
         "a<b>|b|c|d ascending",
         "d|c|b|a<b> descending",
+        "a<b>|d|b|c",
+        "What it is worth.falsefalse",
         "Theme: light rgb(247, 246, 243)",
         "Theme: dark rgb(18, 21, 24)",
         "Theme: auto rgb(247, 246, 243)",

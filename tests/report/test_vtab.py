@@ -11,7 +11,7 @@ from tests.report.browser import check_page
 
 from pica.cli import main
 from pica.errors import ConfigError
-from pica.report.vtab import read_vtab
+from pica.report.vtab import overall_standing, read_vtab
 from pica.report.vtab_page import vtab_page
 from pica.tasks.vtab import GROUPS
 
@@ -97,7 +97,7 @@ def test_the_page_names_the_best_of_the_complete(tmp_path: Path):
     folders = [write_run(tmp_path / name, name, 0.5) for group in GROUPS.values() for name in group]
     text = vtab_page(read_vtab(folders))
     check_page(text)
-    assert "Highest mean of all nineteen sets: pica r=64, 50.0%, with 8 trained parameters." in text
+    assert "Highest mean of all nineteen sets: a tie of both: pica r=64 (50.0%) and lora r=8 (50.0%)." in text
     assert "Not every method" not in text
 
 
@@ -120,3 +120,26 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.Captur
     (first / "metrics.json").write_text("[")
     with pytest.raises(ConfigError, match="is damaged"):
         read_vtab([first])
+
+
+def test_means_are_paired_by_the_problems_of_every_set(tmp_path: Path):
+    folders = []
+    for place, name in enumerate(name for group in GROUPS.values() for name in group):
+        folder = write_run(tmp_path / name, name, 0.6)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for kind, file, right in (("adapter", "adapter", 12), ("baseline", "baseline-lora", 12 - 4 * (place % 2))):
+            metrics[kind] |= {"accuracy": right / 20, "stderr": 0.11, "examples": 20}
+            rows = [{"predicted": 1, "gold": 1, "correct": index < right} for index in range(20)]
+            (folder / f"predictions-{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metrics["baseline"]["method"] = "lora"
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        folders.append(folder)
+    methods = read_vtab(folders)
+    found = overall_standing(methods)
+    assert found is not None
+    assert [one.label for one in found.top] == ["pica r=64"]
+    assert "95% paired bootstrap, 380 test problems, one seed" in found.statement()
+    text = vtab_page(methods)
+    check_page(text)
+    assert "<b>60.0%</b>" in text
+    assert '<tr class="best"><th scope="row" data-value="pica r=64">' in text

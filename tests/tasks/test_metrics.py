@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from pica.tasks.metrics import _f1, _matthews, class_metrics, class_stderr, regression_metrics, regression_stderr
+from pica.tasks.metrics import (
+    class_metrics,
+    class_stderr,
+    f1_of_tables,
+    matthews_of_tables,
+    regression_metrics,
+    regression_stderr,
+)
 
 
 def test_binary_metrics_are_the_formulas():
@@ -58,8 +65,8 @@ def test_metrics_of_counts_are_those_of_examples(classes: int):
     table = np.zeros((1, classes, classes))
     np.add.at(table[0], (predicted, gold), 1)
     expected = class_metrics(list(predicted), list(gold), classes)
-    assert _f1(table)[0] == pytest.approx(expected["f1"])
-    assert _matthews(table)[0] == pytest.approx(expected["matthews"])
+    assert f1_of_tables(table)[0] == pytest.approx(expected["f1"])
+    assert matthews_of_tables(table)[0] == pytest.approx(expected["matthews"])
 
 
 def test_error_of_a_correlation_is_near_its_asymptotic_value():

@@ -45,8 +45,16 @@ def test_byte_order_mark_is_accepted(tmp_path: Path):
         ("a.json", "", "holds no rows"),
         ("a.json", '{"a": 1}\n{"a": }', "line 2: .*expected a list of rows, or one object a line"),
         ("a.json", '"a"', "line 1: .*expected a list of rows, or one object a line"),
-        ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 100_000, "line 2: not valid JSON .lists and objects are nested more than 100 deep"),
-        ("a.json", '[{"a": ' + "[" * 100_000, "line 1: not valid JSON .lists and objects are nested more than 100 deep"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": ' + "[" * 100_000,
+            "line 2: not valid JSON .lists and objects are nested more than 100 deep",
+        ),
+        (
+            "a.json",
+            '[{"a": ' + "[" * 100_000,
+            "line 1: not valid JSON .lists and objects are nested more than 100 deep",
+        ),
         ("a.csv", b"a,b\n1,2\n3,\x004\n", "line 3: holds a NUL"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), "line 1: holds a NUL character; .*UTF-16"),
         ("a.jsonl.gz", b"no gzip", "not a whole gzip file"),

@@ -210,23 +210,28 @@ def print_summary(summary: "Summary", folder: Path, page: Path | None = None) ->
     """The table, and what lies where; `page` if it is not report.html in the folder."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from pica.cli.console import table_console
-    from pica.report.comparison import shown_mean
+    from pica.report.summary import SPREADS, shown_row
 
-    table = Table(title=summary.title, title_justify="left", box=box.SIMPLE)
-    for column in ("", "trainable", "rate", summary.metric, "s/training", "peak MiB"):
+    title = summary.title + (", one seed" if summary.one_seed else "")
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for column in ("", "trainable", "rate", summary.metric, "", "s/\ntraining", "peak\nMiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in summary.rows:
         if not row.done:
-            table.add_row(row.label, "", "", "failed" if row.failures else "not run", "", "")
+            table.add_row(Text(row.label), "", "", "failed" if row.failures else "not run")
             continue
         rate = f"{row.rate:g}" + ("*" if row.edge else "")
-        cells = (f"{row.parameters:,}", rate, shown_mean(summary.metric, row.score))
-        table.add_row(row.label, *cells, f"{row.seconds.mean:.1f}", f"{row.memory.mean:.0f}")
+        place = summary.standing.place(row.label) if summary.standing else ""
+        cells = (f"{row.parameters:,}", rate, shown_row(summary.metric, row), place)
+        table.add_row(Text(row.label), *cells, f"{row.seconds.mean:.1f}", f"{row.memory.mean:.0f}")
     console = table_console()
     console.print(table)
-    console.print("mean ± standard deviation over seeds; * the best rate is at the edge of its grid\n")
+    if summary.standing:
+        console.print(summary.standing.statement(), markup=False)
+    console.print(f"{SPREADS}; * the best rate is at the edge of its grid\n")
     for row in summary.rows:
         if row.failures:
             console.print(f"{row.label}: {len(row.failures)} failed: {row.failures[0]}", markup=False)

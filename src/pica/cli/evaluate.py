@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pica.cli.options import add_trust, positive
 from pica.cli.show import show
@@ -80,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     result = found.result
     show(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
     for name, value in result.metrics.items():
-        error = f" ± {_shown(name, result.stderr)} (standard error)" if name == result.metric else ""
+        error = _uncertainty(result) if name == result.metric else ""
         show(f"{name:<15}{_shown(name, value)}{error}")
     for name, group in result.groups.items():
         show(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
@@ -89,6 +90,16 @@ def run(arguments: Sequence[str]) -> int:
     if given.output is not None:
         show(f"predictions    {given.output}")
     return 0
+
+
+def _uncertainty(result: Any) -> str:
+    """The standard error; Wilson's interval where few answers are right, or wrong."""
+    from pica.experiments.uncertainty import near_the_end, score_interval, shown_interval
+
+    if near_the_end(result.metric, result.score, result.examples):
+        interval = score_interval(result.metric, result.score, result.stderr, result.examples)
+        return f" ({shown_interval(result.metric, interval)}, 95% interval)"
+    return f" ± {_shown(result.metric, result.stderr)} (standard error)"
 
 
 def _shown(metric: str, value: float) -> str:

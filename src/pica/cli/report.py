@@ -66,10 +66,11 @@ def run(arguments: Sequence[str]) -> int:
 def _vtab(folders: Sequence[Path], output: Path | None) -> int:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from pica.cli.console import table_console
     from pica.errors import ConfigError
-    from pica.report.vtab import read_vtab, write_vtab
+    from pica.report.vtab import WHAT, overall_standing, read_vtab, write_vtab
     from pica.report.vtab_page import write_vtab_page
 
     if output is not None and output.suffix not in (".csv", ".html"):
@@ -83,9 +84,11 @@ def _vtab(folders: Sequence[Path], output: Path | None) -> int:
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))  # to fit 80 columns
     for method in methods:
         means = ("-" if mean is None else f"{mean:.1%}" for mean in method.means.values())
-        table.add_row(method.label, f"{len(method.scores)}", *means)
+        table.add_row(Text(method.label), f"{len(method.scores)}", *means)
     console = table_console()
     console.print(table)
+    if found := overall_standing(methods):
+        console.print(found.statement(WHAT), markup=False)
     console.print(
         "A mean is only given where all its sets are there. All sets counts each set the same, all groups each group."
     )

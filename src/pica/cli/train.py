@@ -155,15 +155,16 @@ def print_result(result: "RunResult") -> None:
     """The comparison as a table, and what lies where."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from pica.cli.console import table_console
 
     metrics = result.metrics
     kind = "pictures" if metrics["task"] == "dreambooth" else "test problems"
-    title = f"{metrics['name']}: {metrics['problems']['test']} {kind}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    title = f"{metrics['name']}: {metrics['problems']['test']} {kind}, one seed"
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
     metric = metrics["adapter"]["metric"]
-    for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak MiB"):
+    for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak\nMiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     if "base" in metrics:
         table.add_row("base model", "", "", *_scores(metrics["base"]), "", "")
@@ -172,7 +173,7 @@ def print_result(result: "RunResult") -> None:
             training = row["training"]
             step, peak = training["step_seconds"], training["peak_memory"]
             table.add_row(
-                row["title"],
+                Text(row["title"]),
                 f"{row['parameters']['trainable'] - row['parameters']['head']:,}",
                 f"{row['learning_rate']:g}",
                 *_scores(row),
@@ -182,7 +183,9 @@ def print_result(result: "RunResult") -> None:
     console = table_console()
     console.print(table)
     unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else f"loss on the {kind}"
-    console.print(f"{metric} ± standard error; {unit}; times are medians")
+    if found := metrics.get("standing"):
+        console.print(found["statement"], markup=False)
+    console.print(f"{metric} ± standard error{_brackets(metrics)}; {unit}; times are medians")
     if head := metrics["adapter"]["parameters"]["head"]:
         console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")
     console.print()
@@ -205,4 +208,13 @@ def _print_pictures(result: "RunResult") -> None:
 def _scores(row: dict[str, Any]) -> tuple[str, str]:
     from pica.experiments.evaluation import shown_score
 
-    return shown_score(row["metric"], row["score"], row["stderr"]), f"{row['loss']:.4f}"
+    return shown_score(row["metric"], row["score"], row["stderr"], row["examples"]), f"{row['loss']:.4f}"
+
+
+def _brackets(metrics: dict[str, Any]) -> str:
+    """What brackets hold, if a score has them."""
+    from pica.experiments.evaluation import near_the_end
+
+    rows = [metrics[name] for name in ("base", "adapter", "baseline") if name in metrics]
+    found = any(near_the_end(row["metric"], row["score"], row["examples"]) for row in rows)
+    return " (in brackets the 95% interval, where few are right or wrong)" if found else ""

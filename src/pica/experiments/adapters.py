@@ -13,6 +13,8 @@ from pica.errors import PicaError, TargetError
 from pica.experiments.methods import METHODS, configuration
 from pica.experiments.recipe import AdapterSection, BaselineSection
 
+_TOLD = ("projection", "share", "rank_pattern", "lora_alpha", "lora_dropout")  # by a title, where they are set
+
 
 def peft_config(
     section: AdapterSection, *, task_type: str | None = "CAUSAL_LM", modules_to_save: Sequence[str] = ()
@@ -93,13 +95,19 @@ def head_parameters(model: peft.PeftModel) -> list[torch.nn.Parameter]:
 
 
 def title_of(section: AdapterSection) -> str:
-    """Method and size in a few words, for instance "pica r=32"."""
+    """Method and size in a few words, for instance "pica r=32", and whatever else is not the method's default.
+
+    Two sections that differ in a setting of the method have different titles: "pica r=32, projection=random".
+    """
+    title = section.method
     if METHODS[section.method].rank is not None:
-        return f"{section.method} r={section.r}"
-    if section.method != "svft":
-        return section.method
-    band = "" if section.off_diagonals is None else f" d={section.off_diagonals}"
-    return f"svft {section.pattern}{band}"
+        title += f" r={section.r}"
+    if section.method == "svft":
+        title += f" {section.pattern}" + ("" if section.off_diagonals is None else f" d={section.off_diagonals}")
+    usual = AdapterSection()
+    told = [f"{name}={getattr(section, name)}" for name in _TOLD if getattr(section, name) != getattr(usual, name)]
+    told += [f"{name}={value}" for name, value in section.options.items()]
+    return ", ".join([title, *told])
 
 
 def size_of(section: AdapterSection) -> dict[str, Any]:

@@ -111,11 +111,16 @@ class Layer:
 
 @dataclass
 class Analysis:
-    """All layers of a pair of models."""
+    """All layers of a pair of models.
+
+    Attributes:
+        confined: Where the method that made the update kept it, whatever the task; "" if nowhere, or not known.
+    """
 
     settings: Settings
     layers: list[Layer]
     notes: list[str] = field(default_factory=list)
+    confined: str = ""
 
     @property
     def paired(self) -> bool:
@@ -179,7 +184,7 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter, replace: bo
         )
     if unchanged:
         notes.append(f"{unchanged} of {len(layers)} layers are unchanged; they count in no average.")
-    return Analysis(settings, layers, notes)
+    return Analysis(settings, layers, notes, tuned.confined if tuned is not None else "")
 
 
 def _open_tuned(base: WeightFolder, tuned: str) -> Tuned:

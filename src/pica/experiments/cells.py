@@ -143,6 +143,7 @@ def _run(cell: Cell, run: Path, reporter: "_Messenger") -> dict[str, Any]:
     # Here and not above: the parent makes cells as well, and has no use for torch.
     from pica.experiments.measuring import machine, versions
     from pica.experiments.run import resume, start
+    from pica.experiments.standings import read_outcomes
 
     package = logging.getLogger("pica")
     package.handlers, package.propagate = [_WarningSender(reporter)], False
@@ -159,6 +160,7 @@ def _run(cell: Cell, run: Path, reporter: "_Messenger") -> dict[str, Any]:
         "status": "done",
         "base": metrics.get("base"),
         "result": chosen,
+        "outcomes": read_outcomes(run, metrics),
         "curve": _curve(run, chosen["learning_rate"]),
         "problems": metrics["problems"],
         "versions": versions(),

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from pica.experiments.data import IGNORED, encode, prompt_ids, special_ids
 from pica.experiments.limits import limits_of, takes_positions
 from pica.experiments.reporting import Advance, Reporter
+from pica.experiments.uncertainty import near_the_end, score_interval, shown, shown_interval
 from pica.tasks import Example, GenerationTask
 
 logger = logging.getLogger(__name__)
@@ -70,15 +71,19 @@ class Evaluation:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The predictions as they are written to a file."""
         for row in self.predictions:
-            shown = row if isinstance(row, dict) else asdict(row)
-            yield {name: value for name, value in shown.items() if name != "group" or value}
+            given = row if isinstance(row, dict) else asdict(row)
+            yield {name: value for name, value in given.items() if name != "group" or value}
 
 
-def shown_score(metric: str, score: float, stderr: float) -> str:
-    """A score with its standard error: shares in percent, correlations as they are."""
-    if metric in ("accuracy", "f1"):
-        return f"{score:.1%} ± {stderr:.1%}"
-    return f"{score:.4f} ± {stderr:.4f}"
+def shown_score(metric: str, score: float, stderr: float, examples: int | None = None) -> str:
+    """A score with its standard error: shares in percent, correlations as they are.
+
+    Where fewer than ten of `examples` answers are right, or wrong, Wilson's 95% interval stands in its place, in brackets.
+    """
+    if near_the_end(metric, score, examples):
+        interval = score_interval(metric, score, stderr, examples or 0)
+        return f"{shown(metric, score)} ({shown_interval(metric, interval)})"
+    return f"{shown(metric, score)} ± {shown(metric, stderr)}"
 
 
 def evaluate(

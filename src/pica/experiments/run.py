@@ -34,6 +34,7 @@ from pica.experiments.parsing import dump_recipe, load_recipe
 from pica.experiments.pipelines import PicturePipeline, make_pipeline
 from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
+from pica.experiments.standings import run_standing
 from pica.experiments.trainers import check_optimizer
 from pica.experiments.training import last_checkpoint, train
 from pica.foreign_code import FLAG
@@ -225,6 +226,8 @@ class _Run:
             self._write_curves(metrics)
             if isinstance(self.pipeline, PicturePipeline):
                 self._finish_pictures(self.pipeline, metrics)
+            if found := run_standing(self.folder, metrics):
+                metrics["standing"] = found.summary()
             files.write_json(self.folder / "metrics.json", metrics)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         return RunResult(self.folder, metrics)
@@ -378,8 +381,9 @@ class _Run:
     def _report(self, title: str, found: Evaluation, file: str) -> None:
         files.write_jsonl(self.folder / file, found.rows())
         draws = isinstance(self.pipeline, PicturePipeline)
+        score = shown_score(found.metric, found.score, found.stderr, found.examples)
         self.reporter.say(
-            f"{title}: {found.metric} {shown_score(found.metric, found.score, found.stderr)} on {found.examples} "
+            f"{title}: {found.metric} {score} on {found.examples} "
             f"{'pictures, denoising' if draws else 'test problems, held-out'} loss {found.loss:.4f}"
         )
         if found.pictures:
@@ -388,7 +392,8 @@ class _Run:
             for name, picture in found.pictures.items():
                 write_picture(self.folder / _pictures_of(file) / name, picture)
         for name, group in found.groups.items():
-            self.reporter.say(f"  {name}: {shown_score('accuracy', group['accuracy'], group['stderr'])}")
+            score = shown_score("accuracy", group["accuracy"], group["stderr"], int(group["examples"]))
+            self.reporter.say(f"  {name}: {score}")
 
     def _finish_pictures(self, pipeline: PicturePipeline, metrics: dict[str, Any]) -> None:
         """Pictures side by side, and what was not measured."""

@@ -127,6 +127,8 @@ class Tuned(Protocol):
     """The fine-tuned side: which of the base's weights it has, and each of them on demand."""
 
     notes: list[str]
+    confined: str
+    """Where the method keeps every update, whatever the task; "" if nowhere, or not known."""
 
     def has(self, target: Target) -> bool: ...
 
@@ -139,7 +141,7 @@ class TunedFolder:
     """A fully fine-tuned model folder."""
 
     def __init__(self, base: WeightFolder, folder: WeightFolder) -> None:
-        self.folder, self.notes = folder, list[str]()
+        self.folder, self.notes, self.confined = folder, list[str](), ""
         self._name = renaming(base.entries, folder.entries)
         self._base = base
 
@@ -198,6 +200,7 @@ class TunedAdapter:
             raise AdapterFileError(
                 f"Adapter {str(adapter)!r} cannot be loaded on {str(base.path)!r}: {lines[0]}"
             ) from error
+        self.confined = _confined(config)
         inner = carried.get_base_model()
         self._layers = {
             path: module
@@ -237,6 +240,24 @@ class TunedAdapter:
             if hasattr(layer, "_unmerged_weight"):
                 layer._unmerged_weight = None
             layer.get_base_layer().weight = nn.Parameter(mapped, requires_grad=False)
+
+
+def _confined(config: Any) -> str:
+    """Where the method's own rule keeps every update, whatever the task: for a sentence; "" if nowhere."""
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    if method == "PICA":
+        which = {"principal": "the top", "minor": "the last", "random": "random"}[config.projection]
+        ranks = f"{config.r}" + (" (others in rank_pattern)" if config.rank_pattern else "")
+        return (
+            f"{which} {ranks} directions of each layer's column space"
+            if which != "random"
+            else f"{ranks} random directions"
+        )
+    if method == "SVFT":
+        return "the singular vectors of each weight"
+    if method == "PSOFT":
+        return f"the top {config.r} singular directions of each weight, on both sides"
+    return ""
 
 
 def mapped_model(folder: WeightFolder, model_class: type, outputs: int | None = None) -> nn.Module:

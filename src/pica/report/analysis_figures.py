@@ -123,8 +123,8 @@ def plates(analysis: Analysis) -> list[Plate]:
         Plate(
             "perturbations",
             partial(_draw_entries, analysis=analysis),
-            "Left: entries of E_P and E_Q off the diagonal (Figure 2 of the paper), beside those of two weights that have "
-            "nothing to do with each other. Right: how far each singular direction has stayed itself; unrelated weights "
+            "First: entries of E_P and E_Q off the diagonal (Figure 2 of the paper), beside those of two weights that have "
+            "nothing to do with each other. Second: how far each singular direction has stayed itself; unrelated weights "
             "give nearly 0.",
             "Histograms of the entries of the perturbations and of the cosines between corresponding singular vectors.",
             3.6,

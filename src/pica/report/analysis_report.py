@@ -123,8 +123,41 @@ def _shown(key: str, value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
+_INSIDE = 0.9999  # of the update's energy: beyond what any training leaves by itself
+
+
+def confinement(analysis: Analysis) -> str:
+    """Why shares of the column space are no finding: the update was trained inside a space made of W0; "" if it was not.
+
+    Of an adapter its configuration tells; of whole models (one that such an adapter was merged into) the numbers do: in
+    every role at most half of the input's directions hold all of the update.
+    """
+    if analysis.confined:
+        return (
+            f"No finding: this adapter's update was trained inside {analysis.confined}. Its shares there, and what "
+            "projection loses, follow from the method and would be the same for any task; they say nothing about where "
+            "fine-tuning goes. Analyse a full fine-tune for that."
+        )
+    roles = {
+        role: changed for role, layers in analysis.roles().items() if (changed := [la for la in layers if la.changed])
+    }
+    if not roles:
+        return ""
+    ranks = [1 + int((curve(layers, "column") < _INSIDE).sum()) for layers in roles.values()]
+    if all(rank <= layers[0].inn // 2 for rank, layers in zip(ranks, roles.values())):
+        return (
+            f"No finding: the top {max(ranks)} directions of the column space hold all of the update, which no full "
+            "fine-tune does by itself: it was trained inside them, as PiCa does. The shares below follow from that and say "
+            "nothing about where fine-tuning goes."
+        )
+    return ""
+
+
 def verdict(analysis: Analysis) -> list[str]:
-    """What holds of the paper's claims in this pair of models, one sentence each, with the numbers."""
+    """What holds of the paper's claims in this pair of models, one sentence each, with the numbers.
+
+    Of an update that was trained inside a space made of W0, the questions that its method answers beforehand are left out.
+    """
     rows = [s for s in summarise(analysis) if s.column is not None]
     if not rows:
         return []
@@ -146,6 +179,10 @@ def verdict(analysis: Analysis) -> list[str]:
         f"{'is an intruder' if intruders == 1 else 'are intruders'}. Lemma 3.1 says so beforehand at {wedin:.1%} of all "
         "ranks; elsewhere the gap between neighbouring singular values is smaller than the update, and its bound excludes "
         "nothing.",
+    ]
+    if inside := confinement(analysis):
+        return [inside, *found]
+    found += [
         f"Does the update lie in it? It holds {_times(low)} what chance gives in {names[low.role]} ({low.column:.1%} of the "
         f"energy) and {_times(high)} in {names[high.role]} ({high.column:.1%}); {above} of {len(rows)} roles hold more than "
         "one and a half times chance.",
@@ -201,15 +238,17 @@ def page(analysis: Analysis, suggestion: Suggestion | None, recipe: str | None, 
     if analysis.paired:
         facts |= {"fine-tuned": settings.tuned, "r": max(ranks)}
     facts["layers"] = len(analysis.layers)
-    made = Page(
-        "Where did fine-tuning move the weights?" if analysis.paired else "Spectra of the base weights",
-        lead="The claims of the PiCa paper held against two models."
-        if analysis.paired
-        else "What can be said before any fine-tuning.",
-        facts=facts,
-    )
+    title, lead = "Spectra of the base weights", "What can be said before any fine-tuning."
     if analysis.paired:
-        made.section("What holds", bullets(verdict(analysis)), *[notice(note) for note in analysis.notes])
+        title, lead = "Where did fine-tuning move the weights?", "The claims of the PiCa paper held against two models."
+    inside = confinement(analysis) if analysis.paired else ""
+    if inside:
+        lead = "An update that was trained inside a space made of the base weights."
+    made = Page(title, lead=lead, facts=facts)
+    if analysis.paired:
+        found = [sentence for sentence in verdict(analysis) if sentence != inside]
+        warnings = [notice(inside, "warning")] if inside else []
+        made.section("What holds", *warnings, bullets(found), *[notice(note) for note in analysis.notes])
     rows = rows_of(analysis, suggestion)
     made.section("By role", *_tables(analysis, rows, suggestion))
     if suggestion is not None and recipe is not None:
@@ -351,6 +390,7 @@ def to_json(analysis: Analysis, suggestion: Suggestion | None = None) -> dict[st
         "versions": versions(),
         "notes": analysis.notes,
         "verdict": verdict(analysis),
+        "confined": confinement(analysis) or None,
         "near_zero_entries": {"threshold": NEAR_ZERO, "measured": near, "unrelated": expected},
         "suggestion": asdict(suggestion) if suggestion else None,
         "roles": roles,

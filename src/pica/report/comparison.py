@@ -9,10 +9,20 @@ from typing import Any
 from markupsafe import Markup
 
 from pica.experiments.output import write_text
+from pica.experiments.uncertainty import listed, shown, shown_interval
 from pica.report import page as html
 from pica.report.comparison_figures import Looks, ablation_figure, against_figure, curves_figure, rates_figure
 from pica.report.page import Cell, Column, Page
-from pica.report.summary import RowSummary, Stat, Summary, flat_rows, score_of, shown_mean, summarise
+from pica.report.summary import (
+    WITHOUT_TRAINING,
+    RowSummary,
+    Summary,
+    flat_rows,
+    score_of,
+    shown_mean,
+    shown_row,
+    summarise,
+)
 
 PAGE, TABLE, NUMBERS = "report.html", "results.csv", "results.json"
 
@@ -32,7 +42,9 @@ def write_report(folder: Path, *, page: Path | None = None) -> Summary:
     rows = flat_rows(summary)
     columns = list(max(rows, key=len))
     csv = html.csv_text(rows, columns)
-    numbers = json.dumps({"name": summary.name, "base": summary.base, "rows": rows}, indent=2) + "\n"
+    standing = summary.standing.summary() if summary.standing else None
+    content = {"name": summary.name, "base": summary.base, "rows": rows, "standing": standing}
+    numbers = json.dumps(content, indent=2) + "\n"
     write_text(folder / TABLE, csv)
     write_text(folder / NUMBERS, numbers)
     write_text(page or folder / PAGE, comparison_page(summary, csv, numbers))
@@ -44,7 +56,7 @@ def comparison_page(summary: Summary, csv: str, numbers: str) -> str:
     rows = [row for row in summary.rows if row.done]
     looks = Looks(rows)
     made = Page(summary.title, lead=summary.description, facts=_facts(summary, rows))
-    made.section("Result", *_result(summary, rows, looks))
+    made.section("Result, one seed" if summary.one_seed else "Result", *_result(summary, rows, looks))
     if rows:
         made.section("Cost", *_costs(summary, rows, looks))
         if groups := _ablations(summary, rows, looks):
@@ -86,30 +98,22 @@ def _result(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[
         return [
             html.notice("No cell has finished, so there is nothing to show; the reasons are in the table.", "warning")
         ]
-    best = max(rows, key=lambda row: row.score.mean)
-    smallest = min(rows, key=lambda row: row.parameters)
-    text = (
-        f"Highest {summary.metric}: {best.label}, {shown_mean(summary.metric, best.score)}, with {best.parameters:,} "
-        f"trained parameters. Fewest parameters: {smallest.label}, {smallest.parameters:,}, at "
-        f"{shown_mean(summary.metric, smallest.score)}."
-    )
+    fewest = min(row.parameters for row in rows)
+    smallest = listed([row.label for row in rows if row.parameters == fewest])
+    reached = listed([shown_row(summary.metric, row) for row in rows if row.parameters == fewest])
+    text = f"Fewest trained parameters: {smallest}, {fewest:,}, at {reached}."
     if summary.base:
-        base = score_of(summary.base)
-        text += f" The model without training: {shown_mean(summary.metric, Stat(base, None, 1))}."
+        text += f" The model without training: {shown(summary.metric, score_of(summary.base))}."
+    if summary.standing:
+        blocks.append(summary.standing.statement())
+        if len(rows) > 1 and summary.standing.place(WITHOUT_TRAINING):
+            blocks.append(html.notice("The best method is not told apart from the model without training.", "warning"))
     blocks.append(text)
-    rivals = [row.label for row in rows if row is not best and _within(best, row)]
-    if rivals:
-        blocks.append(
-            html.notice(
-                "Within one standard deviation (of the difference) of the best, and so not told apart from it by these "
-                f"seeds and test problems: {', '.join(rivals)}."
-            )
-        )
     if any(row.failures for row in summary.rows):
-        names = ", ".join(row.label for row in summary.rows if row.failures)
+        names = listed([row.label for row in summary.rows if row.failures])
         blocks.append(html.notice(f"Cells failed: {names}. The reasons are below the table.", "warning"))
     if missing := [row.label for row in summary.rows if not row.done and not row.failures]:
-        blocks.append(html.notice(f"Not run yet: {', '.join(missing)}.", "warning"))
+        blocks.append(html.notice(f"Not run yet: {listed(missing)}.", "warning"))
     blocks.append(
         against_figure(
             "parameters",
@@ -118,19 +122,16 @@ def _result(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[
             summary.metric,
             [("trained parameters", lambda row: row.parameters)],
             caption=f"{summary.metric.capitalize()} on the test problems against the number of trained parameters. "
-            "Points are means over seeds, bars one standard deviation. Up and to the left is better.",
+            f"Bars are {_bars(summary)}. Up and to the left is better. Markers that would hide each other stand side by "
+            "side.",
         )
     )
     return blocks
 
 
-def _within(best: RowSummary, row: RowSummary) -> bool:
-    """Whether two means differ by less than the uncertainty of their difference, of seeds and of test problems."""
-    spread = 0.0
-    for one in (best, row):
-        seeds = (one.score.deviation or 0.0) ** 2 / one.score.count
-        spread += seeds + (one.stderr**2 if math.isfinite(one.stderr) else 0.0)
-    return best.score.mean - row.score.mean <= math.sqrt(spread)
+def _bars(summary: Summary) -> str:
+    """What the bars of a score are."""
+    return f"95% intervals of the test problems{', one seed' if summary.one_seed else ' and seeds'}"
 
 
 def _costs(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[Markup | str]:
@@ -140,7 +141,8 @@ def _costs(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
         ("adapter file, bytes", lambda row: float(row.file_bytes)),
     ]
     caption = (
-        f"{summary.metric.capitalize()} against what it costs. Time and memory depend on the machine; see the end."
+        f"{summary.metric.capitalize()} against what it costs; bars are {_bars(summary)}. Time and memory depend on the "
+        "machine; see the end."
     )
     return [against_figure("costs", rows, looks, summary.metric, axes, caption=caption)]
 
@@ -154,7 +156,7 @@ def _ablations(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> li
         if len(members) > 1:
             groups.append((group["title"], members))
             lines = [
-                f"{row.label}: {shown_mean(summary.metric, row.score)}, loss {row.loss.mean:.4f}, "
+                f"{row.label}: {shown_row(summary.metric, row)}, loss {row.loss.mean:.4f}, "
                 f"{row.parameters:,} parameters"
                 for row in members
             ]
@@ -175,9 +177,7 @@ def _rates(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
     ]
     for edge, direction in (("highest", "higher"), ("lowest", "lower")):
         if names := [f"{row.label} ({row.rate:g})" for row in rows if row.edge == edge]:
-            text = (
-                f"The best rate is the {edge} of its grid, so that a {direction} one may do better: {', '.join(names)}."
-            )
+            text = f"The best rate is the {edge} of its grid, so that a {direction} one may do better: {listed(names)}."
             blocks.append(html.notice(text, "warning"))
     blocks.append(rates_figure(rows, looks))
     lines = []
@@ -195,8 +195,8 @@ def _rates(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
             )
     columns = [
         Column("label", "method", numeric=False),
-        Column("rate", "learning rate"),
-        Column("loss", "validation loss"),
+        Column("rate", "learning rate", lower_first=True),
+        Column("loss", "validation loss", lower_first=True),
         Column("score", f"validation {summary.metric}"),
         Column("chosen", "", numeric=False),
     ]
@@ -212,25 +212,42 @@ def _rates(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
 def _table(summary: Summary) -> list[Markup | str]:
     columns = [
         Column("label", "method", numeric=False),
+        Column("place", "best", help="The highest score, and those not told apart from it.", numeric=False),
         Column("score", summary.metric, help="Mean ± standard deviation over seeds, on the test problems."),
-        Column("loss", "test loss", help="Mean over seeds; lower is better."),
-        Column("parameters", "trained parameters", help="Of the method; a new classification head is not counted."),
-        Column("rate", "learning rate"),
-        Column("seconds", "seconds a training"),
-        Column("step", "ms a step", help="Median over the steps."),
-        Column("memory", "peak MiB"),
-        Column("bytes", "adapter bytes", help="The saved file, with a classification head if there is one."),
+        Column("interval", "95% interval", help="Of the score, over test problems and seeds; Wilson's for a share."),
+        Column("loss", "test loss", help="Mean over seeds; lower is better.", lower_first=True),
+        Column(
+            "parameters",
+            "trained parameters",
+            help="Of the method; a new classification head is not counted.",
+            lower_first=True,
+        ),
+        Column("rate", "learning rate", help="* best rate at the edge of its grid.", lower_first=True),
+        Column("seconds", "seconds a training", lower_first=True),
+        Column("step", "ms a step", help="Median over the steps.", lower_first=True),
+        Column("memory", "peak MiB", lower_first=True),
+        Column(
+            "bytes",
+            "adapter bytes",
+            help="The saved file, with a classification head if there is one.",
+            lower_first=True,
+        ),
         Column("seeds", "seeds"),
     ]
+    marked = []
     lines: list[dict[str, Any]] = []
     for row in summary.rows:
         if not row.done:
             lines.append({"label": row.label, "score": Cell("failed" if row.failures else "not run"), "seeds": 0})
             continue
+        place = summary.standing.place(row.label) if summary.standing else ""
+        marked += [len(lines)] * bool(place)
         lines.append(
             {
                 "label": row.label,
+                "place": place,
                 "score": Cell(shown_mean(summary.metric, row.score), row.score.mean),
+                "interval": Cell(shown_interval(summary.metric, row.interval), row.interval[0]),
                 "loss": Cell(f"{row.loss.mean:.4f}", row.loss.mean),
                 "parameters": row.parameters,
                 "rate": Cell(f"{row.rate:g}" + ("*" if row.edge else ""), row.rate),
@@ -245,10 +262,18 @@ def _table(summary: Summary) -> list[Markup | str]:
             }
         )
     blocks: list[Markup | str] = [
-        html.table(columns, lines, caption="Select a heading to sort. * best rate at the edge of its grid.")
+        html.table(
+            columns,
+            lines,
+            caption="The best method and those not told apart from it stand out. Select a heading to sort. "
+            "* best rate at the edge of its grid.",
+            marked=marked,
+        )
     ]
     failures = [
-        Markup("<strong>{}</strong>: {}").format(row.label, reason) for row in summary.rows for reason in _distinct(row)
+        Markup("<strong>{}</strong>: {}").format(row.label, html.inline(reason))
+        for row in summary.rows
+        for reason in _distinct(row)
     ]
     if failures:
         blocks += [Markup("<h3>Failed cells</h3>"), html.bullets(failures)]
@@ -288,8 +313,11 @@ def _protocol(summary: Summary, rows: Sequence[RowSummary]) -> list[Markup | str
         "Same data, same order of the data for the same seed, same number of steps and same evaluation for every method.",
         "The first seed tries each learning rate of a method's grid and keeps the best on the validation problems; the "
         "other seeds take that rate. Test problems are looked at once, with the chosen rate.",
-        "Mean and standard deviation (n - 1) are over seeds. They say nothing about the choice of test problems, whose own "
-        "standard error is in results.csv.",
+        "Mean and standard deviation (n - 1) are over seeds. They say nothing about the choice of test problems; the 95% "
+        "intervals hold both.",
+        "Which methods tie with the best is decided by 95% intervals of the differences: where the outcome of each test "
+        "problem was kept, by a paired bootstrap over problems and common seeds, else by both methods' own intervals. Each "
+        "method is held against the best alone; among twenty that are alike, one may be found behind by chance.",
         f"Each cell ran in a process of its own, {'one' if workers == 1 else workers} at a time"
         + (
             "; cells that run together slow each other down, so times are comparable only roughly."

@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from markupsafe import Markup
+from matplotlib.artist import Artist
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from pica.report.figures import CARD, GRID, INK, MARKERS, MUTED, SERIES, Sheet, figure, log_axis, quantity
-from pica.report.summary import RowSummary, shown_mean
+from pica.report.summary import RowSummary, shown_row
 
+_MARKER = 8.0  # points that a marker takes
 _FAMILIES = ("PiCa", "LoRA", "SVFT", "LoRA from singular vectors", "orthogonal", "shared random bases", "other", "full")
 
 
@@ -63,26 +67,30 @@ def against_figure(
         count = len(axes)
         shape = (count, 1) if sheet.narrow else (1, count)
         panels = sheet.figure.subplots(*shape, squeeze=False, sharey="row").ravel()
+        cast(ConstrainedLayoutEngine, sheet.figure.get_layout_engine()).set(wspace=0.08)
         for panel, (title, value) in zip(panels, axes):
+            drawn: list[Drawn] = []
             for row in rows:
                 x = value(row)
                 line = panel.errorbar(
                     [x],
                     [row.score.mean],
-                    yerr=[row.score.deviation or 0.0],
+                    yerr=_bar(row),
                     color=looks.color(row.label),
                     linestyle="none",
                     elinewidth=1.3,
                     capsize=2.5,
                     **looks.marker(row.label),
                 )
-                tip = f"{row.label}: {metric} {shown_mean(metric, row.score)}, {title} {quantity(x)}"
+                tip = f"{row.label}: {metric} {shown_row(metric, row)}, {title} {quantity(x)}"
                 sheet.tip(line.lines[0], tip)
+                drawn.append((x, row.score.mean, line.get_children()))
             panel.set_xlabel(title)
             if sheet.narrow or panel is panels[0]:
                 panel.set_ylabel(metric)
             metric_axis(panel, metric)
             log_axis(panel.xaxis)
+            side_by_side(panel, drawn)
         legend(sheet, rows, looks)
 
     lines = math.ceil(len(rows) / 2)
@@ -109,10 +117,10 @@ def ablation_figure(groups: Sequence[tuple[str, Sequence[RowSummary]]], looks: L
                 color = looks.color(row.label)
                 panel.plot(row.scores, [place] * len(row.scores), "|", color=MUTED, markersize=11, markeredgewidth=1.4)
                 mean = panel.plot([row.score.mean], [place], linestyle="none", **looks.marker(row.label))[0]
-                deviation = row.score.deviation or 0.0
-                ends = [row.score.mean - deviation, row.score.mean + deviation]
+                below, above = _bar(row)
+                ends = [row.score.mean - below[0], row.score.mean + above[0]]
                 panel.plot(ends, [place, place], color=color, linewidth=1.3, zorder=1.5)
-                sheet.tip(mean, f"{row.label}: {shown_mean(metric, row.score)}, {row.parameters:,} parameters")
+                sheet.tip(mean, f"{row.label}: {shown_row(metric, row)}, {row.parameters:,} parameters")
             names = [f"{row.label} ({quantity(row.parameters)})" for row in reversed(members)]
             if sheet.narrow:  # names beside the axes would leave no room for them
                 panel.set_yticks([])
@@ -129,7 +137,8 @@ def ablation_figure(groups: Sequence[tuple[str, Sequence[RowSummary]]], looks: L
     return figure(
         "ablations-plot",
         draw,
-        caption="Strokes are seeds, markers their means, lines one standard deviation; in brackets the trained parameters.",
+        caption="Strokes are seeds, markers their means, lines 95% intervals of test problems and seeds; in brackets the "
+        "trained parameters.",
         alt=f"{metric} of the methods of {len(groups)} ablations; the numbers are listed below.",
         height=0.75 * len(groups) + 0.32 * total + 0.5,
         narrow_height=0.75 * len(groups) + 0.42 * total + 0.5,
@@ -141,6 +150,7 @@ def rates_figure(rows: Sequence[RowSummary], looks: Looks) -> Markup:
 
     def draw(sheet: Sheet) -> None:
         axes = sheet.figure.subplots()
+        drawn: list[Drawn] = []
         for row in rows:
             tried = [c for c in row.candidates if c["validation_loss"] is not None]
             tried.sort(key=lambda candidate: candidate["learning_rate"])
@@ -155,12 +165,14 @@ def rates_figure(rows: Sequence[RowSummary], looks: Looks) -> Markup:
                     chosen = axes.plot(
                         [row.rate], [candidate["validation_loss"]], linestyle="none", **looks.marker(row.label)
                     )
+                    drawn.append((row.rate, candidate["validation_loss"], chosen))
                     sheet.tip(
                         chosen[0], f"{row.label}: rate {row.rate:g}, validation loss {candidate['validation_loss']:.4f}"
                     )
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss")
         axes.set_xscale("log")
+        side_by_side(axes, drawn)
         legend(sheet, rows, looks)
 
     return figure(
@@ -205,6 +217,43 @@ def curves_figure(rows: Sequence[RowSummary], looks: Looks) -> Markup:
         height=1.55 * math.ceil(len(rows) / 4) + 0.6,
         narrow_height=1.5 * math.ceil(len(rows) / 2) + 0.6,
     )
+
+
+Drawn = tuple[float, float, Sequence[Artist]]
+"""Where a marker is, and what belongs to it."""
+
+
+def side_by_side(panel: Any, drawn: Sequence[Drawn], *, vertical: bool = False) -> None:
+    """Move markers that would hide each other apart, by their width; to be called when the limits are settled."""
+    figure = panel.figure
+    box = panel.get_position()
+    sizes = figure.get_size_inches() * 72 * (box.width, box.height)  # points; before layout, so a little too large
+    to_share = panel.transData - panel.transAxes
+    places = [to_share.transform((x, y)) * sizes for x, y, _ in drawn]
+    groups: list[list[int]] = []
+    for index, place in enumerate(places):
+        near = (group for group in groups if all(abs(place - places[group[0]]) < _MARKER))
+        found = next(near, None)
+        if found is None:
+            groups.append([index])
+        else:
+            found.append(index)
+    along = int(vertical)
+    for group in (group for group in groups if len(group) > 1):
+        group.sort(key=lambda index: places[index][along])
+        middle = sum(places[index][along] for index in group) / len(group)
+        for order, index in enumerate(group):
+            shift = (middle + _MARKER * (order - (len(group) - 1) / 2) - places[index][along]) / 72
+            move = ScaledTranslation(*((0, shift) if vertical else (shift, 0)), figure.dpi_scale_trans)
+            for artist in drawn[index][2]:
+                artist.set_transform(artist.get_transform() + move)
+
+
+def _bar(row: RowSummary) -> list[list[float]]:
+    """How far the score's interval reaches below and above it; nowhere if it is not known."""
+    low, high = row.interval
+    mean = row.score.mean
+    return [[mean - low if low <= mean else 0.0], [high - mean if high >= mean else 0.0]]
 
 
 def _smooth(curve: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pica.report.page import inline
 from pica.text import visible
 
 INK, MUTED, GRID, CARD = "#010101", "#010102", "#010103", "#010104"
@@ -99,7 +100,7 @@ class Sheet:
         self._tips: dict[str, str] = {}
 
     def tip(self, artist: Artist, text: str) -> None:
-        """Show this text where the pointer rests on the artist."""
+        """Show this text where the pointer rests on the artist, or it is touched, or has the focus."""
         name = f"tip-{len(self._tips)}"
         artist.set_gid(name)
         self._tips[name] = text
@@ -126,7 +127,9 @@ def figure(
     """
     wide = _svg(name, draw, "wide", height, alt)
     narrow = _svg(name, draw, "narrow", narrow_height or height, alt)
-    return Markup('<figure id="{}">{}{}<figcaption>{}</figcaption></figure>').format(name, wide, narrow, caption)
+    return Markup('<figure id="{}">{}{}<figcaption>{}</figcaption></figure>').format(
+        name, wide, narrow, inline(caption)
+    )
 
 
 def quantity(value: float, _: object = None) -> str:

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
@@ -24,14 +24,16 @@ class Column:
     Attributes:
         key: Of the row's value.
         title: Its heading.
-        help: Shown where the pointer rests on the heading.
+        help: Shown where the pointer rests on the heading, or it has the focus, or is touched.
         numeric: Aligned to the right and sorted by value.
+        lower_first: Whether the first click sorts the smallest number first, where that is the better one.
     """
 
     key: str
     title: str
     help: str = ""
     numeric: bool = True
+    lower_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Page:
             (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html.jinja")
         )
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        environment.filters["inline"] = inline
         page = environment.from_string(template).render(
             title=self.title,
             lead=self.lead,
@@ -93,26 +96,33 @@ class Page:
         return visible(page)  # control characters have no place in HTML, and names from files may hold some
 
 
+def inline(text: str) -> Markup:
+    """Text within a line: escaped, and what stands between backticks as code; `Markup` stays as it is."""
+    if isinstance(text, Markup):
+        return text
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 def paragraph(text: str) -> Markup:
     """Text as a paragraph."""
-    return Markup("<p>{}</p>").format(text)
+    return Markup("<p>{}</p>").format(inline(text))
 
 
 def notice(text: str, kind: Literal["note", "warning"] = "note") -> Markup:
     """A paragraph that stands out."""
     label = "Warning" if kind == "warning" else "Note"
-    return Markup('<p class="notice {}" role="note"><strong>{}.</strong> {}</p>').format(kind, label, text)
+    return Markup('<p class="notice {}" role="note"><strong>{}.</strong> {}</p>').format(kind, label, inline(text))
 
 
 def bullets(items: Iterable[str]) -> Markup:
     """A list; text is escaped, `Markup` is not."""
-    return Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(item) for item in items))
+    return Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(inline(item)) for item in items))
 
 
 def details(summary: str, *blocks: Markup | str) -> Markup:
     """Something that opens on a click."""
     body = Markup("").join(block if isinstance(block, Markup) else paragraph(block) for block in blocks)
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, body)
+    return Markup("<details><summary>{}</summary>{}</details>").format(inline(summary), body)
 
 
 def preformatted(text: str) -> Markup:
@@ -126,6 +136,7 @@ def table(
     *,
     caption: str,
     sortable: bool = True,
+    marked: Collection[int] = (),
 ) -> Markup:
     """A table whose first column names the row; a click on a heading sorts it.
 
@@ -134,25 +145,34 @@ def table(
         rows: Values by column key: text, a number, None, or a `Cell`.
         caption: One sentence above it.
         sortable: Whether headings sort.
+        marked: Places of the rows that stand out.
     """
     heads = []
     for column in columns:
         kind = Markup(' class="number"') if column.numeric else ""
         hint = Markup(' title="{}"').format(column.help) if column.help else ""
-        inner = Markup('<button type="button">{}</button>').format(column.title) if sortable else column.title
-        sort = Markup(' aria-sort="none"') if sortable else ""
-        heads.append(Markup('<th scope="col"{}{}{}>{}</th>').format(kind, hint, sort, inner))
+        first = "ascending" if column.lower_first or not column.numeric else "descending"
+        sort = Markup(' aria-sort="none" data-first="{}"').format(first) if sortable else ""
+        if sortable:
+            inner = Markup('<button type="button"{}>{}</button>').format(hint, column.title)
+        else:
+            inner = Markup("<span{}>{}</span>").format(hint, column.title) if column.help else column.title
+        heads.append(Markup('<th scope="col"{}{}>{}</th>').format(kind, sort, inner))
     lines = []
-    for row in rows:
+    for place, row in enumerate(rows):
         cells = [_cell(row.get(column.key), column, first=index == 0) for index, column in enumerate(columns)]
-        lines.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
+        stands_out = Markup(' class="best"') if place in marked else ""
+        lines.append(Markup("<tr{}>{}</tr>").format(stands_out, Markup("").join(cells)))
+    name = caption.replace("`", "")
+    # The caption stands outside of what scrolls sideways: inside, it would be as wide as the table, and cut off on a phone.
     return Markup(
-        '<div class="table" tabindex="0" role="region" aria-label="{}"><table{}><caption>{}</caption>'
+        '<p class="caption">{}</p><div class="table" tabindex="0" role="region" aria-label="{}"><table aria-label="{}"{}>'
         "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>"
     ).format(
-        caption,
+        inline(caption),
+        name,
+        name,
         Markup(' class="sortable"') if sortable else "",
-        caption,
         Markup("").join(heads),
         Markup("\n").join(lines),
     )

@@ -81,26 +81,31 @@ def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], 
         alt = "Drawn pictures in a column for each model, a row for each prompt and noise, the subject above."
         grid = '<figure><img alt="{}" src="data:image/png;base64,{}"><figcaption>{}</figcaption></figure>'
         made.section("Pictures", Markup(grid).format(alt, data, "In each row every model starts from the same noise."))
-    made.section("Measurements", *_measurements(metrics, models))
+    titles = {name: model.get("title", "before") for name, model in models.items()}
+    if titles.get("baseline") == titles["adapter"]:
+        titles |= {name: f"{titles[name]} ({name})" for name in ("adapter", "baseline")}
+    made.section("Measurements", *_measurements(metrics, models, titles))
     if curve:
-        made.section("Loss", _curves(curve))
+        made.section("Loss", _curves(curve, titles))
     made.section("Recipe", html.preformatted(recipe))
     made.download("metrics.json", json.dumps(metrics, indent=2), kind="application/json")
     made.download(RESOLVED, recipe, kind="text/yaml")
     return made.html()
 
 
-def _measurements(metrics: Mapping[str, Any], models: Mapping[str, Any]) -> list[Markup | str]:
+def _measurements(
+    metrics: Mapping[str, Any], models: Mapping[str, Any], titles: Mapping[str, str]
+) -> list[Markup | str]:
     found = [name for name in _NAMES if name in metrics["adapter"]]
-    columns = [Column("model", "model", numeric=False), Column("parameters", "trained parameters")]
+    columns = [Column("model", "model", numeric=False), Column("parameters", "trained parameters", lower_first=True)]
     columns += [Column(name, _NAMES[name]) for name in found]
     rows = [
         {
-            "model": model.get("title", "before"),
+            "model": titles[kind],
             "parameters": model["parameters"]["trainable"] if "parameters" in model else None,
             **{name: model[name] for name in found},
         }
-        for model in models.values()
+        for kind, model in models.items()
     ]
     caption = (
         f"Denoising loss over {metrics['adapter']['examples']} pictures at fixed noise (lower is better); all else: "
@@ -112,10 +117,13 @@ def _measurements(metrics: Mapping[str, Any], models: Mapping[str, Any]) -> list
     return blocks
 
 
-def _curves(curve: list[dict[str, str]]) -> Markup:
+def _curves(curve: list[dict[str, str]], titles: Mapping[str, str]) -> Markup:
     series: dict[str, list[tuple[int, float]]] = {}
     for row in curve:
-        label = f"{row['method']}, rate {float(row['peak_rate']):g}" + (" (refit)" if "refit" in row["run"] else "")
+        run = row["run"].removesuffix("-refit")
+        label = f"{titles.get(run, row['method'])}, rate {float(row['peak_rate']):g}" + (
+            " (refit)" if "refit" in row["run"] else ""
+        )
         series.setdefault(label, []).append((int(row["step"]), float(row["loss"])))
 
     def draw(sheet: Sheet) -> None:

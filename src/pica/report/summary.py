@@ -4,13 +4,25 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pica.documents import read_json, read_yaml
 from pica.errors import ConfigError
+from pica.experiments.uncertainty import (
+    Contender,
+    Outcomes,
+    Standing,
+    finite,
+    score_interval,
+    shown,
+    shown_interval,
+    standing,
+)
 
 COMPARISON, INDEX = "comparison.yaml", "cells.json"
+WITHOUT_TRAINING = "the model without training"
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class RowSummary:
         candidates: Rate, validation loss, validation score or failure of each rate tried.
         score: The task's metric on the test problems, over seeds.
         stderr: Mean standard error of the score over the test problems.
+        examples: Number of test problems.
+        interval: 95% interval of the score, of test problems and seeds.
         loss: On the test problems, over seeds.
         parameters: Trained ones of the method; a new head is not counted.
         head: Trained parameters of a new head.
@@ -64,6 +78,8 @@ class RowSummary:
     candidates: list[dict[str, Any]] = field(default_factory=list)
     score: Stat = NOTHING
     stderr: float = math.nan
+    examples: int = 0
+    interval: tuple[float, float] = (math.nan, math.nan)
     loss: Stat = NOTHING
     parameters: int = 0
     head: int = 0
@@ -76,6 +92,11 @@ class RowSummary:
     def scores(self) -> list[float]:
         """The metric of each finished seed."""
         return [score_of(record["result"]) for record in self.done]
+
+    def contender(self, metric: str) -> Contender:
+        """What it brings to a standing."""
+        runs = {record["seed"]: _outcomes(record, "adapter", metric) for record in self.done}
+        return Contender(self.label, self.score.mean, self.interval, runs)
 
 
 @dataclass
@@ -91,6 +112,7 @@ class Summary:
         base: Measurements of the model without training, if there are any.
         records: Every cell's record.
         workers: Cells that ran at a time.
+        contenders: The finished methods, and the model without training if it was measured.
     """
 
     name: str
@@ -103,6 +125,17 @@ class Summary:
     base: dict[str, Any] | None
     records: list[dict[str, Any]]
     workers: int
+    contenders: list[Contender]
+
+    @cached_property
+    def standing(self) -> Standing | None:
+        """The contenders against the best of them; None if nothing has finished."""
+        return standing(self.metric, self.contenders)
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether no method has finished more than one seed."""
+        return max((len(row.done) for row in self.rows), default=0) == 1
 
 
 def summarise(folder: Path) -> Summary:
@@ -125,6 +158,9 @@ def summarise(folder: Path) -> Summary:
         base = next((record["base"] for record in records if record.get("base")), None)
         title, description = (content.get(key) or "" for key in ("title", "description"))
         metric = first["result"].get("metric", "accuracy") if first else "score"
+        contenders = [row.contender(metric) for row in rows if row.done]
+        if base is not None:
+            contenders.append(_base_contender(metric, base, records))
     except FileNotFoundError:
         raise ConfigError(f"{str(folder)!r} holds no finished cell yet; run pica compare first.") from None
     except KeyError as error:
@@ -135,7 +171,20 @@ def summarise(folder: Path) -> Summary:
         raise ConfigError(
             f"A file in {str(folder)!r} is damaged ({error}); run pica compare with the folder again."
         ) from None
-    return Summary(name, title, description, content, text, metric, rows, base, records, workers)
+    return Summary(name, title, description, content, text, metric, rows, base, records, workers, contenders)
+
+
+def _base_contender(metric: str, base: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Contender:
+    """The model without training: the same with every seed."""
+    found = next((kept for record in records if (kept := _outcomes(record, "base", metric)) is not None), None)
+    interval = score_interval(metric, score_of(base), base.get("stderr", math.nan), base.get("examples", 0))
+    runs = {record["seed"]: found for record in records if record["status"] == "done"}
+    return Contender(WITHOUT_TRAINING, score_of(base), interval, runs)
+
+
+def _outcomes(record: Mapping[str, Any], kind: str, metric: str) -> Outcomes | None:
+    """Of a cell's adapter or base; None in records from before outcomes were kept."""
+    return Outcomes.read(metric, (record.get("outcomes") or {}).get(kind))
 
 
 def summarise_row(label: str, records: Sequence[Mapping[str, Any]]) -> RowSummary:
@@ -158,6 +207,11 @@ def summarise_row(label: str, records: Sequence[Mapping[str, Any]]) -> RowSummar
         row.edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(row.rate)
     row.score = Stat.of([score_of(result) for result in results])
     row.stderr = statistics.fmean(result["stderr"] for result in results)
+    row.examples = int(results[0].get("examples", 0))
+    metric = results[0].get("metric", "accuracy")
+    row.interval = score_interval(
+        metric, row.score.mean, row.stderr, row.examples, row.score.deviation, row.score.count
+    )
     row.loss = Stat.of([result["loss"] for result in results])
     counts = results[0]["parameters"]
     row.head = counts.get("head", 0)
@@ -184,12 +238,20 @@ def peak_of(result: Mapping[str, Any]) -> float:
 
 
 def shown_mean(metric: str, stat: Stat) -> str:
-    """Mean ± standard deviation: shares in percent, other metrics as they are."""
-    share = metric in ("accuracy", "f1")
-    mean = f"{stat.mean:.1%}" if share else f"{stat.mean:.4f}"
-    if stat.deviation is None:
-        return mean
-    return f"{mean} ± {stat.deviation:.1%}" if share else f"{mean} ± {stat.deviation:.4f}"
+    """Mean ± standard deviation over seeds: shares in percent, other metrics as they are."""
+    mean = shown(metric, stat.mean)
+    return mean if stat.deviation is None else f"{mean} ± {shown(metric, stat.deviation)}"
+
+
+def shown_row(metric: str, row: RowSummary) -> str:
+    """Mean ± standard deviation over seeds; of one seed the 95% interval of the test problems, in brackets."""
+    if row.score.deviation is None and all(map(math.isfinite, row.interval)):
+        return f"{shown(metric, row.score.mean)} ({shown_interval(metric, row.interval)})"
+    return shown_mean(metric, row.score)
+
+
+SPREADS = "± standard deviation over seeds; in brackets, with one seed, the 95% interval of the test problems"
+"""What `shown_row` shows."""
 
 
 def flat_rows(summary: Summary) -> list[dict[str, Any]]:
@@ -204,6 +266,10 @@ def flat_rows(summary: Summary) -> list[dict[str, Any]]:
                 "score_mean": row.score.mean,
                 "score_sd": row.score.deviation,
                 "score_stderr": row.stderr,
+                "score_low": finite(row.interval[0]),
+                "score_high": finite(row.interval[1]),
+                "place": summary.standing.place(row.label) if summary.standing else "",
+                **_behind(summary.standing, row.label),
                 "loss_mean": row.loss.mean,
                 "loss_sd": row.loss.deviation,
                 "parameters": row.parameters,
@@ -218,6 +284,17 @@ def flat_rows(summary: Summary) -> list[dict[str, Any]]:
         line["failures"] = "; ".join(row.failures)
         rows.append(line)
     return rows
+
+
+def _behind(held: Standing | None, label: str) -> dict[str, Any]:
+    """By how much a method is behind the best, with the 95% interval; the best one itself by nothing."""
+    behind = held.differences.get(label) if held else None
+    return {
+        "behind_best": behind.value if behind else 0.0,
+        "behind_best_low": finite(behind.low) if behind else None,
+        "behind_best_high": finite(behind.high) if behind else None,
+        "behind_best_paired": behind.paired if behind else None,
+    }
 
 
 def _record(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """VTAB-1K's scores of several runs or comparisons, one line a method, with the means of its groups."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,10 @@ from pica.documents import read_json, read_yaml
 from pica.errors import ConfigError
 from pica.experiments import output as files
 from pica.experiments.methods import METHODS
+from pica.experiments.standings import read_outcomes
+from pica.experiments.uncertainty import Contender, Outcomes, Standing, score_interval, standing
 from pica.report.summary import COMPARISON, Stat, summarise
-from pica.tasks.vtab import VtabTask, group_means
+from pica.tasks.vtab import GROUPS, VtabTask, group_means
 
 
 @dataclass
@@ -22,12 +25,14 @@ class VtabMethod:
         family: Methods of one family share a colour; "" if it is not known.
         parameters: Trained ones of the method, without the head; None if they are not known, or not the same on all sets.
         stats: Accuracy by set, over the seeds of a comparison.
+        contenders: The same as it is held against other methods.
     """
 
     label: str
     family: str = ""
     parameters: int | None = None
     stats: dict[str, Stat] = field(default_factory=dict)
+    contenders: dict[str, Contender] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -38,6 +43,39 @@ class VtabMethod:
     def means(self) -> dict[str, float | None]:
         """See `pica.tasks.vtab.group_means`."""
         return group_means(self.scores)
+
+    def reaches(self) -> dict[str, tuple[float, float]]:
+        """How far the 95% interval of each of `means` that is there reaches below and above it."""
+        groups = {
+            group: _of_mean([self._reach(name) for name in sets])
+            for group, sets in GROUPS.items()
+            if self.means[group] is not None
+        }
+        if self.means["all sets"] is None:
+            return groups
+        everything = _of_mean([self._reach(name) for name in VtabTask.subsets])
+        return {**groups, "all sets": everything, "all groups": _of_mean(list(groups.values()))}
+
+    def _reach(self, name: str) -> tuple[float, float]:
+        one = self.contenders[name]
+        return one.score - one.interval[0], one.interval[1] - one.score
+
+    def overall(self) -> Contender | None:
+        """The mean over all nineteen sets, as it is held against other methods; None if one is missing."""
+        if not self.contenders.keys() >= set(VtabTask.subsets):
+            return None
+        sets = [self.contenders[name] for name in VtabTask.subsets]
+        score = sum(one.score for one in sets) / len(sets)
+        low, high = _of_mean([self._reach(name) for name in VtabTask.subsets])
+        seeds = set.intersection(*(set(one.runs) for one in sets))
+        runs = {seed: Outcomes.joined([one.runs[seed] for one in sets]) for seed in sorted(seeds)}
+        return Contender(self.label, score, (score - low, score + high), runs)
+
+
+def _of_mean(reaches: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """How far the interval of a mean reaches, from those of its independent terms."""
+    low, high = (math.hypot(*side) / len(reaches) for side in zip(*reaches))
+    return low, high
 
 
 def read_vtab(folders: Sequence[Path]) -> list[VtabMethod]:
@@ -59,8 +97,18 @@ def read_vtab(folders: Sequence[Path]) -> list[VtabMethod]:
             origin[label, name] = folder
             kept = methods.setdefault(label, method)
             kept.stats |= method.stats
+            kept.contenders |= method.contenders
             kept.parameters = kept.parameters if kept.parameters == method.parameters else None
     return list(methods.values())
+
+
+def overall_standing(methods: Sequence[VtabMethod]) -> Standing | None:
+    """Who is best by the mean over all nineteen sets, of the methods that have all."""
+    return standing("accuracy", [one for method in methods if (one := method.overall()) is not None])
+
+
+WHAT = "mean of all nineteen sets"
+"""What `overall_standing` compares."""
 
 
 def write_vtab(methods: Sequence[VtabMethod], path: Path) -> None:
@@ -87,7 +135,10 @@ def _comparison(folder: Path) -> tuple[str, list[VtabMethod]]:
     base = summary.content.get("base") or {}
     name = _set_of(folder, base.get("task") or {})
     done = [row for row in summary.rows if row.done]
-    return name, [VtabMethod(row.label, row.family, row.parameters, {name: row.score}) for row in done]
+    return name, [
+        VtabMethod(row.label, row.family, row.parameters, {name: row.score}, {name: row.contender("accuracy")})
+        for row in done
+    ]
 
 
 def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
@@ -95,8 +146,9 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
         recipe = read_yaml(folder / files.RESOLVED)
         metrics = read_json(folder / "metrics.json")
         name = _set_of(folder, recipe["task"])
-        results = [metrics[kind] for kind in ("adapter", "baseline") if kind in metrics]
-        return name, [_of_result(name, result) for result in results]
+        kept = read_outcomes(folder, metrics)
+        kinds = [kind for kind in ("adapter", "baseline") if kind in metrics]
+        return name, [_of_result(name, metrics[kind], kept.get(kind)) for kind in kinds]
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise ConfigError(f"{str(folder)!r} holds no {missing}: it is no finished run or comparison.") from None
@@ -106,13 +158,14 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
         raise ConfigError(f"A file in {str(folder)!r} is damaged ({type(error).__name__}: {error}).") from None
 
 
-def _of_result(name: str, result: dict[str, Any]) -> VtabMethod:
+def _of_result(name: str, result: dict[str, Any], kept: dict[str, Any] | None) -> VtabMethod:
     method = METHODS.get(result.get("method", ""))
     counts = result.get("parameters") or {}
     trained = counts["trainable"] - counts.get("head", 0) if counts else None
-    return VtabMethod(
-        result["title"], method.family if method else "", trained, {name: Stat.of([float(result["accuracy"])])}
-    )
+    score = float(result["accuracy"])
+    interval = score_interval("accuracy", score, result.get("stderr", math.nan), result.get("examples", 0))
+    held = Contender(result["title"], score, interval, {0: Outcomes.read("accuracy", kept)})
+    return VtabMethod(result["title"], method.family if method else "", trained, {name: Stat.of([score])}, {name: held})
 
 
 def _set_of(folder: Path, task: dict[str, object]) -> str:

@@ -1,5 +1,6 @@
 """The page of several sets of VTAB-1K: the groups' means, and every set."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pica.experiments.output import write_text
+from pica.experiments.uncertainty import standing
 from pica.report import page as html
-from pica.report.comparison_figures import Looks, legend, metric_axis
+from pica.report.comparison_figures import Drawn, Looks, legend, metric_axis, side_by_side
 from pica.report.figures import MUTED, Sheet, figure, quantity
 from pica.report.page import Cell, Column, Page
 from pica.report.summary import shown_mean
-from pica.report.vtab import VtabMethod, columns_of, flat_vtab
+from pica.report.vtab import WHAT, VtabMethod, columns_of, flat_vtab, overall_standing
 from pica.tasks.vtab import GROUPS, VtabTask
 
 
@@ -51,8 +53,9 @@ def _groups(methods: Sequence[VtabMethod], looks: Looks) -> list[Markup | str]:
         for group, sets in GROUPS.items()
         if not sets.keys() <= _measured_by_all(methods)
     }
-    if best := _best(methods):
-        blocks.append(best)
+    found = overall_standing(methods)
+    if found:
+        blocks.append(found.statement(WHAT))
     if lacking:
         listed = "; ".join(f"{group}: {', '.join(sets)}" for group, sets in lacking.items())
         blocks.append(
@@ -66,7 +69,12 @@ def _groups(methods: Sequence[VtabMethod], looks: Looks) -> list[Markup | str]:
         blocks.append(_groups_figure(methods, whole, looks))
     columns = [
         Column("method", "method", numeric=False),
-        Column("parameters", "trained parameters", help="Of the method; the new classification head is not counted."),
+        Column(
+            "parameters",
+            "trained parameters",
+            help="Of the method; the new classification head is not counted.",
+            lower_first=True,
+        ),
         Column("sets", "sets"),
         *(Column(mean, mean, help=_help(mean)) for mean in means),
     ]
@@ -79,21 +87,16 @@ def _groups(methods: Sequence[VtabMethod], looks: Looks) -> list[Markup | str]:
         }
         for method in methods
     ]
-    blocks.append(html.table(columns, lines, caption="Means over sets. Select a heading to sort."))
+    marked = [place for place, method in enumerate(methods) if found and found.place(method.label)]
+    caption = "Means over sets. Select a heading to sort."
+    if marked:
+        caption += " The highest mean of all sets, and those not told apart from it, stand out."
+    blocks.append(html.table(columns, lines, caption=caption, marked=marked))
     return blocks
 
 
 def _measured_by_all(methods: Sequence[VtabMethod]) -> set[str]:
     return set.intersection(*(set(method.stats) for method in methods))
-
-
-def _best(methods: Sequence[VtabMethod]) -> str:
-    complete = [(mean, method) for method in methods if (mean := method.means["all sets"]) is not None]
-    if not complete:
-        return ""
-    mean, method = max(complete, key=lambda pair: pair[0])
-    size = "" if method.parameters is None else f", with {method.parameters:,} trained parameters"
-    return f"Highest mean of all nineteen sets: {method.label}, {mean:.1%}{size}."
 
 
 def _groups_figure(methods: Sequence[VtabMethod], means: Sequence[str], looks: Looks) -> Markup:
@@ -109,6 +112,10 @@ def _groups_figure(methods: Sequence[VtabMethod], means: Sequence[str], looks: L
             for place, method in enumerate(methods):
                 value = method.means[mean]
                 if value is not None:
+                    below, above = method.reaches()[mean]
+                    if math.isfinite(below + above):
+                        ends = [value - below, value + above]
+                        panel.plot(ends, [-place, -place], color=looks.color(method.label), linewidth=1.3, zorder=1.5)
                     point = panel.plot([value], [-place], linestyle="none", **looks.marker(method.label))[0]
                     sheet.tip(point, f"{method.label}, {mean}: {value:.1%}")
             panel.set_title(mean)
@@ -126,8 +133,8 @@ def _groups_figure(methods: Sequence[VtabMethod], means: Sequence[str], looks: L
     return figure(
         "groups-plot",
         draw,
-        caption="Mean top-1 accuracy of each group of sets; every panel has an axis of its own. In brackets the trained "
-        "parameters.",
+        caption="Mean top-1 accuracy of each group of sets; every panel has an axis of its own. Lines are 95% intervals of "
+        "test problems and seeds, where they are known. In brackets the trained parameters.",
         alt=f"Group means of {len(methods)} methods; the numbers are in the table.",
         height=1.0 + 0.28 * len(methods),
         narrow_height=(0.9 + 0.17 * len(methods)) * len(means) + 0.12 * len(methods) + 0.4,
@@ -141,12 +148,16 @@ def _sets(methods: Sequence[VtabMethod], there: Sequence[str], looks: Looks) -> 
     for group, sets in GROUPS.items():
         for name in (name for name in sets if name in there):
             line: dict[str, Any] = {"set": name, "group": group}
+            held = standing("accuracy", [one.contenders[name] for one in methods if name in one.contenders])
             for index, method in enumerate(methods):
                 if stat := method.stats.get(name):
-                    line[f"method {index}"] = Cell(shown_mean("accuracy", stat), stat.mean)
+                    text = shown_mean("accuracy", stat)
+                    top = held is not None and bool(held.place(method.label))
+                    line[f"method {index}"] = Cell(Markup("<b>{}</b>").format(text) if top else text, stat.mean)
             lines.append(line)
     seeds = any(stat.deviation is not None for method in methods for stat in method.stats.values())
-    caption = "Top-1 accuracy on each set" + (", mean ± standard deviation over seeds." if seeds else ".")
+    caption = "Top-1 accuracy on each set" + (", mean ± standard deviation over seeds." if seeds else ", one seed.")
+    caption += " Bold: the highest of a set, and those not told apart from it."
     return [_sets_figure(methods, there, looks), html.table(columns, lines, caption=caption)]
 
 
@@ -157,8 +168,10 @@ def _sets_figure(methods: Sequence[VtabMethod], there: Sequence[str], looks: Loo
 
     def draw(sheet: Sheet) -> None:
         heights = [len(sets) + 0.6 for _, sets in groups]
+        places: list[tuple[Any, list[Drawn]]] = []
         panels = sheet.figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights).ravel()
         for panel, (group, sets) in zip(panels, groups):
+            drawn: list[Drawn] = []
             for place, name in enumerate(reversed(sets)):
                 found = {method.label: method.stats[name] for method in methods if name in method.stats}
                 values = [stat.mean for stat in found.values()]
@@ -166,11 +179,15 @@ def _sets_figure(methods: Sequence[VtabMethod], there: Sequence[str], looks: Loo
                 for label, stat in found.items():
                     point = panel.plot([stat.mean], [place], linestyle="none", markersize=6, **looks.marker(label))[0]
                     sheet.tip(point, f"{name}, {label}: {shown_mean('accuracy', stat)}")
+                    drawn.append((stat.mean, place, [point]))
             panel.set_yticks(range(len(sets)), list(reversed(sets)), fontsize=8)
             panel.set_ylim(-0.6, len(sets) - 0.4)
             panel.set_title(group)
+            places.append((panel, drawn))
         metric_axis(panels[-1], "accuracy", axis="x")
         panels[-1].set_xlabel("top-1 accuracy")
+        for panel, drawn in places:  # the axis that they share is settled now
+            side_by_side(panel, drawn, vertical=True)
         legend(sheet, methods, looks)
 
     rows = len(methods)

@@ -49,10 +49,10 @@ def class_stderr(metric: str, predicted: Sequence[int], gold: Sequence[int], cla
     counts = np.bincount(first * classes + second, minlength=classes**2)
     drawn = np.random.default_rng(seed).multinomial(len(first), counts / counts.sum(), size=_RESAMPLES)
     tables = drawn.reshape(_RESAMPLES, classes, classes).astype(float)  # (samples, predicted, gold)
-    return float(np.std(_f1(tables) if metric == "f1" else _matthews(tables), ddof=1))
+    return float(np.std(f1_of_tables(tables) if metric == "f1" else matthews_of_tables(tables), ddof=1))
 
 
-def _f1(tables: np.ndarray) -> np.ndarray:
+def f1_of_tables(tables: np.ndarray) -> np.ndarray:
     """F1 of each confusion matrix (samples, classes, classes), as `class_metrics` has it."""
     right = np.diagonal(tables, axis1=1, axis2=2)
     each = _share(2 * right, tables.sum(1) + tables.sum(2))
@@ -62,7 +62,7 @@ def _f1(tables: np.ndarray) -> np.ndarray:
     return _share((each * there).sum(1), there.sum(1))
 
 
-def _matthews(tables: np.ndarray) -> np.ndarray:
+def matthews_of_tables(tables: np.ndarray) -> np.ndarray:
     """Matthews correlation of each confusion matrix (samples, classes, classes)."""
     total, right = tables.sum((1, 2)), np.trace(tables, axis1=1, axis2=2)
     gold, predicted = tables.sum(1), tables.sum(2)

@@ -1,0 +1,61 @@
+"""Which of a run's models is best, by the predictions that the run has left."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pica.experiments.uncertainty import Contender, Outcomes, Standing, kept_outcomes, score_interval, standing
+
+BASE = "base model"
+"""What the model without training is called."""
+
+
+def run_standing(folder: Path, metrics: Mapping[str, Any]) -> Standing | None:
+    """Hold base model, adapter and baseline of a run against each other, on the problems that all of them answered.
+
+    Args:
+        folder: Holds the predictions files.
+        metrics: What becomes metrics.json.
+
+    Returns:
+        None where there is nothing to compare: one model only, or pictures instead of answers.
+    """
+    found = {kind: metrics[kind] for kind in ("base", "adapter", "baseline") if kind in metrics}
+    if len(found) < 2 or metrics["task"] == "dreambooth":
+        return None
+    kept = read_outcomes(folder, metrics)
+    contenders = [contender(_label(kind, metrics), result, kept.get(kind)) for kind, result in found.items()]
+    return standing(metrics["adapter"]["metric"], contenders)
+
+
+def contender(label: str, result: Mapping[str, Any], kept: Mapping[str, Any] | None) -> Contender:
+    """One model that was measured once."""
+    interval = score_interval(result["metric"], result["score"], result["stderr"], result["examples"])
+    return Contender(label, result["score"], interval, {0: Outcomes.read(result["metric"], kept)})
+
+
+def read_outcomes(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`kept_outcomes` of base, adapter and baseline, from the predictions files of a run; without those that have none."""
+    names = {"base": "base", "adapter": "adapter"}
+    if "baseline" in metrics:
+        names["baseline"] = f"baseline-{metrics['baseline']['method']}"
+    found = {}
+    for kind, name in names.items():
+        file = folder / f"predictions-{name}.jsonl"
+        if kind in metrics and file.is_file():
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            if kept := kept_outcomes(metrics[kind].get("metric", "accuracy"), rows):
+                found[kind] = kept
+    return found
+
+
+def _label(kind: str, metrics: Mapping[str, Any]) -> str:
+    if kind == "base":
+        return BASE
+    title = metrics[kind]["title"]
+    return (
+        f"{title} ({kind})"
+        if title == metrics.get("baseline", {}).get("title") == metrics["adapter"]["title"]
+        else title
+    )

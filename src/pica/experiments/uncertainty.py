@@ -1,0 +1,429 @@
+"""How sure a score is, and which methods the test problems and seeds tell apart from the best one.
+
+Methods are held against each other on the same problems and, where they share them, the same seeds: the difference of two
+scores is drawn anew 5,000 times, from problems and seeds drawn with replacement (a paired bootstrap), and two methods are
+told apart if 95% of the draws lie on one side of zero. Two known corrections keep it from being too sure of little:
+
+- One seed less than there are is drawn, which makes the variance of a mean over few seeds unbiased (Rao and Wu, 1988).
+- Shares of right answers have two made-up problems beside the real ones, each solved by one of the two methods alone
+  (Bonett and Price, 2012): without them four problems that only one method solves would count as a difference.
+
+Where the outcome of each problem has not been kept, the two methods' own intervals are combined (Newcombe's method for
+proportions); as that ignores that both met the same problems, it tells fewer apart.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pica.tasks.base import REGRESSION_METRICS
+from pica.tasks.metrics import f1_of_tables, matthews_of_tables
+
+LEVEL = 0.95
+"""Of every interval here."""
+
+RESAMPLES = 5000
+_Z = 1.959963984540054  # the normal quantile of LEVEL
+_FEW = 10  # right or wrong answers; with fewer, a score ± its standard error would reach beyond what is possible
+_ROUNDING = 1e-9
+_AT_ONCE = 4_000_000  # counts of drawn problems in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What one trained model did on each test problem.
+
+    Attributes:
+        metric: Name of the metric that the task is judged by.
+        predicted: Of shape (problems,): whether right (accuracy), a class index (f1, matthews), or a number.
+        gold: Class indices or numbers of the same shape; None for accuracy.
+        groups: Number of problems of each data set, in their order; accuracy is the mean over data sets.
+        classes: Number of classes (f1, matthews).
+    """
+
+    metric: str
+    predicted: np.ndarray
+    gold: np.ndarray | None = None
+    groups: tuple[int, ...] = ()
+    classes: int = 0
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Equal for two models only if they were measured alike."""
+        return (self.metric, len(self.predicted), self.groups)
+
+    @classmethod
+    def read(cls, metric: str, kept: Mapping[str, Any] | None) -> "Outcomes | None":
+        """From what `kept_outcomes` made; None if that is None."""
+        if not kept:
+            return None
+        if "correct" in kept:
+            right = np.frombuffer(kept["correct"].encode(), dtype=np.uint8) - ord("0")
+            return cls(metric, right.astype(np.float32), None, tuple(kept.get("groups") or (len(right),)))
+        predicted, gold = np.asarray(kept["predicted"]), np.asarray(kept["gold"])
+        return cls(metric, predicted, gold, (len(gold),), kept.get("classes", 0))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Outcomes | None"]) -> "Outcomes | None":
+        """Of several sets whose accuracies' mean is the score; None unless each of them was kept."""
+        known = [part for part in parts if part is not None and part.metric == "accuracy"]
+        if len(known) < len(parts):
+            return None
+        sizes = tuple(len(part.predicted) for part in known)
+        return cls("accuracy", np.concatenate([part.predicted for part in known]), None, sizes)
+
+
+def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a record keeps of a file of predictions, so that methods can be held against each other problem by problem.
+
+    Args:
+        metric: Name of the metric that the task is judged by.
+        rows: The file's lines.
+
+    Returns:
+        JSON values, short; None for predictions that are no answers (drawn pictures).
+    """
+    if metric == "accuracy" and rows and all("correct" in row for row in rows):
+        parts: dict[str, str] = {}
+        for row in rows:
+            name = row.get("group", "")
+            parts[name] = parts.get(name, "") + "01"[bool(row["correct"])]
+        kept: dict[str, Any] = {"correct": "".join(parts.values())}
+        return kept | ({"groups": [len(part) for part in parts.values()]} if len(parts) > 1 else {})
+    if metric in REGRESSION_METRICS and rows and all("predicted" in row for row in rows):
+        return {key: [float(row[key]) for row in rows] for key in ("predicted", "gold")}
+    if metric in ("f1", "matthews") and rows and all("probabilities" in row for row in rows):
+        places = {name: index for index, name in enumerate(rows[0]["probabilities"])}
+        found = {key: [places[str(row[key])] for row in rows] for key in ("predicted", "gold")}
+        return {**found, "classes": len(places)}
+    return None
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's interval of a share of `count`: never empty, never below 0 or above 1; `count` need not be whole."""
+    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
+
+
+def score_interval(
+    metric: str, score: float, stderr: float, examples: int, deviation: float | None = None, seeds: int = 1
+) -> tuple[float, float]:
+    """The 95% interval of a score, of test problems and, where there are several, of seeds.
+
+    Args:
+        metric: Its name.
+        score: Mean over seeds.
+        stderr: Standard error over the test problems, of one seed.
+        examples: Number of test problems.
+        deviation: Standard deviation over seeds; None for one seed.
+        seeds: How many.
+
+    Returns:
+        Two numbers that are no numbers if the score or its standard error is none.
+    """
+    if not (math.isfinite(score) and (math.isfinite(stderr) or (metric == "accuracy" and examples > 0))):
+        return math.nan, math.nan
+    if metric == "accuracy" and examples > 0 and 0 <= score <= 1:
+        # Of several data sets the standard error is not that of one share; a count that has it serves as well.
+        spread = score * (1 - score)
+        counts = spread / stderr**2 if stderr > 0 and spread > 0 else examples
+        low, high = wilson(score, max(1.0, min(counts, examples)))
+    else:
+        low, high = score - _Z * stderr, score + _Z * stderr
+    of_seeds = _Z * (deviation or 0.0) / math.sqrt(seeds)
+    low, high = score - math.hypot(score - low, of_seeds), score + math.hypot(high - score, of_seeds)
+    least = {"accuracy": 0.0, "f1": 0.0, "matthews": -1.0, "pearson": -1.0, "spearman": -1.0}.get(metric, -math.inf)
+    return max(least, low), min(1.0 if least > -math.inf else math.inf, high)
+
+
+def near_the_end(metric: str, score: float, examples: int | None) -> bool:
+    """Whether so few answers are right, or wrong, that a standard error says too little: Wilson's interval is shown then."""
+    return metric == "accuracy" and bool(examples) and min(score, 1 - score) * (examples or 0) < _FEW
+
+
+def shown(metric: str, score: float) -> str:
+    """A score: shares in percent, others as they are."""
+    return f"{score:.1%}" if metric in ("accuracy", "f1") else f"{score:.4f}"
+
+
+def shown_interval(metric: str, interval: tuple[float, float]) -> str:
+    """An interval such as 83.9–87.2%."""
+    low, high = interval
+    return f"{100 * low:.1f}–{high:.1%}" if metric in ("accuracy", "f1") else f"{low:.4f} to {high:.4f}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as it is held against the others.
+
+    Attributes:
+        label: Its name.
+        score: Mean over seeds.
+        interval: See `score_interval`.
+        runs: Outcomes by seed; None where they were not kept.
+    """
+
+    label: str
+    score: float
+    interval: tuple[float, float]
+    runs: Mapping[int, Outcomes | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The best method's score less another's.
+
+    Attributes:
+        value: On the seeds that both have.
+        low, high: Its 95% interval.
+        paired: Whether problem by problem.
+        seeds: How many both have, if paired.
+    """
+
+    value: float
+    low: float
+    high: float
+    paired: bool
+    seeds: int = 0
+
+    @property
+    def tie(self) -> bool:
+        """Whether the two are not told apart."""
+        return self.value <= 0 or not self.low > _ROUNDING  # also where the uncertainty is not known
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who is best, and who is not told apart from it.
+
+    Attributes:
+        metric: Higher is better.
+        best: The contender with the highest score.
+        differences: The best's score less each other one's, by label.
+        contenders: All, the highest score first.
+    """
+
+    metric: str
+    best: Contender
+    differences: Mapping[str, Difference]
+    contenders: Sequence[Contender]
+
+    @property
+    def top(self) -> list[Contender]:
+        """The best one and all that tie with it, the highest score first."""
+        return [one for one in self.contenders if one is self.best or self.differences[one.label].tie]
+
+    def place(self, label: str) -> str:
+        """ "best" (alone), "tie" (one of several), or ""."""
+        top = [one.label for one in self.top]
+        return "" if label not in top else "best" if len(top) == 1 else "tie"
+
+    def statement(self, what: str = "") -> str:
+        """The result in one sentence, and how far it is to be trusted in another; `what` is compared, the metric if ""."""
+        what = what or self.metric
+        names = [f"{one.label} ({shown(self.metric, one.score)})" for one in self.top]
+        if len(self.contenders) == 1:
+            return f"{what.capitalize()}: {names[0]}."
+        if len(names) == 1:
+            first = f"Highest {what}: {names[0]}, ahead of every other method."
+        elif len(names) == len(self.contenders):
+            first = f"Highest {what}: a tie of {'both' if len(names) == 2 else f'all {len(names)}'}: {listed(names)}."
+        else:
+            first = f"Highest {what}: a tie of {listed(names)}."
+        return f"{first} {self.basis()}"
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON values, the highest score first."""
+        scores = {
+            one.label: {
+                "score": one.score,
+                "low": one.interval[0],
+                "high": one.interval[1],
+                "place": self.place(one.label),
+            }
+            for one in self.contenders
+        }
+        behind = {
+            label: {
+                "value": one.value,
+                "low": finite(one.low),
+                "high": finite(one.high),
+                "paired": one.paired,
+                "tie": one.tie,
+            }
+            for label, one in self.differences.items()
+        }
+        return {
+            "statement": self.statement(),
+            "metric": self.metric,
+            "level": LEVEL,
+            "scores": scores,
+            "behind_the_best": behind,
+        }
+
+    def basis(self) -> str:
+        """What the statement rests on."""
+        paired = [difference for difference in self.differences.values() if difference.paired]
+        if not paired:
+            return (
+                "The outcome of each test problem was not kept, so this compares the methods' separate 95% intervals; a "
+                "paired test may tell more of them apart."
+            )
+        problems = next(run.shape[1] for run in self.best.runs.values() if run is not None)
+        fewest, most = min(one.seeds for one in paired), max(one.seeds for one in paired)
+        seeds = "one seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+        text = f"95% paired bootstrap, {problems:,} test problems, {seeds}."
+        if most == 1:
+            text += " Another seed may order them otherwise."
+        if len(paired) < len(self.differences):
+            text += " Where outcomes were not kept: separate 95% intervals."
+        return text
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: None for what is no number."""
+    return value if math.isfinite(value) else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """A, B and C; with semicolons where a name has a comma of its own."""
+    between = "; " if any("," in name for name in names) else ", "
+    return (f"{between.strip()} and " if between == "; " else " and ").join(
+        filter(None, [between.join(names[:-1]), *names[-1:]])
+    )
+
+
+def standing(metric: str, contenders: Sequence[Contender]) -> Standing | None:
+    """Hold the contenders against the best of them; None if there is none with a score."""
+    usable = sorted((one for one in contenders if math.isfinite(one.score)), key=lambda one: -one.score)
+    if not usable:
+        return None
+    best = usable[0]
+    shapes = {run.shape for one in usable for run in one.runs.values() if run is not None}
+    drawn = {shape: _Draws(shape, usable) for shape in shapes}
+    differences = {}
+    for other in usable[1:]:
+        common = [
+            seed for seed, run in best.runs.items() if run is not None and _shape(other.runs.get(seed)) == run.shape
+        ]
+        if common:
+            runs = [(best.runs[seed], other.runs[seed]) for seed in common]
+            differences[other.label] = drawn[_shape(runs[0][0]) or ()].difference(runs)
+        else:
+            differences[other.label] = _combined(best, other)
+    return Standing(metric, best, differences, usable)
+
+
+def _shape(run: Outcomes | None) -> tuple[Any, ...] | None:
+    return None if run is None else run.shape
+
+
+def _combined(best: Contender, other: Contender) -> Difference:
+    """From the two intervals: a limit of a difference lies as far from it as the root of the limits' squared distances."""
+    value = best.score - other.score
+    low = value - math.hypot(best.score - best.interval[0], other.interval[1] - other.score)
+    high = value + math.hypot(best.interval[1] - best.score, other.score - other.interval[0])
+    return Difference(value, low, high, paired=False)
+
+
+class _Draws:
+    """Scores of all models that were measured alike, on the same bootstrap samples of their problems."""
+
+    def __init__(self, shape: Any, contenders: Sequence[Contender]) -> None:
+        self._accuracy = shape[0] == "accuracy"
+        runs = [run for one in contenders for run in one.runs.values() if _shape(run) == shape]
+        self._runs: dict[int, Outcomes] = {id(run): run for run in runs if run is not None}
+        self._scores, self._favour = _resampled(list(self._runs.values()), shape[2])
+        self._places = {key: place for place, key in enumerate(self._runs)}
+
+    def difference(self, pairs: Sequence[tuple[Outcomes | None, Outcomes | None]]) -> Difference:
+        """Of two models, given for each seed."""
+        first, second = ([self._places[id(run)] for run in side] for side in zip(*pairs))
+        drawn = self._scores[first] - self._scores[second]  # (seeds, resamples)
+        value = _mean_score([self._runs[id(one)] for one, _ in pairs]) - _mean_score(
+            [self._runs[id(other)] for _, other in pairs]
+        )
+        seeds = len(pairs)
+        if seeds > 1:
+            generator = np.random.default_rng(1)
+            which = generator.integers(0, seeds, (seeds - 1, drawn.shape[1]))
+            drawn = np.take_along_axis(drawn, which, axis=0)
+        low, high = np.quantile(drawn.mean(0) + self._favour, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Difference(value, float(low), float(high), paired=True, seeds=seeds)
+
+
+def _mean_score(runs: Sequence[Outcomes]) -> float:
+    return float(np.mean([_scores(run, np.ones((1, len(run.predicted)), np.float32), run.groups)[0] for run in runs]))
+
+
+def _resampled(runs: Sequence[Outcomes], groups: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (runs, resamples), and what the made-up problems add to a difference, (resamples,).
+
+    Problems are drawn within their data set. For accuracy each data set has two more that a difference of scores counts as
+    +1 and as -1.
+    """
+    made_up = 2 if runs[0].metric == "accuracy" else 0
+    generator = np.random.default_rng(0)
+    scores, favours = [], []
+    done, step = 0, max(1, _AT_ONCE // sum(groups))
+    while done < RESAMPLES:
+        size = min(step, RESAMPLES - done)
+        counts, favour = [], np.zeros(size)
+        for group in groups:
+            drawn = generator.integers(0, group + made_up, (size, group + made_up))
+            drawn += np.arange(size)[:, None] * (group + made_up)
+            found = np.bincount(drawn.ravel(), minlength=size * (group + made_up)).reshape(size, -1)
+            counts.append(found[:, :group])
+            if made_up:
+                favour += (found[:, group] - found[:, group + 1]) / (group + made_up) / len(groups)
+        weights = np.concatenate(counts, axis=1).astype(np.float32)
+        sizes = [group + made_up for group in groups]
+        scores.append(np.stack([_scores(run, weights, sizes) for run in runs]))
+        favours.append(favour)
+        done += size
+    return np.concatenate(scores, axis=1), np.concatenate(favours)
+
+
+def _scores(run: Outcomes, weights: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The metric of each sample; `weights` (samples, problems) says how often a problem is in it."""
+    if run.gold is None:
+        ends = list(itertools.accumulate(run.groups))
+        parts = [
+            (weights[:, end - group : end] @ run.predicted[end - group : end]).astype(float) / size  # exact counts
+            for group, end, size in zip(run.groups, ends, sizes)
+        ]
+        return np.mean(parts, axis=0)
+    if run.metric in ("f1", "matthews"):
+        pairs = np.zeros((len(run.gold), run.classes**2), np.float32)
+        pairs[np.arange(len(run.gold)), run.predicted * run.classes + run.gold] = 1
+        tables = (weights @ pairs).astype(float).reshape(-1, run.classes, run.classes)
+        return (f1_of_tables if run.metric == "f1" else matthews_of_tables)(tables)
+    sides = (run.predicted, run.gold)
+    first, second = (_ranks(weights, side) if run.metric == "spearman" else side[None] for side in sides)
+    return _correlation(weights, first, second)
+
+
+def _ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Each problem's rank in each sample, equal values sharing their mean rank: (samples, problems)."""
+    _, place, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    starts = np.cumsum(sizes) - sizes
+    counts = np.add.reduceat(weights[:, np.argsort(values, kind="stable")], starts, axis=1)
+    return (counts.cumsum(1) - (counts - 1) / 2)[:, place]
+
+
+def _correlation(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Pearson's, 0 where one side is constant; the sides are (1 or samples, problems)."""
+    total = weights.sum(1, keepdims=True)
+
+    def centred(side: np.ndarray) -> np.ndarray:
+        return side - (weights * side).sum(1, keepdims=True) / total
+
+    one, other = centred(first), centred(second)
+    both, left, right = ((weights * product).sum(1) for product in (one * other, one * one, other * other))
+    below = np.sqrt(left * right)
+    return np.divide(both, below, out=np.zeros_like(both), where=below > 0)
