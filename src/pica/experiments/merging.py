@@ -80,10 +80,7 @@ def merge(adapter: Path, target: Path, *, base: str | None = None, dtype: str = 
     for name, parameter in merged.named_parameters():
         if not torch.isfinite(parameter).all():
             raise AdapterFileError(f"Merged weight {name} is not finite in {chosen}; choose another with --dtype.")
-    if target.is_dir():
-        with files.translated_write_errors(target):
-            target.rmdir()  # empty, as checked
-    with files.atomic_folder(target) as partial:
+    with files.atomic_folder(target, replace=False) as partial:
         merged.save_pretrained(str(partial))
         processor.save_pretrained(str(partial))
     return target
