@@ -1,7 +1,6 @@
 """`pica env`: what to paste into a bug report."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,10 @@ def run(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
 
     from pica.experiments.environment import environment
+    from pica.experiments.output import json_text
 
     found = environment()
-    print(json.dumps(found, indent=2) if given.json else "\n".join(_lines(found)))
+    print(json_text(found, indent=2) if given.json else "\n".join(_lines(found)))
     return 0
 
 

@@ -101,9 +101,10 @@ def run(arguments: Sequence[str]) -> int:
         found = estimate(question, progress=status.update)
     if given.json:
         import dataclasses
-        import json
 
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        from pica.experiments.output import json_text
+
+        print(json_text(dataclasses.asdict(found), indent=2))
     else:
         print(as_text(found))
     return 0

@@ -69,11 +69,12 @@ class Evaluation:
             yield {name: value for name, value in shown.items() if name != "group" or value}
 
 
-def shown_score(metric: str, score: float, stderr: float) -> str:
-    """A score with its standard error: shares in percent, correlations as they are."""
-    if metric in ("accuracy", "f1"):
-        return f"{score:.1%} ± {stderr:.1%}"
-    return f"{score:.4f} ± {stderr:.4f}"
+def shown_score(metric: str, score: float | None, stderr: float | None) -> str:
+    """A score with its standard error: shares in percent, correlations as they are; either may be undefined."""
+    kind = ".1%" if metric in ("accuracy", "f1") else ".4f"
+    if score is None or not math.isfinite(score):
+        return "undefined"
+    return format(score, kind) + (f" ± {format(stderr, kind)}" if stderr is not None and math.isfinite(stderr) else "")
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pica.errors import ConfigError
-from pica.experiments.output import RESOLVED, write_text
+from pica.experiments.output import RESOLVED, json_text, write_text
 from pica.report import page as html
 from pica.report.figures import INK, Sheet, figure, style
 from pica.report.page import Column, Page
@@ -84,7 +84,7 @@ def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], 
     if curve:
         made.section("Loss", _curves(curve))
     made.section("Recipe", html.preformatted(recipe))
-    made.download("metrics.json", json.dumps(metrics, indent=2), kind="application/json")
+    made.download("metrics.json", json_text(metrics, indent=2), kind="application/json")
     made.download(RESOLVED, recipe, kind="text/yaml")
     return made.html()
 
