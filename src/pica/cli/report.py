@@ -47,10 +47,9 @@ def run(arguments: Sequence[str]) -> int:
     if given.output is None:
         return _write(given)
 
-    from pica.experiments.output import check_file, claimed
+    from pica.experiments.output import claimed_file
 
-    with claimed(given.output):
-        check_file(given.output, overwrite=given.overwrite)
+    with claimed_file(given.output, overwrite=given.overwrite):
         return _write(given)
 
 

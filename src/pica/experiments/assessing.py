@@ -62,8 +62,7 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
     """
     if request.output is None:
         return _assess(request, reporter)
-    with files.claimed(request.output):
-        files.check_file(request.output, overwrite=request.overwrite)  # now, not after the answers
+    with files.claimed_file(request.output, overwrite=request.overwrite):  # now, not after the answers
         found = _assess(request, reporter)
         files.write_jsonl(request.output, found.result.rows())
     return found

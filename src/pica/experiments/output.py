@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def create(folder: Path, recipe: str) -> None:
             elif path.name != LOCK:
                 path.unlink()
     write_text(folder / RESOLVED, recipe)
+
+
+@contextmanager
+def claimed_file(target: Path, *, overwrite: bool) -> Iterator[None]:
+    """`claimed`, for a file that is written in the block and may be written at all; see `check_file`."""
+    check_file(target, overwrite=overwrite)  # before a claim would make folders
+    with claimed(target):
+        check_file(target, overwrite=overwrite)
+        yield
 
 
 def check_file(target: Path, *, overwrite: bool = False) -> None:
