@@ -47,6 +47,8 @@ def test_evaluate_takes_run_adapter_base_and_merged_model(
     pica: Callable, run_folder: Path, model_folder: Path, tmp_path: Path
 ):
     merged = tmp_path / "merged"
+    (tmp_path / "elsewhere").mkdir()
+    merged.symlink_to("elsewhere")
     outcome = pica("merge", run_folder, "-o", merged)
     assert outcome.status == 0, outcome.err
     assert str(merged) in outcome.out

@@ -137,12 +137,17 @@ def test_an_interrupted_analysis_goes_on(base: Path, tmp_path: Path, monkeypatch
     assert len(again) == 9
     assert not set(again) & set(seen)
     assert resumed.layers == analyse(settings, tmp_path / "whole", reporter=Silent()).layers
-    with pytest.raises(OutputError, match="unfinished analysis of something else"):
+    with pytest.raises(OutputError, match=r"unfinished analysis .* this differs: rank \(4 then, 5 now\)\."):
         analyse(Settings(str(base), str(tuned), rank=5), tmp_path / "out", reporter=Silent())
     variant(base, tmp_path / "newer", in_column_space(3)).rename(tmp_path / "moved")
     (tmp_path / "tuned" / "model.safetensors").write_bytes((tmp_path / "moved" / "model.safetensors").read_bytes())
-    with pytest.raises(OutputError, match="unfinished"):  # the same folder, but other weights
+    with pytest.raises(OutputError, match="this differs: model.safetensors of the tuned model"):
         analyse(settings, tmp_path / "out", reporter=Silent())
+    moved = Settings(str(base), str(tmp_path / "moved"), rank=4)
+    with pytest.raises(OutputError, match="unfinished"):
+        analyse(moved, tmp_path / "out", reporter=Silent())
+    analyse(moved, tmp_path / "out", reporter=Silent(), replace=True)
+    assert analyse(moved, tmp_path / "out", reporter=Silent()).layers != resumed.layers
 
 
 def test_refusals(base: Path, tmp_path: Path):

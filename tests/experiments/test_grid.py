@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import yaml
 from html5lib import HTMLParser
 
 from pica.errors import OutputError
-from pica.experiments.cells import Cell
+from pica.experiments.cells import FORMAT, Cell, make_cell, record_path
 from pica.experiments.comparison import Comparison, load_comparison
 from pica.experiments.grid import run_grid
 from pica.experiments.interrupts import Interrupted
+from pica.experiments.output import claimed, write_json
 from pica.report.comparison import write_report
 
 METHODS = [
@@ -172,3 +174,28 @@ def test_a_folder_of_something_else_is_left_alone(comparison: Callable[..., Comp
     with pytest.raises(OutputError, match="holds the comparison 'other'"):
         run(comparison(), folder)
     assert (folder / "comparison.yaml").read_text() == "name: other"
+
+
+def test_cells_are_of_the_model_as_it_is(comparison: Callable[..., Comparison], model_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    made = comparison([{**METHODS[0], "learning_rates": [0.01]}], model__path=str(folder))
+    before = [make_cell(made, made.rows[0], seed, (0.01,)) for seed in (0, 1)]
+    assert make_cell(made, made.rows[0], 0, (0.01,)) == before[0]
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    after = make_cell(made, made.rows[0], 0, (0.01,))
+    assert after.key != before[0].key
+    assert after.earlier_key == before[0].earlier_key
+    for cell in before:  # as a version that did not look at the model's files left them
+        head = {"format": FORMAT, "key": cell.earlier_key, "label": "PiCa", "seed": cell.seed}
+        record = head | {"status": "done", "result": {"learning_rate": 0.01}}
+        write_json(record_path(tmp_path / "out", cell.earlier_key), record)
+    write_json(tmp_path / "out" / "comparison.yaml", {"name": "tiny"})
+    watcher = Recorder()
+    assert [record["key"] for record in run(made, tmp_path / "out", watcher)] == [cell.earlier_key for cell in before]
+    assert watcher.began == []
+
+
+def test_two_comparisons_do_not_share_a_folder(comparison: Callable[..., Comparison], tmp_path: Path):
+    with claimed(tmp_path / "out"), pytest.raises(OutputError, match="Another pica"):
+        run(comparison(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

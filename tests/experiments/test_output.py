@@ -113,10 +113,75 @@ def test_overwriting_is_for_earlier_runs_only(tmp_path: Path):
         output.check_free(tmp_path, overwrite=False)
     output.check_free(tmp_path, overwrite=True)
     assert (tmp_path / "precious.txt").exists(), "checking must not delete"
-    output.create(tmp_path)
-    assert everything_in(tmp_path) == []
+    output.create(tmp_path, "name: y")
+    assert everything_in(tmp_path) == [output.RESOLVED]
 
 
 def test_csv_has_the_columns_asked_for(tmp_path: Path):
     output.write_csv(tmp_path / "a.csv", [{"a": 1, "b": 2}, {"a": 3, "c": 4}], ("a", "c"))
     assert (tmp_path / "a.csv").read_text() == "a,c\n1,\n3,4\n"
+
+
+@pytest.mark.parametrize("kind", ["run", "json", "folder", "claim"])
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, kind: str):
+    target = tmp_path / "new" / "er" / "out"
+
+    def write() -> None:
+        with files_no_longer_than(0):
+            if kind == "run":
+                output.create(target, "name: x")
+            elif kind == "json":
+                output.write_json(target, {"a": 1})
+            elif kind == "folder":
+                with output.atomic_folder(target) as partial:
+                    (partial / "a").write_text("1")
+            else:
+                with output.claimed(target):
+                    output.write_text(target, "x")
+
+    with pytest.raises(OutputError, match="No room left to write"):
+        write()
+    assert everything_in(tmp_path) == []
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path):
+    def write() -> None:
+        with output.atomic_folder(tmp_path / "out", replace=False) as partial:
+            (partial / "a").write_text("mine")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "a").write_text("theirs")
+
+    with pytest.raises(OutputError, match="out. was free when this began and is no longer"):
+        write()
+    assert everything_in(tmp_path) == ["out", "out/a"]
+    assert (tmp_path / "out" / "a").read_text() == "theirs"
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with output.atomic_folder(tmp_path / "link", replace=False) as partial:
+        (partial / "a").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert everything_in(tmp_path / "real") == ["a"]
+
+
+def test_json_holds_nothing_that_json_has_not(tmp_path: Path):
+    value = {"a": float("nan"), "b": [1.5, float("inf"), (float("-inf"), "é")], "c": {"d": None}}
+    output.write_json(tmp_path / "a.json", value)
+    output.write_jsonl(tmp_path / "a.jsonl", [value])
+    expected = {"a": None, "b": [1.5, None, [None, "é"]], "c": {"d": None}}
+    for file in ("a.json", "a.jsonl"):
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert json.loads(text, parse_constant=pytest.fail) == expected
+    assert output.plain(value) == expected
+
+
+def test_a_file_that_is_there_is_only_replaced_when_asked(tmp_path: Path):
+    (tmp_path / "a").write_text("precious")
+    output.check_file(tmp_path / "b")
+    with pytest.raises(
+        OutputError, match="a. is there already; name another file with --output, or replace it with --over"
+    ):
+        output.check_file(tmp_path / "a")
+    output.check_file(tmp_path / "a", overwrite=True)

@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,30 +54,54 @@ def translated_write_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def make_parents(target: Path) -> list[Path]:
+    """Make the folders above `target` that are missing, and return them, the deepest first; see `remove_empty`."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        remove_empty(missing)
+        raise
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of these folders that are there and empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """A new folder to fill, which takes the name `target` once the block has ended without an error.
 
     Its files are flushed to disk first. A folder that is there is replaced in one step where the system can (Linux), so
     that whoever looks, also after a kill or a power cut, finds the one or the other; elsewhere in two.
 
+    Args:
+        target: Its name; where that is a link to a folder, that folder's.
+        replace: Whether to replace a folder that is not empty.
     Raises:
-        OutputError: Writing failed; nothing is left behind, and `target` is as it was.
+        OutputError: Writing failed, or `target` is not empty and not to be replaced; nothing is left behind, and `target`
+            is as it was.
     """
     target = Path(os.path.realpath(target.expanduser()))
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     with translated_write_errors(target):
+        made = make_parents(target)
         try:
-            partial.mkdir(parents=True)
+            partial.mkdir()
             _remove_leftovers(target)
             yield partial
-            for path in partial.rglob("*"):
-                _make_readable(path, partial.stat().st_mode)
-                flush(path)
-            flush(partial)
-            _put_in_place(partial, target)
+            flush_all(partial)
+            if replace:
+                put_in_place(partial, target)
+            else:
+                _put_where_nothing_is(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            remove_empty(made)
 
 
 @contextmanager
@@ -91,7 +115,7 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: `target` is a file or a folder that must not be replaced, or cannot be written.
     """
     check_replaceable(target, overwrite=overwrite)
-    with atomic_folder(target) as partial:
+    with atomic_folder(target, replace=overwrite) as partial:
         yield partial
 
 
@@ -120,11 +144,29 @@ def _remove_leftovers(target: Path) -> None:
                     shutil.rmtree(path)
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def _put_where_nothing_is(partial: Path, target: Path) -> None:
+    if os.name == "nt" and target.is_dir():
+        target.rmdir()  # elsewhere renaming does that, in the same step
+    try:
+        os.rename(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OutputError(
+            f"{str(target)!r} was free when this began and is no longer, so nothing was written; choose another place with "
+            "--output."
+        ) from None
+    flush(target.parent)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a complete folder its name; one of that name is removed. Both in the same folder, on one file system."""
     old = partial.with_suffix(".old")
     if not target.is_dir():
         os.rename(partial, target)
-    elif not _exchange(partial, target):  # else the caller removes the old one, which is now called `partial`
+    elif _exchange(partial, target):
+        old = partial  # that is what it is called now
+    else:
         os.rename(target, old)
         try:
             os.rename(partial, target)
@@ -156,6 +198,14 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     rename.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
     return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def flush_all(folder: Path) -> None:
+    """Have a folder and all in it on disk, readable by whom the system's settings say."""
+    for path in folder.rglob("*"):
+        _make_readable(path, folder.stat().st_mode)
+        flush(path)
+    flush(folder)
 
 
 def flush(path: Path) -> None:

@@ -3,6 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pica.experiments.place import Place
 
 from pica.cli.options import whole
 from pica.cli.show import show
@@ -59,11 +63,12 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading() as shown:
-        from pica.errors import ConfigError, OutputError
-        from pica.experiments.analysis import PROGRESS, Settings, analyse
+        from pica.errors import ConfigError
+        from pica.experiments import output as files
+        from pica.experiments.analysis import Settings, analyse
         from pica.experiments.ranks import recipe_text, suggest
         from pica.experiments.weights import linear_weights, open_folder
-        from pica.report.analysis_report import DATA_FILE, console_table, verdict, write
+        from pica.report.analysis_report import console_table, verdict, write
     settings = Settings(
         given.base,
         given.tuned,
@@ -77,34 +82,45 @@ def run(arguments: Sequence[str]) -> int:
     if given.suggest_rank is not None and not 0 < given.suggest_rank <= 1:
         raise ConfigError(f"--suggest-rank {given.suggest_rank} must lie above 0 and be at most 1, for instance 0.9.")
     folder = given.output.expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{str(folder)!r} is a file; choose a folder with --output.")
-    ours = (folder / DATA_FILE).is_file() or (folder / PROGRESS).is_file()
-    if folder.is_dir() and any(folder.iterdir()):
-        if not ours:
-            raise OutputError(
-                f"{str(folder)!r} is not empty and holds no analysis; choose another folder with --output."
-            )
-        if (folder / DATA_FILE).is_file() and not given.overwrite:
-            raise OutputError(
-                f"{str(folder)!r} holds an analysis; choose another folder, or replace it with --overwrite."
-            )
     try:
-        analysis = analyse(settings, folder, reporter=shown, replace=given.overwrite)
+        with files.claimed(folder):
+            place = _place(folder, overwrite=given.overwrite)
+            analysis = analyse(settings, place.folder, reporter=shown, replace=given.overwrite)
+            suggestion = recipe = None
+            if given.suggest_rank is not None:
+                suggestion = suggest(analysis, given.suggest_rank)
+                paths = [target.path for target in linear_weights(open_folder(given.base))]
+                recipe = recipe_text(analysis, suggestion, paths)
+            with shown.console.status("Drawing"):
+                written = write(analysis, place.folder, suggestion=suggestion, recipe=recipe)
+            place.done()
     except KeyboardInterrupt:
         shown.say(f"Interrupted; what was measured is kept in {folder}. The same command goes on from there.")
         return 130
-    suggestion = recipe = None
-    if given.suggest_rank is not None:
-        suggestion = suggest(analysis, given.suggest_rank)
-        paths = [target.path for target in linear_weights(open_folder(given.base))]
-        recipe = recipe_text(analysis, suggestion, paths)
-    with shown.console.status("Drawing"):
-        written = write(analysis, folder, suggestion=suggestion, recipe=recipe)
     show(console_table(analysis, suggestion))
     for sentence in (*verdict(analysis), *analysis.notes):
         show(f"\n{sentence}")
     show()
     for path in written:
-        show(path)
+        show(folder / path.name)
     return 0
+
+
+def _place(folder: Path, *, overwrite: bool) -> "Place":
+    """Where to write, if the folder may be written to."""
+    from pica.errors import OutputError
+    from pica.experiments import output as files
+    from pica.experiments.analysis import PROGRESS
+    from pica.experiments.place import Place
+    from pica.report.analysis_report import DATA_FILE
+
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{str(folder)!r} is a file; choose a folder with --output.")
+    place = Place(folder, DATA_FILE)
+    finished = (folder / DATA_FILE).is_file()
+    if not files.is_empty(folder) and not finished and not (folder / PROGRESS).is_file():
+        raise OutputError(f"{str(folder)!r} is not empty and holds no analysis; choose another folder with --output.")
+    if finished and not overwrite:
+        raise OutputError(f"{str(folder)!r} holds an analysis; choose another folder, or replace it with --overwrite.")
+    place.check(overwrite=True)  # what was begun to replace it goes on
+    return place

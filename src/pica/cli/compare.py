@@ -181,7 +181,8 @@ class GridDisplay:
         else:
             result = record["result"]
             score = result.get("score", result.get("accuracy"))
-            self._say(f"{cell.label}: {score:.4f} at rate {result['learning_rate']:g}, {record['wall_seconds']:.0f} s")
+            shown = "undefined" if score is None else f"{score:.4f}"
+            self._say(f"{cell.label}: {shown} at rate {result['learning_rate']:g}, {record['wall_seconds']:.0f} s")
         self._progress.update(self._tasks[worker], note="")
 
     def grid(self, done: int, failed: int, total: int) -> None:

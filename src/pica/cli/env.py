@@ -1,7 +1,6 @@
 """`pica env`: what to paste into a bug report."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,10 @@ def run(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
 
     from pica.experiments.environment import environment
+    from pica.experiments.output import json_text
 
     found = environment()
-    show(json.dumps(found, indent=2) if given.json else "\n".join(_lines(found)))
+    show(json_text(found, indent=2) if given.json else "\n".join(_lines(found)))
     return 0
 
 

@@ -1,7 +1,7 @@
 """`pica evaluate`: measure a model or an adapter on a task."""
 
 import argparse
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     add_trust(made)
     made.add_argument("-o", "--output", type=Path, metavar="FILE", help="write every prediction to this .jsonl file")
+    made.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     made.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return made
 
@@ -72,11 +73,12 @@ def run(arguments: Sequence[str]) -> int:
 
     with loading() as shown:
         from pica.experiments.assessing import Request, assess
+        from pica.experiments.output import json_text
     options = {name: value for name, value in vars(given).items() if name != "json"}
     found = assess(Request(**options), reporter=shown)
     summary = {"model": found.model, "task": found.task, "data": found.data, **found.result.summary()}
     if given.json:
-        show(json.dumps(summary, indent=2))
+        show(json_text(summary, indent=2))
         return 0
     result = found.result
     show(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
@@ -103,6 +105,8 @@ def _uncertainty(result: Any) -> str:
 
 
 def _shown(metric: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "undefined"
     return f"{value:.2%}" if metric in ("accuracy", "f1") else f"{value:.4f}"
 
 

@@ -62,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
     with loading() as shown:
         import pica
+        from pica.adapters.claims import claimed
         from pica.adapters.lora_export import ExportPlan, export_lora
         from pica.adapters.lora_folder import error_table
         from pica.experiments.assessing import require_adapter
@@ -77,10 +78,11 @@ def run(arguments: Sequence[str]) -> int:
         if plan.filled:
             show(f"zero adapters for {len(plan.filled)} layers that the engine expects")
 
-    with shown.console.status("Exporting"):
+    output = given.output.expanduser()
+    with shown.console.status("Exporting"), claimed(output):
         done = export_lora(
             adapter,
-            given.output.expanduser(),
+            output,
             locate(base_of(adapter, given.base)),
             rank=given.rank,
             energy=given.energy,

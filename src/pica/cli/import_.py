@@ -47,6 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     with loading() as shown:
         import pica
         from pica.adapters.base_model import load_base_model
+        from pica.adapters.claims import claimed
         from pica.adapters.folders import check_replaceable, new_folder
         from pica.adapters.reference import import_reference, read_reference
         from pica.experiments.models import locate
@@ -54,20 +55,21 @@ def run(arguments: Sequence[str]) -> int:
 
         pica.register()
     output = given.output.expanduser()
-    check_replaceable(output, overwrite=given.overwrite)
-    saved = read_reference(given.folder)
-    with shown.console.status("Loading the base model"):
-        recorded = PicaConfig(base_model_name_or_path=saved.base_model)
-        base = load_base_model(
-            locate(given.base) if given.base else None,
-            recorded,
-            revision=given.revision,
-            trust_remote_code=given.trust_remote_code,
-        )
-    with shown.console.status("Decomposing the weights"):
-        model = import_reference(base, given.folder, svd_device=given.svd_device)
-    with new_folder(output, overwrite=given.overwrite) as work:
-        model.peft_config["default"].inference_mode = True
-        model.save_pretrained(str(work))
+    with claimed(output):
+        check_replaceable(output, overwrite=given.overwrite)
+        saved = read_reference(given.folder)
+        with shown.console.status("Loading the base model"):
+            recorded = PicaConfig(base_model_name_or_path=saved.base_model)
+            base = load_base_model(
+                locate(given.base) if given.base else None,
+                recorded,
+                revision=given.revision,
+                trust_remote_code=given.trust_remote_code,
+            )
+        with shown.console.status("Decomposing the weights"):
+            model = import_reference(base, given.folder, svd_device=given.svd_device)
+        with new_folder(output, overwrite=given.overwrite) as work:
+            model.peft_config["default"].inference_mode = True
+            model.save_pretrained(str(work))
     show(f"Adapter: {given.output} (rank {saved.rank}, basis included)")
     return 0

@@ -45,16 +45,12 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading() as shown:
+        from pica.adapters.claims import claimed
         from pica.experiments.assessing import require_adapter
         from pica.experiments.merging import merge
     adapter = require_adapter(given.adapter.expanduser())
-    with shown.console.status("Merging"):
-        merge(
-            adapter,
-            given.output.expanduser(),
-            base=given.base,
-            dtype=given.dtype,
-            trust_remote_code=given.trust_remote_code,
-        )
+    output = given.output.expanduser()
+    with shown.console.status("Merging"), claimed(output):
+        merge(adapter, output, base=given.base, dtype=given.dtype, trust_remote_code=given.trust_remote_code)
     show(f"Merged model: {given.output}")
     return 0

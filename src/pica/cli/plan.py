@@ -108,9 +108,10 @@ def run(arguments: Sequence[str]) -> int:
         found = estimate(question, progress=status.update)
     if given.json:
         import dataclasses
-        import json
 
-        show(json.dumps(dataclasses.asdict(found), indent=2))
+        from pica.experiments.output import json_text
+
+        show(json_text(dataclasses.asdict(found), indent=2))
     else:
         show(as_text(found))
     return 0

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the page, report.html in the folder if left out; with --vtab a page (.html) or numbers (.csv)",
     )
+    made.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return made
 
@@ -43,10 +44,20 @@ def run(arguments: Sequence[str]) -> int:
     """Parse and write."""
     made = parser()
     given = made.parse_intermixed_args(arguments)  # a folder may also stand behind an option
+    if len(given.folder) > 1 and not given.vtab:
+        made.error("one folder at a time, but with --vtab")
+    if given.output is None:
+        return _write(given)
+
+    from pica.experiments.output import claimed_file
+
+    with claimed_file(given.output, overwrite=given.overwrite):
+        return _write(given)
+
+
+def _write(given: argparse.Namespace) -> int:
     if given.vtab:
         return _vtab(given.folder, given.output)
-    if len(given.folder) > 1:
-        made.error("one folder at a time, but with --vtab")
     given.folder = given.folder[0]
 
     from pica.report.pictures_page import is_picture_run, write_picture_page

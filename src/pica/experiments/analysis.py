@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from pica import theory
 from pica.errors import ConfigError, OutputError
 from pica.experiments import output as files
+from pica.experiments.origins import differing_files, model_digest
 from pica.experiments.reporting import Reporter
 from pica.experiments.weights import (
     Target,
@@ -141,7 +142,7 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter, replace: bo
         settings: What to analyse.
         folder: Existing or new; takes PROGRESS until the results are written.
         reporter: Is told the progress.
-        replace: Remove `folder` and what is in it first, once both models are found to be there.
+        replace: Begin anew where `folder` holds the progress of another analysis, instead of refusing.
 
     Raises:
         ConfigError: A model is not to be had, or no layer is left to analyse.
@@ -163,12 +164,10 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter, replace: bo
     notes = [] if tuned is None else list(tuned.notes)
     if len(targets) < len(chosen):
         notes.append(f"{len(chosen) - len(targets)} of {len(chosen)} linear layers are not in {settings.tuned!r}.")
-    if replace and folder.is_dir():
-        with files.translated_write_errors(folder):
-            shutil.rmtree(folder)
-    done = _read_progress(folder, settings)
+    header = _header(settings)
+    done = _read_progress(folder, header, replace=replace)
     label = "Analysing layers"
-    with _progress_file(folder, settings, done) as keep, reporter.bar(label, len(targets)) as advance:
+    with _progress_file(folder, header, done) as keep, reporter.bar(label, len(targets)) as advance:
         layers = []
         for target in targets:
             if target.path not in done:
@@ -305,57 +304,68 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _read_progress(folder: Path, settings: Settings) -> dict[str, Layer]:
-    """Layers that an interrupted analysis with the same settings has measured."""
+def _read_progress(folder: Path, header: Mapping[str, Any], *, replace: bool) -> dict[str, Layer]:
+    """Layers that an interrupted analysis with the same settings and models has measured."""
     path = folder / PROGRESS
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     try:
-        header, *rows = (json.loads(line) for line in lines if line.endswith("}"))  # the last may be cut off
-    except ValueError:
-        header, rows = None, []
-    if header != _header(settings):
+        before, *rows = (json.loads(line) for line in lines if line.endswith("}"))  # the last may be cut off
+        changed = _changes(before, header)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        rows, changed = [], ["the file of its progress, which is damaged or of another version"]
+    if changed and replace:
+        return {}
+    if changed:
         raise OutputError(
-            f"{str(folder)!r} holds an unfinished analysis of something else; choose another folder with --output, "
-            "or replace it with --overwrite."
+            f"{str(folder)!r} holds an unfinished analysis that cannot go on, since this differs: {'; '.join(changed)}. "
+            "Choose another folder with --output, or begin anew with --overwrite."
         )
     return {row["path"]: Layer(**row) for row in rows}
 
 
 def _header(settings: Settings) -> dict[str, Any]:
-    """Settings, and when the files last changed: a model that was trained on is another one."""
-    stamps = {}
-    for location in (settings.base, settings.tuned):
-        if location is not None and Path(location).expanduser().is_dir():
-            found = sorted(Path(location).expanduser().rglob("*.safetensors"))
-            stamps[location] = [[file.name, file.stat().st_mtime_ns] for file in found]
-    return {"settings": asdict(settings), "files": stamps}
+    """What an analysis begins with: a model that was trained on meanwhile is another one."""
+    models = {name: getattr(settings, name) for name in ("base", "tuned")}
+    digests = {name: model_digest(place) for name, place in models.items() if place is not None}
+    return {"settings": asdict(settings), "models": digests}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    settings, models = before["settings"], before["models"]
+    found = [
+        f"{name} ({settings.get(name)!r} then, {value!r} now)"
+        for name, value in now["settings"].items()
+        if settings.get(name) != value and not (name in ("base", "tuned") and models.get(name))
+    ]
+    for name, digests in now["models"].items():
+        found += [f"{file} of the {name} model" for file in differing_files(models.get(name, {}), digests)]
+    return found
 
 
 class _progress_file:
     """Appends measured layers, each flushed, so that what was measured survives."""
 
-    def __init__(self, folder: Path, settings: Settings, done: Mapping[str, Layer]) -> None:
-        self._folder, self._settings, self._done = folder, settings, dict(done)
+    def __init__(self, folder: Path, header: Mapping[str, Any], done: Mapping[str, Layer]) -> None:
+        self._folder, self._header, self._done = folder, header, dict(done)
 
     def __enter__(self):
+        # written anew: a line that was cut off goes
+        files.write_jsonl(self._folder / PROGRESS, [self._header, *(asdict(layer) for layer in self._done.values())])
         with files.translated_write_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # written anew: a line that was cut off goes
-            rows = [_header(self._settings), *(asdict(layer) for layer in self._done.values())]
-            files.write_jsonl(self._folder / PROGRESS, rows)
             self._file = open(self._folder / PROGRESS, "a", encoding="utf-8")
 
         def keep(layer: Layer) -> None:
             with files.translated_write_errors(self._folder):
-                self._file.write(json.dumps(asdict(layer)) + "\n")
+                self._file.write(files.json_text(asdict(layer)) + "\n")
                 self._file.flush()
 
         return keep
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written has been told by `keep`
+            self._file.close()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Request:
     revision: str | None = None
     trust_remote_code: bool = False
     output: Path | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,15 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
     Raises:
         PicaError: The model, the task or the data is not to be had, or the predictions can't be written.
     """
-    if request.output is not None:
-        files.check_file(request.output)  # now, not after the answers
+    if request.output is None:
+        return _assess(request, reporter)
+    with files.claimed_file(request.output, overwrite=request.overwrite):  # now, not after the answers
+        found = _assess(request, reporter)
+        files.write_jsonl(request.output, found.result.rows())
+    return found
+
+
+def _assess(request: Request, reporter: Reporter) -> Assessment:
     adapter = find_adapter(Path(request.model).expanduser())
     recipe = _recipe(request, adapter)
     task = get_task(recipe.task.name)
@@ -79,8 +87,6 @@ def assess(request: Request, *, reporter: Reporter) -> Assessment:
     else:
         model = pipeline.load_base()
     result = pipeline.evaluate(model.to(device()), examples, reporter=reporter, label="Answering")
-    if request.output is not None:
-        files.write_jsonl(request.output, result.rows())
     return Assessment(str(adapter or request.model), recipe.task.name, data, result)
 
 

@@ -8,13 +8,11 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -25,6 +23,7 @@ from pica.experiments import output as files
 from pica.experiments.comparison import Comparison, Row
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.methods import METHODS
+from pica.experiments.origins import file_digest, model_digest
 from pica.experiments.parsing import dump_recipe
 from pica.experiments.recipe import Recipe, columns_of, with_absolute_paths
 from pica.experiments.reporting import Advance
@@ -40,6 +39,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """Of a recipe's data."""
 
 _SECONDS_BETWEEN_NOTES = 0.2
+_SECONDS_FOR_ANOTHER = 90.0
 _WITHOUT_EFFECT = {"name", "output"}  # fields of a recipe that say where results go, not what they are
 
 
@@ -51,13 +51,15 @@ class Cell:
         row: The method.
         seed: Decides the order of the data and random initial values.
         recipe: All of it.
-        key: Digest of the recipe and of the data files' content: equal keys, equal work.
+        key: Digest of the recipe and of the content of the data's and the model's files: equal keys, equal work.
+        earlier_key: The same without the model's files, as versions had it that did not look at them.
     """
 
     row: Row
     seed: int
     recipe: Recipe
     key: str
+    earlier_key: str
 
     @property
     def label(self) -> str:
@@ -73,8 +75,14 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
         content.pop("dreambooth")  # records from before this section was there stay good
     content["trainer"].pop("threads")  # a matter of the machine, as is the number of workers that it follows from
     content["files"] = {name: _data_digest(getattr(recipe.data, name), recipe) for name in SPLITS}
-    text = json.dumps([FORMAT, content], sort_keys=True)
-    return Cell(row, seed, recipe, hashlib.sha256(text.encode()).hexdigest()[:20])
+    earlier = _key(content)
+    if Path(recipe.model.path).is_dir():  # elsewhere the name, with the revision, stands for what is there
+        content["model"]["files"] = model_digest(recipe.model.path)
+    return Cell(row, seed, recipe, _key(content), earlier)
+
+
+def _key(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, content], sort_keys=True).encode()).hexdigest()[:20]
 
 
 def record_path(folder: Path, key: str) -> Path:
@@ -105,13 +113,16 @@ def run_cell(cell: Cell, folder: Path, connection: Connection) -> None:
         os.setpgid(0, 0)  # Ctrl-C is for the parent alone, which then tells its cells once
     signal.signal(signal.SIGTERM, _interrupt)
     work = folder / "work" / cell.key
-    work.mkdir(parents=True, exist_ok=True)
     log = work / "log.txt"
-    _redirect(log)
     reporter = _Messenger(connection)
     try:
+        with files.translated_write_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+            _redirect(log)
         reporter.send(("begun", cell.label))
-        record = _run(cell, work / "run", reporter)
+        # A comparison that was killed leaves its cells to find out, at their next message, and to end.
+        with files.claimed(work, patience=_SECONDS_FOR_ANOTHER):
+            record = _run(cell, work / "run", reporter)
     except (KeyboardInterrupt, Interrupted, BrokenPipeError):
         raise SystemExit(130) from None  # resumable; nothing is recorded
     except OutputError as error:  # the disk's fault and no result of the method: it would hit every cell
@@ -206,40 +217,13 @@ def _data_digest(place: str | None, recipe: Recipe) -> Any:
         return None
     if TASKS[recipe.task.name].kind == "image-classification":
         pictures = {file for split in SPLITS for file in files_of(place, split, columns_of(recipe.data.columns, split))}
-        return {os.path.relpath(file, path): _picture_digest(file) for file in pictures}
+        return {os.path.relpath(file, path): file_digest(file, whole=True) for file in pictures}
     if TASKS[recipe.task.name].kind == "text-to-image":
-        return {file.name: _picture_digest(file) for file in picture_files(path)}
+        return {file.name: file_digest(file, whole=True) for file in picture_files(path)}
     if path.is_file():
-        return _file_digest(path)
+        return file_digest(path, whole=True)
     found = [file for split in SPLITS for file in data_files(place, split)]
-    return {file.relative_to(path).as_posix(): _file_digest(file) for file in found}
-
-
-def _picture_digest(path: Path) -> str:
-    """As `_file_digest`. Pictures may be many, and each cell has the same: what has not changed since is not read again."""
-    status = path.stat()
-    if (
-        time.time_ns() - status.st_mtime_ns < 2_000_000_000
-    ):  # it may change again at what its clock shows as the same time
-        return _file_digest(path)
-    return _unchanged_digest(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _unchanged_digest(path: Path, size: int, changed: int) -> str:
-    return _file_digest(path)
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    return {file.relative_to(path).as_posix(): file_digest(file, whole=True) for file in found}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

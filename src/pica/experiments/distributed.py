@@ -129,6 +129,16 @@ def in_any(here: bool) -> bool:
     return bool(found.item())
 
 
+def after_first(make: Callable[[], Any]) -> Any:
+    """What `make` gives in each process, in the others once the first one has made its own."""
+    if not leads():
+        wait()
+        return make()
+    made = make()
+    wait()
+    return made
+
+
 def in_first(make: Callable[[], Any]) -> Any:
     """What `make` gives in the first process, as JSON holds it; the others wait and get the same."""
     if process_count() == 1:

@@ -75,11 +75,15 @@ class Evaluation:
             yield {name: value for name, value in given.items() if name != "group" or value}
 
 
-def shown_score(metric: str, score: float, stderr: float, examples: int | None = None) -> str:
-    """A score with its standard error: shares in percent, correlations as they are.
+def shown_score(metric: str, score: float | None, stderr: float | None, examples: int | None = None) -> str:
+    """A score with its standard error: shares in percent, correlations as they are; either may be undefined.
 
     Where fewer than ten of `examples` answers are right, or wrong, Wilson's 95% interval stands in its place, in brackets.
     """
+    if score is None or not math.isfinite(score):
+        return "undefined"
+    if stderr is None or not math.isfinite(stderr):
+        return shown(metric, score)
     if near_the_end(metric, score, examples):
         interval = score_interval(metric, score, stderr, examples or 0)
         return f"{shown(metric, score)} ({shown_interval(metric, interval)})"

@@ -98,8 +98,8 @@ def run_grid(
         OutputError: The folder is another comparison's, is in use, or can't be written.
         Interrupted: The user stopped; finished cells are kept, those under way go on from their last checkpoint.
     """
-    prepare(comparison, folder)
-    with _locked(folder), _sigterm_as_interrupt():
+    with files.claimed(folder), _sigterm_as_interrupt():
+        prepare(comparison, folder)
         grid = _Grid(comparison, rows, folder, workers, watcher, retry_failed)
         try:
             grid.run()
@@ -119,7 +119,7 @@ def prepare(comparison: Comparison, folder: Path) -> None:
     marker = folder / COMPARISON
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"Output folder {str(folder)!r} is a file; choose another name with --output.")
-    if folder.is_dir() and any(folder.iterdir()) and not marker.is_file():
+    if not files.is_empty(folder) and not marker.is_file():
         raise OutputError(
             f"Output folder {str(folder)!r} is not empty and holds no comparison; choose another with --output."
         )
@@ -128,8 +128,6 @@ def prepare(comparison: Comparison, folder: Path) -> None:
             f"Output folder {str(folder)!r} holds the comparison {other!r}, whose page would be replaced; choose another "
             "with --output."
         )
-    with files.translated_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     files.write_text(marker, dump_comparison(comparison))
 
 
@@ -208,7 +206,7 @@ class _Grid:
                 reason = f"Not run: {state.failed}"
                 self._ended(state, cell, failed_record(cell, reason))
                 continue
-            record = read_record(self._folder, cell.key)
+            record = read_record(self._folder, cell.key) or read_record(self._folder, cell.earlier_key)
             if record is not None and not (record["status"] == "failed" and self._retry and state.runs):
                 self._ended(state, cell, record | {"label": cell.row.label})  # the label is no part of the key
             elif state.runs:
@@ -324,24 +322,6 @@ def _death(status: int | None) -> str:
         hint = "; the system does that when memory runs out" if name == "SIGKILL" else ""
         return f"The process was ended by {name}{hint}."
     return f"The process ended with status {status} and left no record."
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep two comparisons from writing into one folder."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix: there is nothing as simple
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"Another comparison is running in {str(folder)!r}; wait for it or choose another --output."
-            ) from None
-        yield
 
 
 @contextlib.contextmanager

@@ -88,10 +88,7 @@ def merge(
             raise AdapterFileError(f"Merged weight {name} is not finite in {chosen}; choose another with --dtype.")
     if (generation := companions.generation_config()) is not None and merged.can_generate():
         merged.generation_config = generation
-    if target.is_dir():
-        with files.translated_write_errors(target):
-            target.rmdir()  # empty, as checked
-    with files.atomic_folder(target) as partial:
+    with files.atomic_folder(target, replace=False) as partial:
         merged.save_pretrained(str(partial))
         companions.save(partial)
     return target

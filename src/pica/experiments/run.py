@@ -6,11 +6,10 @@ processes all of them train; the first one alone measures, writes and tells the 
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 import pica
 from pica.basis import alone, process_count
-from pica.errors import ConfigError, OutputError, TrainingError
+from pica.errors import ConfigError, TrainingError
 from pica.experiments import distributed
 from pica.experiments import output as files
 from pica.experiments.adapters import baseline_section, parameter_counts, size_of, title_of
@@ -30,8 +29,11 @@ from pica.experiments.interrupts import Interrupted
 from pica.experiments.measuring import machine, versions
 from pica.experiments.methods import changes_base
 from pica.experiments.models import device
+from pica.experiments.origins import changes, origin
 from pica.experiments.parsing import dump_recipe, load_recipe
+from pica.experiments.phases import Phases
 from pica.experiments.pipelines import PicturePipeline, make_pipeline
+from pica.experiments.place import Place
 from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
 from pica.experiments.standings import run_standing
@@ -46,7 +48,9 @@ CHECKPOINTS = "checkpoints"
 """Folder inside the output folder that holds what an unfinished run needs to go on."""
 LEFT_OUT = "left-out.jsonl"
 """File in the output folder that lists the problems that are not used: where each stands, and why."""
-_LAUNCH = "launch"  # among the phases: in what kind of job they were done
+# among the phases: in what kind of job they were done, and what the run began with
+_LAUNCH, _ORIGIN = "launch", "origin"
+_FINISHED = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,13 @@ def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> Run
     """
     distributed.join()
     folder = default_output(recipe)
-    if distributed.leads():
-        files.check_free(folder, overwrite=overwrite)
-    distributed.wait()
-    return _guarded(_Run(with_absolute_paths(recipe), folder, reporter, resuming=False))
+    with _claimed(folder):
+        place = distributed.after_first(lambda: Place(folder, _FINISHED))
+        if distributed.leads():
+            files.check_free(folder, overwrite=overwrite)
+            place.check(overwrite=overwrite)
+        distributed.wait()
+        return _guarded(_Run(with_absolute_paths(recipe), place, reporter, resuming=False))
 
 
 def resume(folder: Path, *, reporter: Reporter, trust_remote_code: bool = False) -> RunResult:
@@ -88,25 +95,34 @@ def resume(folder: Path, *, reporter: Reporter, trust_remote_code: bool = False)
     `trust_remote_code` has to be given again for a run that was started with it: the folder may be somebody else's.
 
     Raises:
-        ConfigError: The folder holds no run, or a finished one, or its checkpoint is of another kind of job, or its model's
-            code was trusted then and is not now.
+        ConfigError: The folder holds no run, or a finished one, or its checkpoint is of another kind of job, or data, model
+            or settings are no longer those that it began with, or its model's code was trusted then and is not now.
         PicaError, Interrupted: As `start`.
     """
     distributed.join()
-    if not (folder / files.RESOLVED).is_file():
-        raise ConfigError(f"{str(folder)!r} holds no {files.RESOLVED}, so there is no run to resume.")
-    if (folder / "metrics.json").is_file():
-        raise ConfigError(f"The run in {str(folder)!r} is finished; start another one with --output or --overwrite.")
-    recipe = load_recipe(str(folder / files.RESOLVED))
-    if recipe.model.trust_remote_code and not trust_remote_code:
-        raise ConfigError(
-            f"The run in {str(folder)!r} was started with {FLAG}, for Python code that comes with {recipe.model.path!r}; if "
-            f"you trust its authors, give {FLAG} with --resume again."
-        )
-    run = _Run(recipe, folder, reporter, resuming=True)
-    if _LAUNCH in run.phases and any(run.checkpoints.glob("*/checkpoint-*")):
-        distributed.check_same_kind(run.phases[_LAUNCH])
-    return _guarded(run)
+    with _claimed(folder):
+        place = distributed.after_first(lambda: Place(folder, _FINISHED))
+        if place.complete:
+            raise ConfigError(
+                f"The run in {str(folder)!r} is finished; start another one with --output or --overwrite."
+            )
+        if not (place.folder / files.RESOLVED).is_file():
+            raise ConfigError(f"{str(folder)!r} holds no {files.RESOLVED}, so there is no run to resume.")
+        recipe = load_recipe(str(place.folder / files.RESOLVED))
+        if recipe.model.trust_remote_code and not trust_remote_code:
+            raise ConfigError(
+                f"The run in {str(folder)!r} was started with {FLAG}, for Python code that comes with "
+                f"{recipe.model.path!r}; if you trust its authors, give {FLAG} with --resume again."
+            )
+        run = _Run(recipe, place, reporter, resuming=True)
+        if _LAUNCH in run.phases and any(run.checkpoints.glob("*/checkpoint-*")):
+            distributed.check_same_kind(run.phases[_LAUNCH])
+        return _guarded(run)
+
+
+def _claimed(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The first process's claim to the output folder counts for all of the job."""
+    return files.claimed(folder) if distributed.leads() else contextlib.nullcontext()
 
 
 def _guarded(run: "_Run") -> RunResult:
@@ -117,17 +133,24 @@ def _guarded(run: "_Run") -> RunResult:
         latest = max((path for path in checkpoints if path), key=lambda path: path.stat().st_mtime, default=None)
         begun = (run.folder / files.RESOLVED).is_file() and run.begun
         raise Interrupted(
-            checkpoint=latest, folder=run.folder if begun else None, trusted=run.recipe.model.trust_remote_code
+            checkpoint=latest,
+            folder=run.place.target if begun else None,
+            trusted=run.recipe.model.trust_remote_code,
         ) from None
 
 
 def preference(candidate: Mapping[str, Any]) -> tuple[float, float]:
     """Orders trained candidates, the best first: by validation score where the task has a cheap one, else by loss.
 
-    A value that is no number comes last: compared as it is, it would win or lose by its place in the list.
+    A value that is no number (None, once it is noted) comes last: compared as it is, it would win or lose by its place in
+    the list.
     """
-    score, loss = -(candidate["validation_score"] or 0.0), candidate["validation_loss"] or 0.0
-    return math.inf if math.isnan(score) else score, math.inf if math.isnan(loss) else loss
+    score, loss = candidate["validation_score"], candidate["validation_loss"]
+    return -score if _is_number(score) else math.inf, loss if _is_number(loss) else math.inf
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
 
 
 def _phase(name: str, rate: float) -> str:
@@ -136,39 +159,14 @@ def _phase(name: str, rate: float) -> str:
     return f"{name}-lr{short if float(short) == rate else repr(rate)}"
 
 
-class _Phases:
-    """Results of finished phases, kept in a file until the run is complete."""
-
-    def __init__(self, path: Path, *, read: bool) -> None:
-        self._path, self._results = path, dict[str, Any]()
-        if read and path.is_file():
-            try:
-                self._results = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise OutputError(f"{str(path)!r} is damaged; start the run again with --overwrite.") from None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._results
-
-    def __getitem__(self, name: str) -> Any:
-        return self._results[name]
-
-    def done(self, name: str, make: Callable[[], Any]) -> Any:
-        """Note the result of a phase, which the first process makes, and return it in all of them."""
-        self._results[name] = distributed.in_first(make)
-        if distributed.leads():
-            files.write_json(self._path, self._results)
-        return self._results[name]
-
-
 class _Run:
     """One recipe on its way."""
 
-    def __init__(self, recipe: Recipe, folder: Path, reporter: Reporter, *, resuming: bool) -> None:
-        self.recipe, self.folder, self.reporter = recipe, folder, reporter
+    def __init__(self, recipe: Recipe, place: Place, reporter: Reporter, *, resuming: bool) -> None:
+        self.recipe, self.place, self.folder, self.reporter = recipe, place, place.folder, reporter
         self.task = get_task(recipe.task.name)
-        self.checkpoints = folder / CHECKPOINTS
-        self.phases = _Phases(self.checkpoints / "phases.json", read=resuming)
+        self.checkpoints = self.folder / CHECKPOINTS
+        self.phases = Phases(self.checkpoints / "phases.json", read=resuming)
         self.begun = resuming
 
     def execute(self) -> RunResult:
@@ -177,6 +175,7 @@ class _Run:
         if self.recipe.trainer.threads is not None:
             torch.set_num_threads(self.recipe.trainer.threads)
         self.splits = load_splits(self.recipe, self.task, bar=self.reporter.bar)
+        self._check_origin()
         recipe = self.recipe = with_classes(self.recipe, self.splits)
         self.pipeline = make_pipeline(recipe)
         if isinstance(self.pipeline, PicturePipeline) and distributed.launched():
@@ -194,12 +193,15 @@ class _Run:
             self._describe(model, recipe.adapter)
         if not self.begun:
             if distributed.leads():
-                files.create(self.folder)
-                files.write_text(self.folder / files.RESOLVED, dump_recipe(recipe))
+                files.create(self.folder, dump_recipe(recipe))
                 if left_out:
                     files.write_jsonl(self.folder / LEFT_OUT, left_out)
             self.begun = True
             self.phases.done(_LAUNCH, distributed.kind)
+        if _ORIGIN not in self.phases:
+            self.phases.done(_ORIGIN, self._origin)
+        elif not Path(recipe.model.path).exists():  # on the hub, where loading has brought what is there now
+            self._check_origin()
         distributed.wait()
         if isinstance(self.pipeline, PicturePipeline):
             self.pipeline.prepare(model, self.folder, self.reporter)
@@ -228,9 +230,23 @@ class _Run:
                 self._finish_pictures(self.pipeline, metrics)
             if found := run_standing(self.folder, metrics):
                 metrics["standing"] = found.summary()
-            files.write_json(self.folder / "metrics.json", metrics)
+            files.write_json(self.folder / _FINISHED, metrics)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-        return RunResult(self.folder, metrics)
+            self.place.done()
+        return RunResult(self.place.target, files.plain(metrics))
+
+    def _origin(self) -> dict[str, Any]:
+        return origin(self.recipe, {name: getattr(self.splits, name) for name in ("train", "validation", "test")})
+
+    def _check_origin(self) -> None:
+        """Raise `ConfigError`, in all processes, if this run began with other data, another model or other settings."""
+        if _ORIGIN not in self.phases:
+            return
+        if found := distributed.in_first(lambda: changes(self.phases[_ORIGIN], self._origin())):
+            raise ConfigError(
+                f"The run in {str(self.place.target)!r} cannot go on, since this has changed: {'; '.join(found)}. Put it "
+                "back as it was, or begin anew with --overwrite or another --output."
+            )
 
     def _adapted(self, section: AdapterSection) -> peft.PeftModel:
         return self.pipeline.adapt(section, seed=self.recipe.trainer.seed)
@@ -256,6 +272,11 @@ class _Run:
         without = chosen.disable_adapter() if chosen is model else contextlib.nullcontext()  # pyright: ignore[reportCallIssue]
         with without:
             found = self._evaluate(chosen, "Base model: answering")
+        if not math.isfinite(found.loss):
+            raise TrainingError(
+                f"The base model's loss on the test problems is {found.loss}, so there is nothing to train; check its "
+                "weights and model.dtype."
+            )
         self._report("Base model", found, "predictions-base.jsonl")
         return found.summary()
 
@@ -313,6 +334,12 @@ class _Run:
         written = self.checkpoints / key / "adapter"
         adapted = self._read(written)
         found = self._evaluate(adapted, f"{title}: answering")
+        if not math.isfinite(found.loss):
+            self._discard(key)
+            raise TrainingError(
+                f"{title}: the trained model's loss on the test problems is {found.loss}, so no adapter was written; lower "
+                "the learning rate."
+            )
         suffix = "adapter" if name == "adapter" else f"baseline-{section.method}"
         self._report(title, found, f"predictions-{suffix}.jsonl")
         with files.atomic_folder(self.folder / name) as partial:
@@ -362,6 +389,10 @@ class _Run:
         def result() -> dict[str, Any]:
             trained = self._read(place / "adapter").to(device()) if measures and training.sharded else model
             found = self.pipeline.held_out(trained, self.splits.validation) if measures else None
+            if found is not None and not math.isfinite(found.loss):
+                shutil.rmtree(place / "adapter", ignore_errors=True)
+                reason = f"its loss on the validation problems is {found.loss}; lower the learning rate."
+                return {"learning_rate": rate, "failed": reason}
             return {
                 "learning_rate": rate,
                 "validation_loss": found.loss if found else None,
@@ -370,10 +401,17 @@ class _Run:
                 "training": dataclasses.asdict(training),
             }
 
-        self.phases.done(key, result)
+        noted = self.phases.done(key, result)
+        if "failed" in noted:
+            raise TrainingError(f"{label}: {noted['failed']}")
         if distributed.leads():
             for checkpoint in place.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _discard(self, key: str) -> None:
+        """Forget a training whose adapter is of no use."""
+        self.phases.forget(key)
+        shutil.rmtree(self.checkpoints / key, ignore_errors=True)
 
     def _evaluate(self, model: Any, label: str) -> Evaluation:
         return self.pipeline.evaluate(model.to(device()), self.splits.test, reporter=self.reporter, label=label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -206,27 +205,25 @@ def _times(s: RoleSummary) -> str:
 def write(
     analysis: Analysis, folder: Path, *, suggestion: Suggestion | None = None, recipe: str | None = None
 ) -> list[Path]:
-    """Write everything into `folder` and remove the progress file; each file appears whole.
+    """Write everything into `folder` and remove the progress file; each file appears whole, and DATA_FILE last.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    written = [folder / DATA_FILE, folder / LAYERS_FILE, folder / ROLES_FILE, folder / PAGE_FILE]
-    data = json.dumps(to_json(analysis, suggestion), indent=1, ensure_ascii=False) + "\n"
+    data = files.json_text(to_json(analysis, suggestion), indent=1) + "\n"
     layers = csv_text(layer_rows(analysis), _LAYER_COLUMNS)
     roles = csv_text([asdict(s) for s in summarise(analysis)], [field.name for field in fields(RoleSummary)])
-    files.write_text(written[0], data)
-    files.write_text(written[1], layers)
-    files.write_text(written[2], roles)
+    texts = {LAYERS_FILE: layers, ROLES_FILE: roles, PAGE_FILE: page(analysis, suggestion, recipe, layers, roles)}
     if recipe is not None:
-        files.write_text(folder / RANKS_FILE, recipe)
-        written.append(folder / RANKS_FILE)
+        texts[RANKS_FILE] = recipe
+    for name, text in texts.items():
+        files.write_text(folder / name, text)
     with files.translated_write_errors(folder), files.atomic_folder(folder / "figures") as partial:
         for plate in plates(analysis):
             plate.save(partial)
-    written.append(folder / "figures")
-    files.write_text(written[3], page(analysis, suggestion, recipe, layers, roles))
+    files.write_text(folder / DATA_FILE, data)  # last: it marks a finished analysis
     (folder / PROGRESS).unlink(missing_ok=True)
+    written = [folder / name for name in (DATA_FILE, *texts, "figures")]
     return written
 
 

@@ -1,6 +1,5 @@
 """The page of a comparison: plots, tables and recipes from the records of its cells."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pica.experiments.output import write_text
+from pica.experiments.output import json_text, write_text
 from pica.experiments.uncertainty import listed, shown, shown_interval
 from pica.report import page as html
 from pica.report.comparison_figures import Looks, ablation_figure, against_figure, curves_figure, rates_figure
@@ -44,7 +43,7 @@ def write_report(folder: Path, *, page: Path | None = None) -> Summary:
     csv = html.csv_text(rows, columns)
     standing = summary.standing.summary() if summary.standing else None
     content = {"name": summary.name, "base": summary.base, "rows": rows, "standing": standing}
-    numbers = json.dumps(content, indent=2) + "\n"
+    numbers = json_text(content, indent=2) + "\n"
     write_text(folder / TABLE, csv)
     write_text(folder / NUMBERS, numbers)
     write_text(page or folder / PAGE, comparison_page(summary, csv, numbers))
@@ -69,7 +68,7 @@ def comparison_page(summary: Summary, csv: str, numbers: str) -> str:
     made.download(TABLE, csv, kind="text/csv")
     made.download(NUMBERS, numbers, kind="application/json")
     cells = [{key: value for key, value in record.items() if key != "recipe_yaml"} for record in summary.records]
-    made.download("cells.json", json.dumps(cells, indent=1), kind="application/json")
+    made.download("cells.json", json_text(cells, indent=1), kind="application/json")
     made.download("comparison.yaml", summary.text, kind="text/yaml")
     return made.html()
 

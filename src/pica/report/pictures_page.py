@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from pica.documents import read_json
 from pica.errors import ConfigError
-from pica.experiments.output import RESOLVED, write_text
+from pica.experiments.output import RESOLVED, json_text, write_text
 from pica.report import page as html
 from pica.report.figures import INK, Sheet, figure, style
 from pica.report.page import Column, Page
@@ -88,7 +87,7 @@ def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], 
     if curve:
         made.section("Loss", _curves(curve, titles))
     made.section("Recipe", html.preformatted(recipe))
-    made.download("metrics.json", json.dumps(metrics, indent=2), kind="application/json")
+    made.download("metrics.json", json_text(metrics, indent=2), kind="application/json")
     made.download(RESOLVED, recipe, kind="text/yaml")
     return made.html()
 

@@ -206,7 +206,7 @@ def summarise_row(label: str, records: Sequence[Mapping[str, Any]]) -> RowSummar
     if len(rates) > 1:
         row.edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(row.rate)
     row.score = Stat.of([score_of(result) for result in results])
-    row.stderr = statistics.fmean(result["stderr"] for result in results)
+    row.stderr = statistics.fmean(_number(result["stderr"]) for result in results)
     row.examples = int(results[0].get("examples", 0))
     metric = results[0].get("metric", "accuracy")
     row.interval = score_interval(
@@ -228,7 +228,12 @@ def summarise_row(label: str, records: Sequence[Mapping[str, Any]]) -> RowSummar
 
 def score_of(result: Mapping[str, Any]) -> float:
     """The task's metric."""
-    return result.get("score", result.get("accuracy", math.nan))
+    return _number(result.get("score", result.get("accuracy")))
+
+
+def _number(value: float | None) -> float:
+    """NaN for what is undefined, such as a correlation with constant predictions, and so is null in a file."""
+    return math.nan if value is None else value
 
 
 def peak_of(result: Mapping[str, Any]) -> float:

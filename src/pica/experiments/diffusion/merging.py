@@ -44,10 +44,7 @@ def merge_pipeline(adapter: Path, target: Path, section: ModelSection, *, dtype:
                 raise AdapterFileError(
                     f"Merged weight {weight} is not finite in {parameter.dtype}; choose another --dtype."
                 )
-    if target.is_dir():
-        with files.translated_write_errors(target):
-            target.rmdir()  # empty, as checked
-    with files.atomic_folder(target) as partial:
+    with files.atomic_folder(target, replace=False) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=_all_but(folder, set(merged)))
         for part, model in merged.items():
             model.save_pretrained(str(partial / part))
