@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import pica
+from pica._devices import accelerator
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.checks import model_problem
 from pica.experiments.recipe import ModelSection
@@ -34,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")  # type: ignore[attr-defined]
+    return accelerator() or torch.device("cpu")
 
 
 def locate(path: str) -> str:
