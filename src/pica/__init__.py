@@ -64,7 +64,14 @@ _HOMES = {
 
 
 def register() -> None:
-    """Make PiCa and SVFT methods of PEFT. Importing `pica` does this; calling it again changes nothing."""
+    """Make PiCa and SVFT methods of PEFT. Importing `pica` does this; calling it again changes nothing.
+
+    Raises:
+        VersionError: PyTorch, PEFT or transformers is installed in a version outside of the declared range.
+    """
+    from pica._versions import check_hosts
+
+    check_hosts()
     from pica.svft.config import SvftConfig
     from pica.svft.model import SvftModel
     from pica.tuner.config import PicaConfig

@@ -13,6 +13,10 @@ class ConfigError(PicaError, ValueError):
     """A recipe, a configuration or a command-line argument is wrong; the message lists every problem found."""
 
 
+class VersionError(PicaError, ImportError):
+    """PyTorch, PEFT or transformers is installed in a version that this version of pica does not work with."""
+
+
 class LaunchError(ConfigError):
     """The launcher's settings do not fit a run. Raised in all of its processes alike, so that one of them may speak."""
 

@@ -360,6 +360,7 @@ def test_large_weights_share_the_machine_where_memory_allows():
     assert fits_beside((1536, 576), 128, workers=64)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has one switch for all")
 def test_precision_switches_are_put_back_after_threads():
     switch = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] - made by the backend
     weights = {f"layers.{i}": decaying(24, 20) for i in range(6)}

@@ -113,4 +113,4 @@ def test_env_is_ready_to_paste_and_to_parse(pica: Callable):
     for part in ("python:", "torch:", "peft:", "cores:", "threads:", "accelerators:", "hub:"):
         assert part in text
     found = json.loads(pica("env", "--json").out)
-    assert set(found) == {"versions", "machine", "torch", "caches"}
+    assert set(found) == {"versions", "ranges", "machine", "torch", "caches"}

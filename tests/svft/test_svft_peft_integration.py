@@ -352,6 +352,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama, use_reentra
 def test_compiles_without_graph_breaks(tiny_llama, pattern):
     import torch._dynamo
 
+    if not hasattr(torch._dynamo.config, "enable_trace_contextlib"):  # torch 2.6
+        pytest.skip("PEFT's own forward breaks the graph, with a LoRA as well")
     torch._dynamo.reset()
     model = get_peft_model(tiny_llama(num_hidden_layers=1), config(**PATTERNS[pattern])).train()
     model(IDS, labels=IDS).loss.backward()

@@ -302,6 +302,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama, use_reentra
 def test_compiles_without_graph_breaks_and_once(tiny_llama):
     import torch._dynamo
 
+    if not hasattr(torch._dynamo.config, "enable_trace_contextlib"):  # torch 2.6
+        pytest.skip("PEFT's own forward breaks the graph, with a LoRA as well")
     torch._dynamo.reset()
     targets = ["q_proj", "down_proj", "k_proj"]  # projectors on both sides
     model = get_peft_model(tiny_llama(num_hidden_layers=2), config(target_modules=targets)).train()

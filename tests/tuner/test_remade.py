@@ -16,6 +16,11 @@ from pica import PicaConfig
 from pica.experiments.tracing import Allocations
 from pica.tuner import experts
 
+# torch 2.6 and 2.7 cannot tell which hooks are active, so that made tensors are kept there as any other
+remakes = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="not in torch 2.6 and 2.7"
+)
+
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -153,6 +158,7 @@ def step_bytes(model: Any, *, keep: bool = False) -> tuple[int, int, int]:
             return forward, counted.peak, counted.live
 
 
+@remakes
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_no_block_keeps_its_adapted_experts(implementation: str):
     one, three = (mixture(blocks, implementation) for blocks in (1, 3))
@@ -195,6 +201,7 @@ def test_a_graph_that_is_kept_does_not_keep_what_was_made_again():
         assert torch.equal(one, other)
 
 
+@remakes
 def test_hooks_around_the_model_get_all_but_the_adapted_experts():
     model = mixture(2, "eager")
 
@@ -222,6 +229,7 @@ def test_hooks_around_the_model_get_all_but_the_adapted_experts():
 # ---- what was written to meanwhile ---------------------------------------------------------------------------------
 
 
+@remakes
 def test_an_optimizer_step_before_the_backward_pass_is_refused():
     model = mixture(1, "eager")
     loss = loss_of(model)

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from types import FrameType
 
 from pica._version import __version__
+from pica._versions import check_hosts
 from pica.cli.show import say, show
 from pica.errors import LaunchError, PicaError
 from pica.experiments.interrupts import Interrupted, StopRequest
@@ -139,6 +140,8 @@ def _dispatch(arguments: list[str]) -> int:
         if first_process():
             say(f"error: Only pica train runs in several processes; start pica {name} without the launcher.")
         return 2
+    if name != "env" and not {"-h", "--help"} & set(rest):
+        check_hosts()
     module = f"{name}_" if keyword.iskeyword(name) else name
     command = importlib.import_module(f"pica.cli.{module}")
     try:

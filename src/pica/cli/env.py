@@ -30,6 +30,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, dict) and "fits" in value:  # a range of versions
+        return f"{value['declared']} ({'fits' if value['fits'] else 'the installed version is outside of it'})"
     if isinstance(value, dict):  # a cache folder
         if value["path"] is None:
             return "off"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pica._versions import HOSTS, declared, fits, installed
 from pica.experiments.measuring import machine, versions
 
 
@@ -14,6 +15,7 @@ def environment() -> dict[str, Any]:
     threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ}
     return {
         "versions": versions(),
+        "ranges": {name: {"declared": declared(name), "fits": fits(name, installed(name))} for name in HOSTS},
         "machine": machine(),
         "torch": {
             "cuda": torch.version.cuda,

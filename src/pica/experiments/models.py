@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import pica
+from pica._devices import accelerator
 from pica.adapters.base_model import model_class_of
 from pica.adapters.fitting import fit_embeddings, has_tokenizer, output_options, whole_shapes
 from pica.documents import read_json
@@ -40,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")  # type: ignore[attr-defined]
+    return accelerator() or torch.device("cpu")
 
 
 def locate(path: str) -> str:

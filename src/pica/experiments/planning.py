@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
 
+from pica._devices import accelerator
 from pica.basis import max_rank, solve_basis
 from pica.basis.cache import SMALLEST_ELEMENTS
 from pica.basis.fingerprint import choose_mode, encoded_size
@@ -364,7 +365,7 @@ def solver_rates() -> tuple[float, float, float]:
 
     From the best of two solves each of a small, a square and a tall random weight.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = accelerator() or torch.device("cpu")
     n = TRIAL_WIDTH
 
     def seconds(rows: int, columns: int) -> float:

@@ -27,8 +27,8 @@ class TraceError(Exception):
     """The step cannot be run without values; says why."""
 
 
-# the kernel of mixtures of experts: torch's own rule for tensors without content knows bfloat16 alone
-_GROUPED = (torch.ops.aten._grouped_mm.default,)
+# the kernel of mixtures of experts: torch's own rule for tensors without content knows bfloat16 alone; not in torch 2.6
+_GROUPED = (torch.ops.aten._grouped_mm.default,) if hasattr(torch.ops.aten, "_grouped_mm") else ()
 
 # of bitsandbytes' 4-bit layers: beyond a few tokens it unpacks the whole weight, in the dtype of its input
 _QUANTISED_PRODUCT = "bitsandbytes::gemm_4bit"

@@ -1,0 +1,69 @@
+"""The versions of PyTorch, PEFT and transformers that this version of pica works with, and whether those are installed.
+
+pyproject.toml declares the same ranges, which pip keeps; this is for environments where something else was installed
+later. Outside of a range things go wrong in silence: the loaders of transformers before 5.6 hand out the base model for
+an adapter's folder. A test holds the two together, and .ci/run tests both ends. Nothing here imports what it looks up.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from importlib import metadata
+
+from pica._version import __version__
+from pica.errors import VersionError
+
+# The first version that works, and the first that is not known to.
+HOSTS = {"torch": ("2.6", "2.15"), "peft": ("0.21.2", "0.22"), "transformers": ("5.6", "5.24")}
+
+
+@functools.cache
+def check_hosts() -> None:
+    """Refuse to work with a version that was never tried.
+
+    Raises:
+        VersionError: one of `HOSTS` is installed in a version outside of its range.
+    """
+    wrong = {name: version for name in HOSTS if not fits(name, version := installed(name))}
+    if wrong:
+        found = " and ".join(f"{name} {version}" for name, version in wrong.items())
+        ranges = [f"{name}{declared(name)}" for name in wrong]
+        raise VersionError(
+            f"{found} {'is' if len(wrong) == 1 else 'are'} installed, and pica {__version__} works with "
+            f"{' and '.join(ranges)} only; install that with: pip install {' '.join(map(repr, ranges))}"
+        )
+
+
+def installed(name: str) -> str | None:
+    """The version of a package that is in use: of the module where it is imported; None where none is to be found."""
+    version = getattr(sys.modules.get(name), "__version__", None)
+    if version is None:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+    return str(version)
+
+
+def declared(name: str) -> str:
+    """The range of one of `HOSTS`, as pip reads it."""
+    lowest, below = HOSTS[name]
+    return f">={lowest},<{below}"
+
+
+def fits(name: str, version: str | None) -> bool:
+    """Whether a version is in the range; one that is not there, or not a number, is nothing to complain of here.
+
+    A development version of 5.24 has what 5.24 will have, and counts as it; what a builder appends does not count.
+    """
+    numbers = re.match(r"\d+(\.\d+)*", version or "")
+    if numbers is None:
+        return True
+    lowest, below = HOSTS[name]
+    return _numbers(lowest) <= _numbers(numbers.group()) < _numbers(below)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
