@@ -196,8 +196,7 @@ class AdaptedStack:
 
 def _first_rows(layer: PicaExpert, adapter_name: str) -> Tensor:
     """The directions that the adapter uses, itself where that is all of them: experts may be thousands."""
-    projector, rank = layer.require_projector(layer.pica_projection[adapter_name]), layer.r[adapter_name]
-    return projector if projector.shape[0] <= rank else projector[:rank]
+    return layer.first_directions(adapter_name)
 
 
 def _widened(matrix: Tensor, size: int, *, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from pica.basis import Basis, BasisRequest, Side, max_rank, solve_many
+from pica.basis import Basis, BasisRequest, WantedSide, max_rank, solve_many
 from pica.basis.checkpoint import open_checkpoint, renaming
 from pica.errors import ConfigError, TargetError
 from pica.tuner.adapted import AdaptedLinear
@@ -108,17 +108,18 @@ class Plan:
         shapes = {n: (wrapped[n].out_features, wrapped[n].in_features) for n in names}
         holdings = describe({n: raw[n] for n in names}, shapes)
 
-        def load(request: BasisRequest) -> tuple[Tensor, Side]:
+        def load(request: BasisRequest) -> tuple[Tensor, WantedSide]:
             weight, side, _ = wrapped[request.name].basis_source(request, check=True)
             return weight, side
 
         solved = dict(zip(names, solve_many(needed, load, holdings)))
-        short = [n for n, b in solved.items() if b.rank < self.requests[n].rank]
+        found = {n: b.rank if b.clear is None else b.clear for n, b in solved.items()}
+        short = [n for n, rank in found.items() if rank < self.requests[n].rank]
         if short:
             more = f" and {len(short) - 1} more" if len(short) > 1 else ""
             warnings.warn(
-                f"PiCa: {short[0]}{more}: the weight has fewer directions with a non-zero singular value than the rank "
-                f"asked for ({solved[short[0]].rank} of {self.requests[short[0]].rank}); the layer uses those it has.",
+                f"PiCa: {short[0]}{more}: the weight has fewer directions with a singular value above rounding than the "
+                f"rank asked for ({found[short[0]]} of {self.requests[short[0]].rank}); the layer uses those it has.",
                 stacklevel=2,
             )
         return solved
