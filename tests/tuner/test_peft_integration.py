@@ -320,6 +320,24 @@ def test_compiles_without_graph_breaks_and_once(tiny_llama):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("method", [config(), pica.SvftConfig(init_weights=False)], ids=["PiCa", "SVFT"])
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj"]}, {"share": 2}])
+def test_a_second_get_peft_model_leaves_the_first_as_it_was(tiny_llama, tmp_path: Path, method, settings):
+    base = tiny_llama()
+    model = get_peft_model(base, copy.deepcopy(method))
+    expected = logits(model)
+    again = copy.deepcopy(method)
+    for name, value in settings.items():
+        setattr(again, name, value)
+    for target, name in ((base, "default"), (model, "default"), (model, "other")):
+        with pytest.raises(ConfigError, match=r"already.*model\.add_adapter\(name, config\).*model\.unload\(\)"):
+            get_peft_model(cast(Any, target), again, adapter_name=name)
+        torch.testing.assert_close(logits(model), expected)
+    model.save_pretrained(str(tmp_path))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_llama(), str(tmp_path))), expected)
+    get_peft_model(cast(Any, model.unload()), again)
+
+
 class Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

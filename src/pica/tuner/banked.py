@@ -107,6 +107,7 @@ class BankedModel(BaseTuner):
     ) -> None:
         """PEFT's injection, with the bank's `requires_grad` flags kept. `state_dict` is not needed: the config decides."""
         _check_name(adapter_name)
+        self._check_new(adapter_name)
         if not self.peft_config[adapter_name].inference_mode:
             check_differentiable(model)
         further = further_modules(self.peft_config[adapter_name])
@@ -147,6 +148,20 @@ class BankedModel(BaseTuner):
                     slot.set_fingerprint(fingerprint)
             slot.unverified = loaded
             bank.refresh_unverified()  # until its weights arrive, with the fingerprint that they were trained with
+
+    def _check_new(self, adapter_name: str) -> None:
+        """Raise `ConfigError` where the model has an adapter of that name already, and change neither.
+
+        `get_peft_model` a second time, as when a notebook's cell is run again, would put the new one's layers and ranks on
+        the old one's matrices.
+        """
+        bank = get_bank(self.model, self.bank_name)
+        if bank is not None and adapter_name in bank and any(adapter_name in m.pica_group for m in self._layers()):
+            raise ConfigError(
+                f"The model has an adapter {adapter_name!r} of {self.layer_class.method} already, from an earlier get_peft_model "
+                "or from_pretrained, and it stays as it is. Add another one under a name of its own "
+                "(model.add_adapter(name, config)), or take the first one out before (base = model.unload())."
+            )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.

@@ -185,6 +185,7 @@ def target_layers(
 
     Raises:
         TargetError: one is neither a layer that can be adapted nor one that is `adapted` already.
+        ConfigError: one was adapted within another model.
     """
     matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
     family = str(getattr(getattr(tuner.model, "config", None), "model_type", ""))
@@ -199,4 +200,10 @@ def target_layers(
         assert isinstance(module, nn.Module)  # for the type checker, which loses it above
         if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family, tuner.model)):
             raise TargetError(problem)
+        if isinstance(module, adapted) and module.pica_name != plain_name(path):
+            raise ConfigError(
+                f"{path} has a {adapted.method} adapter from when it was {module.pica_name}: the model, or a part of it, is a "
+                "PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take its adapters out "
+                "before (base = model.unload())."
+            )
         yield path, module
