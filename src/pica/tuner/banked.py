@@ -77,7 +77,15 @@ class BankedModel(BaseTuner):
         if isinstance(peft_config, dict):  # from a PeftModel; PEFT's injection without one has no use for a task type
             for config in peft_config.values():
                 check_task_type(config, model)
-        super().__init__(model, peft_config, *args, **kwargs)
+        configs = getattr(model, "peft_config", None)  # a model with adapters has its tuner's own, which PEFT adds to
+        before = dict(configs) if isinstance(configs, dict) else None
+        try:
+            super().__init__(model, peft_config, *args, **kwargs)
+        except BaseException:
+            if isinstance(configs, dict) and before is not None:
+                configs.clear()
+                configs.update(before)
+            raise
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -158,8 +166,8 @@ class BankedModel(BaseTuner):
         bank = get_bank(self.model, self.bank_name)
         if bank is not None and adapter_name in bank and any(adapter_name in m.pica_group for m in self._layers()):
             raise ConfigError(
-                f"The model has an adapter {adapter_name!r} of {self.layer_class.method} already, from an earlier get_peft_model "
-                "or from_pretrained, and it stays as it is. Add another one under a name of its own "
+                f"The model has an adapter {adapter_name!r} of {self.layer_class.method} already, from an earlier "
+                "get_peft_model or from_pretrained, and it stays as it is. Add another one under a name of its own "
                 "(model.add_adapter(name, config)), or take the first one out before (base = model.unload())."
             )
 

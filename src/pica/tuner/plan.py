@@ -202,8 +202,8 @@ def target_layers(
             raise TargetError(problem)
         if isinstance(module, adapted) and module.pica_name != plain_name(path):
             raise ConfigError(
-                f"{path} has a {adapted.method} adapter from when it was {module.pica_name}: the model, or a part of it, is a "
-                "PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take its adapters out "
-                "before (base = model.unload())."
+                f"{path} has a {adapted.method} adapter from when it was {module.pica_name}: the model, or a part of it, is "
+                "a PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take its adapters "
+                "out before (base = model.unload())."
             )
         yield path, module
