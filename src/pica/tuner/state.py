@@ -116,8 +116,8 @@ def _as_bytes(fingerprint: Tensor) -> Tensor:
     ):
         raise AdapterFileError(
             "The adapter's basis fingerprint is a mean of different ones: adapters were averaged whose bases differ, so "
-            "that their matrices mean different things. Average adapters of the same base model and configuration, with weights "
-            "that add up to 1, and load them all on that base first."
+            "that their matrices mean different things. Average adapters of the same base model and configuration, with "
+            "weights that add up to 1, and load them all on that base first."
         )
     return rounded.to(torch.uint8)
 
