@@ -20,6 +20,7 @@ from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import BANK_NAMES, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.experts import ADAPTERS as EXPERT_ADAPTERS
+from pica.tuner.matching import resolved
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
@@ -90,7 +91,9 @@ class BankedModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         # An expression may be wide enough to match the bank that an earlier adapter left; that is nobody's wish.
-        return NOT_THE_MODELS.isdisjoint(key.split(".")) and BaseTuner._check_target_module_exists(peft_config, key)
+        return NOT_THE_MODELS.isdisjoint(key.split(".")) and BaseTuner._check_target_module_exists(
+            resolved(peft_config, key), key
+        )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         defaults = peft_config.target_modules is None and DEFAULT_TARGETS.get(str(model_config.get("model_type")))  # pyright: ignore[reportAttributeAccessIssue]

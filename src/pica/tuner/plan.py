@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, WantedSide, max_rank, solve_many
@@ -20,6 +19,7 @@ from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.experts import ExpertView, PicaExpert, expert_layers, target_stacks
 from pica.tuner.layer import PicaLinear, features_of, projection_key
+from pica.tuner.matching import at_end
 from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.sharding import check_placement, describe, loads_in_one_process
 from pica.tuner.targets import refusal
@@ -63,7 +63,8 @@ class Plan:
         limited: list[str] = []
         for path, module in layers.items():
             in_features, out_features = features_of(_base_of(module))
-            wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), named[path]), config.r)
+            patterns = (p for p in config.rank_pattern if at_end(p, named[path], what="rank_pattern"))
+            wanted = config.rank_pattern.get(next(patterns, ""), config.r)
             rank = min(wanted, max_rank(out_features, in_features, config.projection))
             if rank < wanted:
                 limited.append(f"{path} ({out_features} x {in_features}: {rank})")
