@@ -232,6 +232,80 @@ def test_a_damaged_entry_is_solved_again_and_replaced(folder: Path, solved: list
     assert solved == [12, 12]
 
 
+def _plant(folder: Path, projector: Tensor, gains: Tensor) -> None:
+    path = entry(folder)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    checksum = cache._checksum(projector.contiguous(), gains.contiguous())
+    tensors = {"projector": projector.contiguous(), "gains": gains.contiguous()}
+    save_file(tensors, path, {**metadata, "checksum": checksum})
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e25])
+@pytest.mark.parametrize("how", ["random rows", "later directions", "gains", "not orthonormal", "swapped", "fewer"])
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1]])
+def test_an_entry_of_other_directions_costs_a_solve(folder: Path, solved: list[int], caplog, shape, how: str, size):
+    spectrum = 0.9 ** torch.arange(112)  # no near-ties: the directions are determined
+    u, _, vt = torch.linalg.svd(weight(shape=shape).float(), full_matrices=False)
+    w = (u * spectrum) @ vt * size
+    expected = cached_solve_basis(w, 12)
+    projector, gains = expected.projector.clone(), expected.gains.clone()
+    rows = projector if expected.side == "in" else projector * gains.unsqueeze(1)
+    if how == "random rows":
+        rows = torch.linalg.qr(torch.randn(rows.shape[1], 12))[0].T
+        gains = (rows.double() @ (w.T if expected.side == "in" else w).double()).norm(dim=1).float()
+    elif how == "later directions":
+        rows, gains = (vt if expected.side == "in" else u.T)[20:32], spectrum[20:32] * size
+    elif how == "gains":
+        gains = gains * torch.linspace(1, 1.5, 12)
+    elif how == "not orthonormal":
+        rows = rows.clone()
+        rows[3] = rows[2]
+    elif how == "swapped":
+        rows = rows.flip(0)
+    else:
+        rows, gains = rows[:0], gains[:0]
+    _plant(folder, rows if expected.side == "in" else rows / gains.unsqueeze(1), gains)
+    found = cached_solve_basis(w, 12)
+    assert same(found, expected)
+    assert solved == [12, 12]
+    assert "it is not this weight's basis" in caplog.text
+    assert same(cached_solve_basis(w, 12), expected)  # which took the entry's place
+    assert solved == [12, 12]
+
+
+@pytest.mark.parametrize("rank", [3, 60, 112])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spectrum", ["flat", "low rank", "steep", "tied"])
+def test_an_entry_of_the_weights_own_is_never_doubted(solved: list[int], rank: int, dtype, spectrum: str):
+    index = torch.arange(112)
+    values = {
+        "flat": torch.ones(112),
+        "low rank": (index < 5) * 1.0,
+        "steep": 0.8**index,
+        "tied": 1 / (1 + torch.div(index, 2, rounding_mode="floor")),
+    }[spectrum]
+    u, _, vt = torch.linalg.svd(weight().float(), full_matrices=False)
+    w = ((u * values) @ vt).to(dtype)
+    first = cached_solve_basis(w, rank)
+    for _ in range(5):  # what is tested is drawn anew each time
+        found = cached_solve_basis(w, rank)
+        assert same(found, first)
+        assert found.clear == first.clear
+    assert solved == [rank]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for owners and modes of files")
+def test_a_folder_that_others_may_write_to_is_told_once(folder: Path, caplog):
+    cached_solve_basis(weight(), 12)
+    assert folder.stat().st_mode & 0o077 == 0
+    assert "Basis cache" not in caplog.text
+    folder.chmod(0o777)
+    cached_solve_basis(weight(), 12)
+    cached_solve_basis(weight(1), 12)
+    assert caplog.text.count("everybody may write to the folder") == 1
+
+
 def test_entries_are_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch):
     first = cached_solve_basis(weight(), 12)
     torch.save({"projector": first.projector, "gains": first.gains}, entry(folder))

@@ -158,6 +158,38 @@ def test_a_low_rank_weight_gives_the_directions_it_has(shape, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("rank", [1, 3, 17])
+def test_directions_that_rounding_has_made_are_told_from_the_weights_own(shape, dtype, rank):
+    g = torch.Generator().manual_seed(rank)
+    out, inn = shape
+    w = (torch.randn(out, rank, generator=g) @ torch.randn(rank, inn, generator=g)).to(dtype)
+    basis = solve_basis(w, 24)
+    assert basis.clear == rank < basis.rank
+    assert basis.side == "in"  # S^-1 would amplify the output's rounding
+    exact = solve_basis(w.float(), 24)  # in float32 these directions are the weight's own
+    assert exact.clear == exact.rank == basis.rank
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_weight_of_full_rank_loses_none(shape, dtype):
+    out, inn = shape
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    basis = solve_basis(w, min(shape) * 3 // 4)
+    assert basis.clear == basis.rank == min(shape) * 3 // 4
+    assert basis.side == ("out" if out < inn else "in")
+
+
+@pytest.mark.parametrize("size", [1e-6, 3e4])
+def test_a_projector_is_one_that_the_weights_dtype_can_hold(size):
+    w = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).sign().mul(size).half()
+    basis = solve_basis(w, 4)
+    rounded = basis.projector.half().float()
+    torch.testing.assert_close(rounded, basis.projector, atol=0, rtol=1e-2)
+
+
 def test_a_zero_weight_has_no_directions():
     basis = solve_basis(torch.zeros(8, 16), 4)
     assert basis.rank == 0

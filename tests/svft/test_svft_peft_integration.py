@@ -366,6 +366,27 @@ def test_compiles_without_graph_breaks(tiny_llama, pattern):
     torch._dynamo.reset()
 
 
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("pattern", ["plain", "narrow band", "top_k, shared"])
+def test_is_traced_for_any_length_and_saved(tiny_llama, tmp_path: Path, pattern: str, grad: bool):
+    model = Logits(get_peft_model(tiny_llama(num_hidden_layers=1), config(**PATTERNS[pattern])).eval())
+    with torch.set_grad_enabled(grad):
+        torch.jit.save(torch.jit.trace(model, (IDS,), check_trace=False), tmp_path / "traced.pt")
+        traced = torch.jit.load(tmp_path / "traced.pt")
+        longer = torch.cat([IDS, IDS.flip(1)], dim=1)
+        torch.testing.assert_close(traced(longer), model(longer))
+
+
 def test_copies_share_nothing_and_keep_sharing_inside(tiny_llama):
     model = get_peft_model(tiny_llama(), config(pattern="top_k", off_diagonals=1, share="role"))
     expected = logits(model)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel, get_peft_model
 from tests.families import inputs_of, make
 from torch import Tensor, nn
@@ -205,3 +208,41 @@ def test_what_cannot_be_adapted_is_refused_and_the_model_left_as_it_was(settings
     with pytest.raises(error, match=why):
         get_peft_model(base, adapter(**settings))
     assert not [n for n, _ in base.named_modules() if re.search("pica|expert_adapters", n)]
+
+
+@pytest.mark.parametrize(
+    ("name", "hooked"), [("MixtralForCausalLM", False), ("GptOssForCausalLM", False), ("MixtralForCausalLM", True)]
+)
+def test_threads_may_run_one_model(name: str, hooked: bool):
+    """Nothing is written into the experts' module, so what one thread computes never reaches another."""
+    model = get_peft_model(make(name), adapter(target_modules=["q_proj"])).eval()
+    if hooked:  # Accelerate's put a forward of their own into the module
+        expected = logits(model, name)
+        for module in model.modules():
+            if isinstance(module, AdaptedExperts):
+                add_hook_to_module(module.base_layer, ModelHook())
+        torch.testing.assert_close(logits(model, name), expected)
+    inputs = [{k: v.roll(i, -1) for k, v in inputs_of(name, model).items()} for i in range(4)]
+    with torch.no_grad():
+        expected = [model(**each).logits for each in inputs]
+    wrong: list[object] = []
+
+    def work(index: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(10):
+                    torch.testing.assert_close(model(**inputs[index % 4]).logits, expected[index % 4])
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []

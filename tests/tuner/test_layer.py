@@ -230,6 +230,25 @@ def test_half_precision_computes_what_a_merge_adds(projection, dtype):
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("inn", "out"), [(192, 48), (48, 192), (48, 48)])
+@pytest.mark.parametrize("rank", [1, 3, 30, 48])
+def test_half_precision_of_low_rank_computes_what_a_merge_adds(rank, inn, out, dtype):
+    base = Blocks(inn, out, count=1)
+    left, right = torch.randn(out, rank), torch.randn(rank, inn)
+    (weight,) = base.parameters()
+    weight.data = left @ right / (inn * rank) ** 0.5 if rank < 48 else torch.randn(out, inn) / 14
+    model = get_peft_model(base.to(dtype), PicaConfig(r=8, target_modules=["fc"], init_weights=False))
+    (layer,) = layers_of(model)
+    assert layer.usable_rank("default") == min(rank, 8)
+    layer.matrix("default").data.mul_(3)
+    x = torch.randn(64, inn).to(dtype)
+    with torch.no_grad():
+        update = model(x).double() - x.double() @ layer.frozen_weight().double().T
+        exact = x.double() @ layer.get_delta_weight("default").double().T
+    assert float((update - exact).norm() / exact.norm()) < 0.01
+
+
 def test_a_layer_with_another_methods_adapter_is_refused_by_what_it_is(tiny_llama):
     base = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).get_base_model()
     with pytest.raises(

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 import pica.basis._progress
 import pica.tuner.layer
 from pica import PicaConfig
-from pica.basis import Basis, solve_basis
+from pica.basis import Basis, solve_basis, spectral
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuner import meaning
 from pica.tuner.bank import find_banks
@@ -476,6 +476,38 @@ def test_directions_that_rounding_gave_a_weight_are_not_used(tiny_llama, tmp_pat
     path = "base_model.model.model.layers.0.mlp.up_proj"
     then, now = (cast(PicaLinear, m.get_submodule(path)).get_delta_weight("default") for m in (trained, loaded))
     assert float((now - then).norm() / then.norm()) < 0.02
+
+
+def test_an_adapter_that_was_trained_with_directions_that_rounding_made_keeps_them(tiny_llama, tmp_path, monkeypatch):
+    """As adapters were saved before such directions were told from the weight's own."""
+
+    def base() -> LlamaForCausalLM:
+        model = tiny_llama(dtype=torch.bfloat16)
+        weight = model.model.layers[0].mlp.down_proj.weight.data
+        g = torch.Generator().manual_seed(1)
+        weight.copy_(torch.randn(len(weight), 3, generator=g) @ torch.randn(3, weight.shape[1], generator=g) / 10)
+        return model
+
+    config = PicaConfig(r=8, target_modules=["down_proj"], init_weights=False)
+    with monkeypatch.context() as before:
+        before.setattr(spectral, "clear_count", lambda weight, gains: len(gains))
+        trained = get_peft_model(base(), config).eval()
+        trained.save_pretrained(str(tmp_path))
+    path = "base_model.model.model.layers.0.mlp.down_proj"
+    layer = cast(PicaLinear, trained.get_submodule(path))
+    model = get_peft_model(base(), config, adapter_name="new").eval()
+    model.load_adapter(str(tmp_path), "old")
+    model.load_adapter(str(tmp_path), "again")
+    found = cast(PicaLinear, model.get_submodule(path))
+    assert {name: found.usable_rank(name) for name in ("new", "old", "again")} == {"new": 3, "old": 8, "again": 8}
+    for name in ("old", "again"):
+        torch.testing.assert_close(found.get_delta_weight(name), layer.get_delta_weight("default"))
+        model.set_adapter(name)
+        torch.testing.assert_close(logits_of(model), logits_of(trained))
+    model.save_pretrained(str(tmp_path / "both"))
+    for name, usable in (("new", 3), ("old", 8)):
+        again = PeftModel.from_pretrained(base(), str(tmp_path / "both" / name))
+        assert cast(PicaLinear, again.get_submodule(path)).usable_rank("default") == usable
 
 
 def test_a_state_dict_of_another_base_is_refused_before_the_first_output(tiny_llama):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import pica
 from pica import PicaConfig
-from pica.errors import ConfigError
+from pica.errors import AdapterFileError, ConfigError
 
 IDS = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(1))
 
@@ -320,6 +320,68 @@ def test_compiles_without_graph_breaks_and_once(tiny_llama):
             optimizer.step()
             compiled(IDS, labels=IDS).loss.backward()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", [config(), pica.SvftConfig(init_weights=False)], ids=["PiCa", "SVFT"])
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj"]}, {"share": 2}])
+def test_a_second_get_peft_model_leaves_the_first_as_it_was(tiny_llama, tmp_path: Path, method, settings):
+    base = tiny_llama()
+    model = get_peft_model(base, copy.deepcopy(method))
+    expected = logits(model)
+    again = copy.deepcopy(method)
+    for name, value in settings.items():
+        setattr(again, name, value)
+    for target, name in ((base, "default"), (model, "default"), (model, "other")):
+        with pytest.raises(ConfigError, match=r"already.*model\.add_adapter\(name, config\).*model\.unload\(\)"):
+            get_peft_model(cast(Any, target), again, adapter_name=name)
+        torch.testing.assert_close(logits(model), expected)
+    model.save_pretrained(str(tmp_path))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_llama(), str(tmp_path))), expected)
+    get_peft_model(cast(Any, model.unload()), again)
+
+
+@pytest.mark.parametrize("method", [config(), pica.SvftConfig(init_weights=False)], ids=["PiCa", "SVFT"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_averaged_state_dicts_load(tiny_llama, method, dtype):
+    """Federated averaging takes the mean of every tensor; on one basis the update is the mean of the updates."""
+    clients = [get_peft_model(tiny_llama(), copy.deepcopy(method)) for _ in range(3)]
+    states = [{k: v.to(dtype) for k, v in get_peft_model_state_dict(client).items()} for client in clients]
+    shares = (0.5, 0.3, 0.2)
+    mean = {key: sum(w * state[key] for w, state in zip(shares, states)) for key in states[0]}
+    server = get_peft_model(tiny_llama(), copy.deepcopy(method))
+    set_peft_model_state_dict(server, cast(Any, mean))
+    expected = logits(server)
+    exact = get_peft_model_state_dict(server)
+    assert torch.equal(
+        exact[next(k for k in exact if k.endswith("fingerprint"))].to(dtype),
+        next(v for k, v in states[0].items() if k.endswith("fingerprint")),
+    )
+    assert expected.isfinite().all()
+    other = get_peft_model_state_dict(get_peft_model(tiny_llama(seed=1), copy.deepcopy(method)))
+    mixed = {key: (states[0][key] + other[key]) / 2 for key in other}
+    with pytest.raises(AdapterFileError, match="mean of different ones"):
+        set_peft_model_state_dict(server, mixed)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_is_traced_for_any_length_and_saved(tiny_llama, tmp_path: Path, grad: bool):
+    targets = ["embed_tokens", "q_proj", "down_proj", "k_proj"]  # projectors on both sides
+    model = Logits(get_peft_model(tiny_llama(num_hidden_layers=1), config(target_modules=targets)).eval())
+    with torch.set_grad_enabled(grad):
+        torch.jit.save(torch.jit.trace(model, (IDS,), check_trace=False), tmp_path / "traced.pt")
+        traced = torch.jit.load(tmp_path / "traced.pt")
+        longer = torch.cat([IDS, IDS.flip(1)], dim=1)
+        torch.testing.assert_close(traced(longer), model(longer))
 
 
 # ---- copies and other containers -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pica.basis.spectral import PROJECTIONS as PROJECTIONS
 from pica.basis.spectral import Basis as Basis
 from pica.basis.spectral import BasisRequest as BasisRequest
 from pica.basis.spectral import Side as Side
+from pica.basis.spectral import WantedSide as WantedSide
 from pica.basis.spectral import max_rank as max_rank
 from pica.basis.spectral import solve_basis as solve_basis
 
@@ -26,6 +27,7 @@ __all__ = [
     "Factorisation",
     "Holdings",
     "Side",
+    "WantedSide",
     "alone",
     "cached_solve_basis",
     "direction_signs",

@@ -22,7 +22,7 @@ from pica.basis._lapack import one_blas_thread
 from pica.basis._precision import full_precision
 from pica.basis._split import SWITCH, Holdings, Solved, meet, process_index, share_out
 from pica.basis.cache import cached_solve_basis
-from pica.basis.spectral import Basis, BasisRequest, Side, solve_basis, working_bytes
+from pica.basis.spectral import Basis, BasisRequest, WantedSide, solve_basis, working_bytes
 from pica.errors import BasisError
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ ROOM = 60 * 2**20
 
 def solve_many(
     requests: Sequence[BasisRequest],
-    load: Callable[[BasisRequest], tuple[Tensor, Side]],
+    load: Callable[[BasisRequest], tuple[Tensor, WantedSide]],
     holdings: Holdings | None = None,
 ) -> list[Basis]:
     """Basis for each of `requests`, in order, from the cache where they are in it.
@@ -71,19 +71,22 @@ def solve_many(
             else _solve_each([requests[i] for i in mine], load)
         )
         bases = with_progress(each, len(mine))
-        return {i: Solved((b.projector, b.gains), f"{b.side} {b.solver}") for i, b in zip(mine, bases)}
+        return {
+            i: Solved((b.projector, b.gains), f"{b.side} {b.rank if b.clear is None else b.clear} {b.solver}")
+            for i, b in zip(mine, bases)
+        }
 
     found = []
     for request, solved in zip(requests, share_out(holdings, solve)):
-        side, _, solver = solved.words.partition(" ")
+        side, clear, solver = solved.words.split(" ", 2)
         projector, gains = solved.tensors
-        found.append(Basis(projector, "out" if side == "out" else "in", gains, request.projection, solver))
+        found.append(Basis(projector, "out" if side == "out" else "in", gains, request.projection, solver, int(clear)))
     return found
 
 
 def _solve_in_rounds(
     requests: Sequence[BasisRequest],
-    load: Callable[[BasisRequest], tuple[Tensor, Side]],
+    load: Callable[[BasisRequest], tuple[Tensor, WantedSide]],
     shares: list[list[int]],
 ) -> Iterator[Basis]:
     """Bases of this process's share, of weights that all processes have to load together.
@@ -93,7 +96,7 @@ def _solve_in_rounds(
     """
     failure: Exception | None = None
     for items in zip_longest(*shares):
-        kept: tuple[BasisRequest, Tensor, Side] | None = None
+        kept: tuple[BasisRequest, Tensor, WantedSide] | None = None
         for owner, item in enumerate(items):
             if item is not None:
                 weight, side = load(requests[item])
@@ -130,7 +133,7 @@ def with_progress(results: Iterable[Result], total: int) -> list[Result]:
 
 
 def _solve_each(
-    requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, Side]]
+    requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, WantedSide]]
 ) -> Iterator[Basis]:
     """Bases in order: side by side, a core each, where that is small or fits into `ROOM`; else one after another.
 
@@ -166,7 +169,7 @@ def fits_beside(shape: Sequence[int], rank: int, workers: int) -> bool:
     return short <= SIDE_BY_SIDE or workers * working_bytes(shape, rank) - 4 * short**2 <= ROOM
 
 
-def _solve(request: BasisRequest, weight: Tensor, side: Side) -> Basis:
+def _solve(request: BasisRequest, weight: Tensor, side: WantedSide) -> Basis:
     return cached_solve_basis(
         weight,
         request.rank,

@@ -2,8 +2,9 @@
 
 An entry is named by what decides its content: the bytes, shape and dtype of the weight, the projection, the requested
 side, the kind of device that solves, and the version of this format. So an entry never goes stale, needs no lock, and
-whoever finds it may use it. It is one safetensors file with `projector`, `gains` and a checksum of both. Whatever goes
-wrong with the cache costs a decomposition and a note in the log, never the load.
+whoever finds it may use it. It is one safetensors file with `projector`, `gains` and a checksum of both. What is read is
+held against the weight (`_proof`), so that a file that somebody else has put there is found out. Whatever goes wrong with
+the cache costs a decomposition and a note in the log, never the load.
 
 `PICA_CACHE_DIR` moves the cache (set to nothing, it is off); `PICA_CACHE_LIMIT` bounds it, in bytes.
 """
@@ -15,13 +16,13 @@ import json
 import logging
 import math
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pica.basis import spectral
-from pica.basis.spectral import Basis, Side
+from pica.basis._proof import flaw
+from pica.basis._rounding import clear_count
+from pica.basis.spectral import Basis, Side, WantedSide
 from pica.errors import ConfigError
 
 try:
@@ -43,7 +46,7 @@ except ImportError:  # a broken or missing wheel: slower, and entries of their o
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever an entry's layout or the solver's result changes, so that older entries are not found any more."""
 
 SMALLEST_ELEMENTS = 96 * 96
@@ -123,7 +126,7 @@ def cached_solve_basis(
     rank: int,
     *,
     projection: str = "principal",
-    side: Literal["auto", "in", "out"] = "auto",
+    side: WantedSide = "auto",
     seed: int = 0,
     name: str = "weight",
     solve: Callable[..., Basis] = spectral.solve_basis,
@@ -156,6 +159,7 @@ def cached_solve_basis(
         or not 1 <= rank <= min(weight.shape)  # the solver says what is wrong
     ):
         return fresh()
+    _warn_if_shared(folder)
     limit = cache_limit()
     key = _key(weight, projection, side)
     path = folder / f"{key}{_SUFFIX}"
@@ -210,13 +214,18 @@ def _read(path: Path, key: str, weight: Tensor, rank: int, projection: str, side
         return _discard(path, "its checksum is wrong")
     if not math.isfinite(float(projector.sum()) + float(gains.sum())):  # NaN and infinity do not vanish in a sum
         return _discard(path, "NaN or infinity")
+    if rows > min(weight.shape):
+        return _discard(path, f"{rows} directions of a weight {tuple(weight.shape)}")
     if asked < rank and rows == asked:  # fewer rows than asked for: the weight has no more, whatever the rank
         return None
+    if (found := flaw(weight, projector, gains, used, projection)) is not None:
+        return _discard(path, f"it is not this weight's basis: {found}")
     with suppress(OSError):
         os.utime(path)  # least recently used entries go first
     # copies, so that nothing refers to the file and the rows that were not asked for take no memory
     kept, lengths = projector[:rank].clone(), gains[:rank].clone()
-    return Basis(kept.to(weight.device), used, lengths.to(weight.device), projection, metadata["solver"])
+    clear = clear_count(weight, lengths) if projection == "principal" else None
+    return Basis(kept.to(weight.device), used, lengths.to(weight.device), projection, metadata["solver"], clear)
 
 
 def _discard(path: Path, why: str) -> None:
@@ -243,7 +252,7 @@ def _write(path: Path, key: str, basis: Basis, rank: int, limit: int) -> None:
     }
     partial = path.with_name(f".{key}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         save_file({"projector": projector, "gains": gains}, partial, metadata)
         os.replace(partial, path)
         _shrink(path.parent, size, limit)
@@ -266,6 +275,35 @@ def _note_once(text: str) -> None:
     if text.partition("(")[0] not in _noted:  # every layer of a model would say the same
         _noted.add(text.partition("(")[0])
         logger.warning("%s", text)
+
+
+def _warn_if_shared(folder: Path) -> None:
+    """Say once that others may write to the cache folder: they decide how long a load takes, though not what it gives."""
+    if (why := _who_else_writes(folder)) is not None:
+        _note_once(
+            f"Basis cache {str(folder)!r}: {why}. Its entries are checked; for one of your own, set PICA_CACHE_DIR."
+        )
+
+
+def _who_else_writes(folder: Path) -> str | None:
+    try:
+        import grp
+        import pwd
+
+        status, me = folder.stat(), os.geteuid()
+        if status.st_uid not in (me, 0):
+            return "another user owns the folder"
+        if status.st_mode & stat.S_IWOTH:
+            return "everybody may write to the folder"
+        if status.st_mode & stat.S_IWGRP:
+            group, user = grp.getgrgid(status.st_gid), pwd.getpwuid(me)
+            if not (
+                group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and {*group.gr_mem} <= {user.pw_name}
+            ):
+                return f"the group {group.gr_name} may write to the folder"
+    except (ImportError, OSError, KeyError):  # not a Unix; no such folder yet; a user or group without a name
+        pass
+    return None
 
 
 def _files(folder: Path) -> list[tuple[Path, int, float]]:

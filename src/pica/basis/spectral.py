@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,12 +23,14 @@ from torch import Tensor
 
 from pica.basis._lapack import add_lower_gram, eigenvectors
 from pica.basis._precision import full_precision
+from pica.basis._rounding import clear_count, readable
 from pica.basis.orient import direction_signs
 from pica.errors import BasisError, ConfigError, RankError
 
 logger = logging.getLogger(__name__)
 
 Side = Literal["in", "out"]
+WantedSide = Literal["auto", "in", "out"]
 PROJECTIONS = ("principal", "minor", "random")
 
 # Upcasting a half-precision weight happens in slices of this many elements, so it never costs a full copy.
@@ -49,6 +51,8 @@ class Basis:
         gains: |W p_i| for each direction, (rank,), same dtype: the singular values for "principal" and "minor".
         projection: "principal", "minor" or "random".
         solver: How it was computed, for the record ("eigh", "subset eigh", "svd", "qr").
+        clear: How many directions, the first ones, are the weight's own and not what rounding to its dtype has left
+            (`clear_count`); None where all are.
     """
 
     projector: Tensor
@@ -56,6 +60,7 @@ class Basis:
     gains: Tensor
     projection: str
     solver: str
+    clear: int | None = None
 
     @property
     def rank(self) -> int:
@@ -79,7 +84,7 @@ class BasisRequest:
     name: str
     rank: int
     projection: str = "principal"
-    side: Literal["auto", "in", "out"] = "auto"
+    side: WantedSide = "auto"
     seed: int = 0
     checkpoint: str | None = None
     tensor: str = ""
@@ -95,7 +100,7 @@ def solve_basis(
     rank: int,
     *,
     projection: str = "principal",
-    side: Literal["auto", "in", "out"] = "auto",
+    side: WantedSide = "auto",
     seed: int = 0,
     name: str = "weight",
 ) -> Basis:
@@ -109,13 +114,15 @@ def solve_basis(
         rank: Directions wanted, 1 <= rank <= `max_rank`.
         projection: "principal": the top right singular directions (the paper's U_r). "minor": the last ones that carry
             any energy, the very last first. "random": seeded orthonormal rows that ignore the weight's values.
-        side: "in" or "out" forces where the projector acts; "auto" takes the side with fewer features.
+        side: "in" or "out" forces where the projector acts; "auto" takes the side with fewer features, unless that is
+            the output and some directions are so short there that its rounding would drown them.
         seed: For "random": with `name` and the shape it determines the rows, on every platform.
         name: The layer, for messages (and for "random").
 
     Returns:
         At most `rank` directions: those with a vanishing singular value are dropped, so a zero weight gives rank 0.
-        Each row of P has its largest entry positive (`direction_signs`).
+        Those that only rounding to `weight`'s dtype has left are there, but beyond the `clear` ones. Each row of P has its
+        largest entry positive (`direction_signs`).
 
     Raises:
         BasisError: `weight` holds NaN or infinity, is on the meta device or has no float dtype.
@@ -130,15 +137,14 @@ def solve_basis(
             return _random_basis(weight, rank, dtype, seed, name)
         if scale == 0.0:
             return _empty(weight, dtype, projection, side)
-        if side == "auto":
-            side = _smaller_side(weight)
         # Squares of float32 entries outside this range overflow or vanish; scaling costs a copy, so only there.
         unit = weight / scale if not 1e-12 < scale < 1e12 else weight
-        basis = _solve_with_fallbacks(unit, rank, projection, side, dtype, name)
+        scale = 1.0 if unit is weight else scale
+        basis = _solve_with_fallbacks(unit, rank, projection, side, dtype, name, scale)
         if unit is weight:
             return basis
         projector = basis.projector if basis.side == "in" else basis.projector / scale
-        return Basis(projector, basis.side, basis.gains * scale, projection, basis.solver)
+        return replace(basis, projector=projector, gains=basis.gains * scale)
 
 
 def working_bytes(shape: Sequence[int], rank: int) -> int:
@@ -180,25 +186,27 @@ def _magnitude(weight: Tensor, name: str) -> float:
 
 
 def _empty(weight: Tensor, dtype: torch.dtype, projection: str, side: str) -> Basis:
-    resolved: Side = "out" if side == "out" else "in"
+    resolved: Side = _smaller_side(weight) if side == "auto" else "out" if side == "out" else "in"
     columns = weight.shape[1] if resolved == "in" else weight.shape[0]
     none = torch.zeros(0, columns, dtype=dtype, device=weight.device)
     return Basis(none, resolved, none.new_zeros(0), projection, "zero weight")
 
 
-def _solve_with_fallbacks(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.dtype, name: str) -> Basis:
+def _solve_with_fallbacks(
+    w: Tensor, rank: int, projection: str, side: str, dtype: torch.dtype, name: str, scale: float = 1.0
+) -> Basis:
     attempts: list[tuple[Callable[..., Basis], torch.device]] = [(_from_gram, w.device), (_from_svd, w.device)]
     if w.device.type != "cpu":
         attempts += [(_from_gram, torch.device("cpu")), (_from_svd, torch.device("cpu"))]
     failures: list[str] = []
     for solve, device in attempts:
         try:
-            basis = solve(w.to(device), rank, projection, side, dtype)
+            basis = solve(w.to(device), rank, projection, side, dtype, scale)
         except (RuntimeError, TypeError, np.linalg.LinAlgError) as error:  # TypeError: no float64 on this device
             failures.append(f"{solve.__name__[6:]} on {device}: {str(error).splitlines()[0]}")
             logger.warning("%s: basis by %s failed, trying another way", name, failures[-1])
             continue
-        return Basis(basis.projector.to(w.device), basis.side, basis.gains.to(w.device), projection, basis.solver)
+        return replace(basis, projector=basis.projector.to(w.device), gains=basis.gains.to(w.device))
     raise BasisError(f"{name}: no solver could compute its basis ({'; '.join(failures)}).")
 
 
@@ -246,7 +254,7 @@ def _leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Ten
     return (rows if smallest else rows.flip(0)).contiguous(), solver
 
 
-def _from_gram(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.dtype) -> Basis:
+def _from_gram(w: Tensor, rank: int, projection: str, side: str, dtype: torch.dtype, scale: float = 1.0) -> Basis:
     """Always from the smaller Gram matrix; `side` only says in which form the projector is wanted."""
     solved_side = _smaller_side(w)
     if projection == "minor":
@@ -261,30 +269,32 @@ def _from_gram(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.d
     eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=w.device)
     if not float((rows @ rows.T - eye).abs().max()) <= ORTHOGONALITY_TOLERANCE:
         raise RuntimeError("the eigenvectors are not orthonormal")
-    return _finish(w, rows, rank, solved_side, side, dtype, projection, solver)
+    return _finish(w, scale, rows, rank, solved_side, side, dtype, projection, solver)
 
 
-def _from_svd(w: Tensor, rank: int, projection: str, side: Side, dtype: torch.dtype) -> Basis:
+def _from_svd(w: Tensor, rank: int, projection: str, side: str, dtype: torch.dtype, scale: float = 1.0) -> Basis:
     solved_side = _smaller_side(w)
     left, _, right = torch.linalg.svd(w.to(dtype), full_matrices=False)
     rows = right if solved_side == "in" else left.T
     rows = rows.flip(0) if projection == "minor" else rows[:rank]
-    return _finish(w, rows.contiguous(), rank, solved_side, side, dtype, projection, "svd")
+    return _finish(w, scale, rows.contiguous(), rank, solved_side, side, dtype, projection, "svd")
 
 
 def _finish(
     w: Tensor,
+    scale: float,
     rows: Tensor,
     rank: int,
     solved_side: Side,
-    side: Side,
+    side: str,
     dtype: torch.dtype,
     projection: str,
     solver: str,
 ) -> Basis:
     """Measure each direction's gain, drop the vanishing ones, fix signs, and form the projector of `side`.
 
-    `rows` are right singular vectors, (k, in), where `solved_side` is "in", and left ones, (k, out), where it is "out".
+    `rows` are right singular vectors, (k, in), where `solved_side` is "in", and left ones, (k, out), where it is "out". `w`
+    is the weight over `scale`.
     """
     # |W v| and |W^T u| are accurate to eps * |W|, where the square root of an eigenvalue is only to sqrt(eps) * |W|.
     rows = _orthonormal(rows.double())
@@ -299,14 +309,17 @@ def _finish(
         rows, image, gains = rows[: len(keep)], image[: len(keep)], gains[: len(keep)].unsqueeze(1)
     else:
         rows, image, gains = rows[keep], image[keep], gains[keep].unsqueeze(1)
+    lengths = gains.squeeze(1)
+    clear = clear_count(w, lengths) if projection == "principal" else None
+    resolved: Side = "in" if side == "in" or (side == "auto" and not readable(w, scale, lengths)) else "out"
     # P = V^T = S^-1 U^T W; a positive factor leaves its signs alone
     signs = direction_signs(rows if solved_side == "in" else image).unsqueeze(1)
     # `image` is divided in place: it can be the largest thing in memory
-    if side == "in":
+    if resolved == "in":
         projector = rows * signs if solved_side == "in" else image.mul_(signs / gains)
     else:  # S^-1 U^T, U^T = S^-1 V^T W^T
         projector = rows * (signs / gains) if solved_side == "out" else image.mul_(signs / gains**2)
-    return Basis(projector.to(dtype).contiguous(), side, gains.squeeze(1).to(dtype), projection, solver)
+    return Basis(projector.to(dtype).contiguous(), resolved, lengths.to(dtype), projection, solver, clear)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

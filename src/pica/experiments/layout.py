@@ -89,7 +89,8 @@ def adapt(model: PreTrainedModel, config: peft.PeftConfig, notes: list[str]) -> 
     for layer in adapted.modules():
         if isinstance(layer, PicaLinear):
             for projection, request in layer.requests.items():
-                side = layer.preferred_side(torch.empty(layer.out_features, layer.in_features, device="meta"))
+                wanted = layer.preferred_side(torch.empty(layer.out_features, layer.in_features, device="meta"))
+                side = "in" if wanted == "in" else "out"
                 columns = layer.in_features if side == "in" else layer.out_features
                 projector = torch.empty(request.rank, columns, device="meta")
                 layer.install_basis(projection, Basis(projector, side, projector[:, 0], request.projection, "eigh"))

@@ -36,11 +36,15 @@ def apply_diagonal(h: Tensor, values: Tensor) -> Tensor:
 
 def apply_band(h: Tensor, values: Tensor, off_diagonals: int) -> Tensor:
     """T h for a band with `off_diagonals` d < n / 2 on each side, (..., n); `values` in the order of their positions."""
+    if torch.jit.is_tracing():  # a function of autograd is traced as a call of Python, which no file can hold
+        return _band_product(h, values, off_diagonals)
     return _Band.apply(h, values, off_diagonals)  # pyright: ignore[reportReturnType] - untyped in torch
 
 
 def apply_entries(h: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """T h for a T with `values` (k,) at `positions` (k,), zero elsewhere, (..., n)."""
+    if torch.jit.is_tracing():
+        return _entries_product(h, values, positions)
     return _Entries.apply(h, values, positions)  # pyright: ignore[reportReturnType] - untyped in torch
 
 
@@ -59,13 +63,8 @@ class _Band(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, values: Tensor, off_diagonals: int) -> Tensor:
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, values)
-        ctx.off_diagonals, n = off_diagonals, h.shape[-1]
-        cells = _cells(values.to(h.dtype), n, off_diagonals)
-        z = torch.zeros_like(h)
-        for k in range(2 * off_diagonals + 1):
-            rows, columns = _bounds(n, k - off_diagonals)
-            z[..., rows].addcmul_(h[..., columns], cells[rows, k])
-        return z
+        ctx.off_diagonals = off_diagonals
+        return _band_product(h, values, off_diagonals)
 
     @staticmethod
     @once_differentiable
@@ -93,6 +92,16 @@ class _Band(torch.autograd.Function):
         return dh, dvalues, None
 
 
+def _band_product(h: Tensor, values: Tensor, off_diagonals: int) -> Tensor:
+    n = h.shape[-1]
+    cells = _cells(values.to(h.dtype), n, off_diagonals)
+    z = torch.zeros_like(h)
+    for k in range(2 * off_diagonals + 1):
+        rows, columns = _bounds(n, k - off_diagonals)
+        z[..., rows].addcmul_(h[..., columns], cells[rows, k])
+    return z
+
+
 def _cells(values: Tensor, n: int, off_diagonals: int) -> Tensor:
     """The band as (n, 2d + 1), column k holding the diagonal k - d; zero outside of the matrix."""
     mask = band_mask(n, off_diagonals, values.device)
@@ -105,7 +114,7 @@ class _Entries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, values, positions)
-        return _product(h, dense_matrix(values.to(h.dtype), positions, h.shape[-1]).T)
+        return _entries_product(h, values, positions)
 
     @staticmethod
     @once_differentiable
@@ -119,6 +128,10 @@ class _Entries(torch.autograd.Function):
             dense = _rows(dz).T @ _rows(h)  # (n, tokens) (tokens, n)
             dvalues = dense.reshape(-1)[positions.long()].to(values.dtype)
         return dh, dvalues, None
+
+
+def _entries_product(h: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    return _product(h, dense_matrix(values.to(h.dtype), positions, h.shape[-1]).T)
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -414,6 +414,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return (
             type(base) is nn.Linear
             and not torch.compiler.is_compiling()  # the compiler plans memory itself
+            and not torch.jit.is_tracing()  # which cannot record a function of autograd that writes in place
             and not torch._C._are_functorch_transforms_active()  # torch.func asks more of an autograd function
             and not _global_forward_hooks
             and type(y) is Tensor

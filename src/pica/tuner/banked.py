@@ -20,6 +20,7 @@ from pica.tuner.adapted import SAME_WEIGHT, AdaptedLinear
 from pica.tuner.bank import BANK_NAMES, Arrival, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.experts import ADAPTERS as EXPERT_ADAPTERS
+from pica.tuner.matching import resolved
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
@@ -79,23 +80,26 @@ class BankedModel(BaseTuner):
             for config in peft_config.values():
                 check_task_type(config, model)
         self.serves_peft_model = isinstance(peft_config, dict)
-        known = dict(getattr(model, "peft_config", None) or {})
+        configs = getattr(model, "peft_config", None)  # a model with adapters has its tuner's own, which PEFT adds to
+        before = dict(configs) if isinstance(configs, dict) else {}
         try:
             super().__init__(model, peft_config, *args, **kwargs)
         except BaseException:
             # PEFT has put the configuration into a mapping that it shares with the model, transformers has set its flag
             shared = getattr(model, "peft_config", None)
-            if isinstance(shared, dict) and not self.serves_peft_model:
-                for name in [n for n in shared if n not in known]:
-                    del shared[name]
-            if not known and getattr(model, "_hf_peft_config_loaded", False):
+            if isinstance(shared, dict) and (before or not self.serves_peft_model):
+                shared.clear()
+                shared.update(before)
+            if not before and getattr(model, "_hf_peft_config_loaded", False):
                 model._hf_peft_config_loaded = False  # pyright: ignore[reportArgumentType] - transformers' own flag
             raise
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         # An expression may be wide enough to match the bank that an earlier adapter left; that is nobody's wish.
-        return NOT_THE_MODELS.isdisjoint(key.split(".")) and BaseTuner._check_target_module_exists(peft_config, key)
+        return NOT_THE_MODELS.isdisjoint(key.split(".")) and BaseTuner._check_target_module_exists(
+            resolved(peft_config, key), key
+        )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         defaults = peft_config.target_modules is None and DEFAULT_TARGETS.get(str(model_config.get("model_type")))  # pyright: ignore[reportAttributeAccessIssue]
@@ -120,6 +124,7 @@ class BankedModel(BaseTuner):
     ) -> None:
         """PEFT's injection, with the bank's `requires_grad` flags kept. `state_dict` is not needed: the config decides."""
         _check_name(adapter_name)
+        self._check_new(adapter_name)
         if not self.peft_config[adapter_name].inference_mode:
             check_differentiable(model)
         further = further_modules(self.peft_config[adapter_name])
@@ -165,6 +170,20 @@ class BankedModel(BaseTuner):
                 from_zero = bool(getattr(config, "init_weights", True))
                 slot.expect(Arrival(base_name, from_zero, active, trainable))
             bank.refresh_unverified()
+
+    def _check_new(self, adapter_name: str) -> None:
+        """Raise `ConfigError` where the model has an adapter of that name already, and change neither.
+
+        `get_peft_model` a second time, as when a notebook's cell is run again, would put the new one's layers and ranks on
+        the old one's matrices.
+        """
+        bank = get_bank(self.model, self.bank_name)
+        if bank is not None and adapter_name in bank and any(adapter_name in m.pica_group for m in self._layers()):
+            raise ConfigError(
+                f"The model has an adapter {adapter_name!r} of {self.layer_class.method} already, from an earlier "
+                "get_peft_model or from_pretrained, and it stays as it is. Add another one under a name of its own "
+                "(model.add_adapter(name, config)), or take the first one out before (base = model.unload())."
+            )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.

@@ -1,12 +1,15 @@
 """Mixtures of experts whose weights are one parameter, (experts, out, in): each expert is a layer with its own basis.
 
 Such a module gets no adapter inside: what runs, and in which kernel, is its own business. For the length of a forward pass
-it finds W + M P in the place of its parameter. All experts of all blocks play the same role, so they share one M.
+it finds W + M P in the place of its parameter (`with_weights`). All experts of all blocks play the same role, so
+they share one M.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +27,7 @@ from pica.tuner.remade import Remade, can_be_remade, kept_as_recipes
 from pica.tuner.sharding import in_parts
 
 ADAPTERS = "expert_adapters"  # where a wrapper keeps its layers; no target matches a path with this name
+_one_at_a_time = threading.RLock()
 # stored as (experts, in, out) without saying so, as transformers' other modules of that kind do (`is_transposed`)
 _INPUT_FIRST = frozenset({"Llama4TextExperts"})
 
@@ -96,17 +100,14 @@ class AdaptedExperts(nn.Module):
         """The module's own forward pass, on the adapted weights."""
         stacks = self._adapted_stacks()
         adapted = {name: stack.tensor() for name, stack in stacks.items()}
-        # An entry of the instance's dict comes before a parameter of that name.
-        self.base_layer.__dict__.update(adapted)
-        try:
-            if not stacks or not all(can_be_remade(stack.sources()) for stack in stacks.values()):
-                return self.base_layer(*args, **kwargs)
+        if not stacks:
+            return self.base_layer(*args, **kwargs)
+        with with_weights(self.base_layer, adapted) as run:
+            if not all(can_be_remade(stack.sources()) for stack in stacks.values()):
+                return run(*args, **kwargs)
             made = [(Remade(s.tensor, s.sources(), s.name), adapted[name]) for name, s in stacks.items()]
             with kept_as_recipes(made):
-                return self.base_layer(*args, **kwargs)
-        finally:
-            for name in adapted:
-                del self.base_layer.__dict__[name]
+                return run(*args, **kwargs)
 
     def _adapted_stacks(self) -> dict[str, AdaptedStack]:
         found = {}
@@ -137,6 +138,31 @@ class AdaptedExperts(nn.Module):
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
+
+
+@contextmanager
+def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """The module with other tensors in the place of some of its parameters, for one call.
+
+    It is a stand-in that has the same children, buffers, hooks and attributes, and the module itself stays as it is, so
+    that other threads may call it meanwhile. Where something has given the module a `forward` of its own (Accelerate's
+    hooks, kernels from the hub), which would run the module and no stand-in, and in compiled models, the module itself has
+    the tensors meanwhile; then one thread runs at a time.
+    """
+    # An entry of an instance's dict comes before a parameter of that name.
+    if "forward" not in module.__dict__ and not torch.compiler.is_compiling():
+        stand_in = object.__new__(type(module))
+        stand_in.__dict__.update(module.__dict__)
+        stand_in.__dict__.update(weights)
+        yield stand_in
+        return
+    with nullcontext() if torch.compiler.is_compiling() else _one_at_a_time:
+        module.__dict__.update(weights)
+        try:
+            yield module
+        finally:
+            for name in weights:
+                del module.__dict__[name]
 
 
 @dataclass(frozen=True)
@@ -196,8 +222,7 @@ class AdaptedStack:
 
 def _first_rows(layer: PicaExpert, adapter_name: str) -> Tensor:
     """The directions that the adapter uses, itself where that is all of them: experts may be thousands."""
-    projector, rank = layer.require_projector(layer.pica_projection[adapter_name]), layer.r[adapter_name]
-    return projector if projector.shape[0] <= rank else projector[:rank]
+    return layer.first_directions(adapter_name)
 
 
 def _widened(matrix: Tensor, size: int, *, dim: int) -> Tensor:

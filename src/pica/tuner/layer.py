@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_precision, solve_basis
+from pica.basis import Basis, BasisRequest, Side, WantedSide, cached_solve_basis, full_precision, solve_basis
 from pica.basis.checkpoint import read_tensor
 from pica.basis.fingerprint import ORIGINS, Alignment, LayerPrint, Mode, align, take_print
 from pica.errors import ConfigError
@@ -35,6 +36,15 @@ NAMED = ORIGINS[1]
 FROM_FILE = "file"  # the solver of a basis that came with an adapter
 
 
+@dataclass(frozen=True)
+class _Made:
+    """How a projection's projector came about: its side, its solver, and how many of its rows a new adapter uses."""
+
+    side: Side
+    solver: str
+    clear: int
+
+
 class PicaLinear(AdaptedLinear):
     """A frozen linear layer (or Conv1D) y = W x + b with PiCa updates: y + M P x for each active adapter.
 
@@ -46,14 +56,15 @@ class PicaLinear(AdaptedLinear):
     mismatch_remedy = "save the adapter again from there with save_basis=True, which stores the basis"
     adapter_layer_names = ("pica_M",)
     # plain dicts keyed by adapter name: PEFT's delete_adapter and name listing look into them
-    other_param_names = ("pica_group", "r", "pica_projection")
+    other_param_names = ("pica_group", "r", "pica_projection", "pica_usable")
 
     def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str, root: nn.Module | None = None) -> None:
         super().__init__(base_layer, bank, name, root)
         self.r: dict[str, int] = {}
         self.pica_projection: dict[str, str] = {}
+        self.pica_usable: dict[str, int] = {}  # of adapters that were trained with as many directions as a file says
         self.requests: dict[str, BasisRequest] = {}  # what each projection was asked for, to solve it later
-        self._made: dict[str, tuple[Side, str]] = {}  # (side, solver) of each projection's projector
+        self._made: dict[str, _Made] = {}
 
     @property
     def pica_M(self) -> PicaBank:
@@ -100,7 +111,8 @@ class PicaLinear(AdaptedLinear):
         """Make `basis` the one that adapters of `projection` use, in the layer's compute dtype on its device."""
         # The projector is derived from the base weight, so no state dict holds it; `save_basis` stores it on request.
         self.register_buffer(buffer_name(projection), self._placed(basis.projector), persistent=False)
-        self._made[projection] = (basis.side, basis.solver)
+        clear = basis.rank if basis.clear is None else basis.clear
+        self._made[projection] = _Made(basis.side, basis.solver, clear)
         self.note_weight()
 
     def _placed(self, projector: Tensor) -> Tensor:
@@ -142,9 +154,7 @@ class PicaLinear(AdaptedLinear):
         return before
 
     def limit_basis(self, name: str, usable: int) -> None:
-        projection = self.pica_projection[name]
-        rows, (side, solver) = self.require_projector(projection)[:usable], self._made[projection]
-        self.use_stored_basis(name, Basis(rows.clone(), side, rows.new_zeros(0), "principal", solver))
+        self.pica_usable[name] = usable
 
     def drop_unused_bases(self) -> None:
         """Free what no adapter uses any more."""
@@ -176,15 +186,15 @@ class PicaLinear(AdaptedLinear):
         count = rotation.shape[0]
         with full_precision(wide.device):
             wide[:count] = rotation.to(wide) @ wide[:count]
-        side, solver = self._made[projection]
-        self.use_own_basis(name, Basis(wide, side, wide.new_zeros(0), "principal", solver))
+        made = self._made[projection]
+        self.use_own_basis(name, Basis(wide, made.side, wide.new_zeros(0), "principal", made.solver, made.clear))
 
     def side(self, projection: str) -> Side:
         """Which side the projector reads: the input x ("in") or the bias-free output ("out")."""
-        return self._made[projection][0]
+        return self._made[projection].side
 
     def solver(self, projection: str) -> str:
-        return self._made[projection][1]
+        return self._made[projection].solver
 
     def projector(self, projection: str) -> Tensor | None:
         return getattr(self, buffer_name(projection), None)
@@ -211,10 +221,15 @@ class PicaLinear(AdaptedLinear):
         return projector
 
     def usable_rank(self, adapter_name: str) -> int:
-        """Directions that this layer gives the adapter: its rank, or fewer where the weight has no more."""
-        projector = self.projector(self.pica_projection[adapter_name])
-        rank = self.r[adapter_name]
-        return rank if projector is None else min(rank, projector.shape[0])
+        """Directions that this layer gives the adapter: its rank, or fewer where the weight has no more.
+
+        A new adapter leaves out what only rounding has left of the weight; one from a file uses what it was trained with.
+        """
+        projection, rank = self.pica_projection[adapter_name], self.r[adapter_name]
+        projector = self.projector(projection)
+        if projector is None:
+            return rank
+        return min(rank, len(projector), self.pica_usable.get(adapter_name, self._made[projection].clear))
 
     # ---- meaning -----------------------------------------------------------------------------------------------
 
@@ -229,11 +244,20 @@ class PicaLinear(AdaptedLinear):
         return self.matrix(adapter_name).shape[1]
 
     def same_basis(self, adapter_name: str, other_name: str) -> bool:
-        return self.pica_projection[adapter_name] == self.pica_projection[other_name]
+        """Whether both have the same directions, up to the smaller of their ranks."""
+        rank = min(self.r[adapter_name], self.r[other_name])
+        same = self.pica_projection[adapter_name] == self.pica_projection[other_name]
+        return same and min(rank, self.usable_rank(adapter_name)) == min(rank, self.usable_rank(other_name))
+
+    def first_directions(self, adapter_name: str) -> Tensor:
+        """The rows of the projector that the adapter uses."""
+        projector = self.require_projector(self.pica_projection[adapter_name])
+        usable = self.usable_rank(adapter_name)
+        return projector if usable == len(projector) else projector[:usable]
 
     def take_print(self, adapter_name: str, mode: Mode, probes: int) -> LayerPrint:
         projection = self.pica_projection[adapter_name]
-        projector = self.require_projector(projection)
+        projector = self.first_directions(adapter_name)
         weight, _, origin = self.basis_source(self.requests[projection])
         return take_print(
             projector,
@@ -265,7 +289,7 @@ class PicaLinear(AdaptedLinear):
 
     # ---- the frozen weight -------------------------------------------------------------------------------------
 
-    def basis_source(self, request: BasisRequest, *, check: bool = False) -> tuple[Tensor, Side, str]:
+    def basis_source(self, request: BasisRequest, *, check: bool = False) -> tuple[Tensor, WantedSide, str]:
         """The weight (out, in) that a basis is of, the side on which its projector reads, and the weight's origin.
 
         That is the layer's own weight, dequantised where it is quantised; or the one that the request names in a
@@ -304,15 +328,15 @@ class PicaLinear(AdaptedLinear):
                 )
         return named, "in", NAMED
 
-    def _own_side(self, request: BasisRequest, weight: Tensor) -> Side:
+    def _own_side(self, request: BasisRequest, weight: Tensor) -> WantedSide:
         """The side for a basis of the layer's own weight.
 
         Minor directions are those that W shortens most: read from its output, they would be amplified rounding.
         """
         return "in" if request.projection == "minor" else self.preferred_side(weight)
 
-    def preferred_side(self, weight: Tensor) -> Side:
-        """The side with fewer features, unless the output side would be spoilt.
+    def preferred_side(self, weight: Tensor) -> WantedSide:
+        """The side with fewer features ("auto", which looks at the directions), unless the output side would be spoilt.
 
         That is so where a large bias drowns the response (see `BIAS_LIMIT`), or the layer rounds its input. An embedding's
         output is as good as its input: nothing was computed on the way.
@@ -323,12 +347,12 @@ class PicaLinear(AdaptedLinear):
             return "in"
         bias = getattr(self.get_base_layer(), "bias", None)
         if bias is None or bias.is_meta:
-            return "out"
+            return "auto"
         bias = whole(bias, self.out_features, self.pica_name)
         response = (
             torch.linalg.vector_norm(weight, dtype=torch.float64) / weight.shape[0] ** 0.5
         )  # rms |W x| over outputs, |x| = 1
-        return "out" if float(bias.detach().abs().max()) <= BIAS_LIMIT * float(response) else "in"
+        return "auto" if float(bias.detach().abs().max()) <= BIAS_LIMIT * float(response) else "in"
 
     # ---- the update --------------------------------------------------------------------------------------------
 
@@ -344,7 +368,7 @@ class PicaLinear(AdaptedLinear):
     def weight_update(self, adapter_name: str) -> Tensor:
         weight = self.frozen_weight()
         rows = self.directions(self.pica_projection[adapter_name], weight)
-        rank = min(self.r[adapter_name], rows.shape[0])
+        rank = self.usable_rank(adapter_name)
         with full_precision(weight.device):
             return delta_weight(self.matrix(adapter_name).detach()[:, :rank].to(weight.device), rows[:rank])
 
@@ -369,7 +393,7 @@ class PicaLinear(AdaptedLinear):
         ranks: dict[str, int] = {}
         for name in names:
             projection = self.pica_projection[name]
-            ranks[projection] = max(ranks.get(projection, 0), self.r[name])
+            ranks[projection] = max(ranks.get(projection, 0), self.usable_rank(name))
         coords = {}
         for projection, rank in ranks.items():
             projector = self.require_projector(projection)

@@ -171,8 +171,8 @@ def establish_meaning(
     turned = 0
     for check in checks:
         layer = slot.layers[check.path]
-        if check.alignment.usable < layer.usable_directions(adapter_name):
-            # the rounding of a weight may have given it more, and the shared matrix has columns that mean other layers
+        if check.alignment.usable != layer.usable_directions(adapter_name):
+            # The rounding of a weight may give it more or less, and the shared matrix has columns that mean other layers.
             layer.limit_basis(adapter_name, check.alignment.usable)
         if check.alignment.rotation is not None:
             layer.turn_basis(adapter_name, check.alignment.rotation)
@@ -299,8 +299,7 @@ def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
     """The projectors of an adapter's layers, by file name, for `save_basis`: in the compute dtype, cut to its rank."""
     found = {}
     for path, layer in _pica_layers(slot).items():
-        projector = layer.require_projector(layer.pica_projection[adapter_name])
-        found[f"{BASIS_MARK}{path}"] = projector[: layer.r[adapter_name]].detach().clone().contiguous()
+        found[f"{BASIS_MARK}{path}"] = layer.first_directions(adapter_name).detach().clone().contiguous()
     return found
 
 

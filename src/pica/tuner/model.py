@@ -81,6 +81,7 @@ class PicaModel(BankedModel):
         for layer in slot.layers.values():
             assert isinstance(layer, PicaLinear)
             layer.pica_projection[adapter_name] = layer.pica_projection[chief]  # one that a file brought, perhaps
+            layer.limit_basis(adapter_name, layer.usable_rank(chief))
             layer.drop_unused_bases()
         if (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
             slot.set_fingerprint(fingerprint)

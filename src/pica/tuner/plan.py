@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from pica.basis import Basis, BasisRequest, Side, max_rank, solve_many
+from pica.basis import Basis, BasisRequest, WantedSide, max_rank, solve_many
 from pica.basis.checkpoint import open_checkpoint, renaming
 from pica.errors import ConfigError, TargetError
 from pica.tuner.adapted import AdaptedLinear
@@ -20,6 +19,7 @@ from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.experts import ExpertView, PicaExpert, expert_layers, target_stacks
 from pica.tuner.layer import PicaLinear, features_of, projection_key
+from pica.tuner.matching import at_end
 from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.sharding import check_placement, describe, loads_in_one_process
 from pica.tuner.targets import refusal
@@ -63,7 +63,8 @@ class Plan:
         limited: list[str] = []
         for path, module in layers.items():
             in_features, out_features = features_of(_base_of(module))
-            wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), named[path]), config.r)
+            patterns = (p for p in config.rank_pattern if at_end(p, named[path], what="rank_pattern"))
+            wanted = config.rank_pattern.get(next(patterns, ""), config.r)
             rank = min(wanted, max_rank(out_features, in_features, config.projection))
             if rank < wanted:
                 limited.append(f"{path} ({out_features} x {in_features}: {rank})")
@@ -108,17 +109,18 @@ class Plan:
         shapes = {n: (wrapped[n].out_features, wrapped[n].in_features) for n in names}
         holdings = describe({n: raw[n] for n in names}, shapes)
 
-        def load(request: BasisRequest) -> tuple[Tensor, Side]:
+        def load(request: BasisRequest) -> tuple[Tensor, WantedSide]:
             weight, side, _ = wrapped[request.name].basis_source(request, check=True)
             return weight, side
 
         solved = dict(zip(names, solve_many(needed, load, holdings)))
-        short = [n for n, b in solved.items() if b.rank < self.requests[n].rank]
+        found = {n: b.rank if b.clear is None else b.clear for n, b in solved.items()}
+        short = [n for n, rank in found.items() if rank < self.requests[n].rank]
         if short:
             more = f" and {len(short) - 1} more" if len(short) > 1 else ""
             warnings.warn(
-                f"PiCa: {short[0]}{more}: the weight has fewer directions with a non-zero singular value than the rank "
-                f"asked for ({solved[short[0]].rank} of {self.requests[short[0]].rank}); the layer uses those it has.",
+                f"PiCa: {short[0]}{more}: the weight has fewer directions with a singular value above rounding than the "
+                f"rank asked for ({found[short[0]]} of {self.requests[short[0]].rank}); the layer uses those it has.",
                 stacklevel=2,
             )
         return solved
@@ -184,6 +186,7 @@ def target_layers(
 
     Raises:
         TargetError: one is neither a layer that can be adapted nor one that is `adapted` already.
+        ConfigError: one was adapted within another model.
     """
     matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
     family = str(getattr(getattr(tuner.model, "config", None), "model_type", ""))
@@ -198,4 +201,10 @@ def target_layers(
         assert isinstance(module, nn.Module)  # for the type checker, which loses it above
         if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family, tuner.model)):
             raise TargetError(problem)
+        if isinstance(module, adapted) and module.pica_name != plain_name(path):
+            raise ConfigError(
+                f"{path} has a {adapted.method} adapter from when it was {module.pica_name}: the model, or a part of it, is "
+                "a PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take its adapters "
+                "out before (base = model.unload())."
+            )
         yield path, module

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pica.errors import ConfigError
+from pica.tuner.matching import at_end
 
 Share = str | int | Mapping[str, str]
 
@@ -101,7 +102,7 @@ def plan_groups(members: Sequence[Member], share: Share) -> list[Group]:
             label = f"{label}@{position // share}"
         elif isinstance(share, Mapping):
             for pattern, name in share.items():
-                if re.match(rf"(.*\.)?({pattern})$", member.path):
+                if at_end(pattern, member.path, what="share"):
                     label = name
                     used.add(pattern)
                     break

@@ -96,6 +96,7 @@ def remap_state(
         _check_buffers(slot, buffers, short_bank)
         if fingerprint is None:
             raise AdapterFileError(no_fingerprint(adapter_name))
+        fingerprint = _as_bytes(fingerprint)
         base_name = getattr(config, "base_model_name_or_path", None)
         with stored_bases_installed(slot, adapter_name, bases):
             establish_meaning(bank, slot, adapter_name, fingerprint, base_name, new_bases=bool(bases))
@@ -115,6 +116,27 @@ def no_fingerprint(adapter_name: str) -> str:
         f"The file of adapter {adapter_name!r} holds no basis fingerprint, so nobody can tell which basis it was trained "
         "with. It is incomplete, or another program wrote it."
     )
+
+
+def _as_bytes(fingerprint: Tensor) -> Tensor:
+    """A fingerprint that was averaged with others, like every tensor of their state dicts: of equal ones it is the same.
+
+    Raises:
+        AdapterFileError: they were not equal.
+    """
+    if not fingerprint.is_floating_point() or fingerprint.is_meta:
+        return fingerprint
+    rounded = fingerprint.double().round()
+    # weights that add up to one do so but for rounding
+    if not bool(
+        ((fingerprint.double() - rounded).abs() <= 0.02).all() and (rounded >= 0).all() and (rounded <= 255).all()
+    ):
+        raise AdapterFileError(
+            "The adapter's basis fingerprint is a mean of different ones: adapters were averaged whose bases differ, so "
+            "that their matrices mean different things. Average adapters of the same base model and configuration, with "
+            "weights that add up to 1, and load them all on that base first."
+        )
+    return rounded.to(torch.uint8)
 
 
 def check_matrices(slot: AdapterSlot, entries: Mapping[str, Tensor], bank: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from peft import PeftConfig
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pica.errors import ConfigError, TargetError
 from pica.tuner.bank import PicaBank
 from pica.tuner.defaults import REWRITTEN, UNCALLED
+from pica.tuner.matching import matches
 from pica.tuner.pointwise import is_pointwise, why_not_pointwise
 from pica.tuner.quantised import backend_of, problem_of
 
@@ -80,10 +80,7 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
         return
     paths = _base_paths(model)
     if isinstance(targets, str):
-        try:
-            missing = [] if any(re.fullmatch(targets, p) for p in paths) else [targets]
-        except re.error as error:
-            raise TargetError(f"target_modules={targets!r} is not a regular expression ({error}).") from error
+        missing = [] if any(matches(targets, p, what="target_modules") for p in paths) else [targets]
     else:
         ends = {".".join(parts[i:]) for p in paths for parts in [p.split(".")] for i in range(len(parts))}
         missing = sorted(t for t in targets if t not in ends)

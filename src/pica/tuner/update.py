@@ -43,6 +43,8 @@ def add_product(y: Tensor, h: Tensor, matrix: Tensor, *, in_place: bool = False)
     h, matrix = h.to(y.dtype), matrix.to(y.dtype)
     if _lies_by_columns(y):
         return torch.baddbmm(y.mT, matrix.expand(len(y), -1, -1), h.mT).mT  # lies as y does
+    if torch.jit.is_tracing():  # no token count may become a constant of the graph
+        return y + F.linear(h, matrix)
     if in_place:
         return _AddProductInPlace.apply(y, h, matrix)  # pyright: ignore[reportReturnType] - untyped in torch
     return torch.addmm(_rows(y), _rows(h), matrix.T).view_as(y)
