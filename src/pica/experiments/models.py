@@ -194,19 +194,19 @@ def load_image_processor(section: ModelSection) -> Any:
     return _from_pretrained(AutoImageProcessor, section, {"backend": "pil"})
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    """Put a saved adapter, of any method that PEFT knows, on its base model.
+def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> peft.PeftModel:
+    """Put a saved adapter, of any method that PEFT knows, on its base model, under a name.
 
     Raises:
         AdapterFileError: The folder holds no adapter, or one that is damaged or belongs to another model.
         PicaError: The method itself refuses the model.
     """
     pica.register()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():  # PEFT would look for it on the hub
-            raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {name}.")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():  # PEFT would look for it on the hub
+            raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {file}.")
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
     except PicaError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
