@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
     typed = sys.stdin is not None and sys.stdin.isatty()
     if typed:
         shown.say(
-            f"{talker.model}{', with ' + ', '.join(talker.adapters) if talker.adapters else ''}. /help says what one can type."
+            f"{talker.model}{', with ' + ', '.join(talker.adapters) if talker.adapters else ''}. /help lists the commands."
         )
     while True:
         try:

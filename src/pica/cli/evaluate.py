@@ -86,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _shown(metric: str, value: float) -> str:
-    return f"{value:.2%}" if metric in ("accuracy", "f1") else f"{value:.4f}"
+    return f"{value:.2%}" if metric in ("accuracy", "f1", "token_accuracy") else f"{value:.4f}"
 
 
 def _mapping(text: str) -> dict[str, str]:

@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if reference is None and not any(key == "model.path" for key, _ in overrides):
         reference = DEFAULT
     folder = Path(options["resume"]).expanduser() if options["resume"] else None
-    recipe = None if folder else load_recipe(reference, overrides)
+    recipe = None if folder else load_recipe(reference, [*overrides, *_task_of_data(reference, overrides)])
 
     from pica.cli.console import loading
 
@@ -73,6 +73,20 @@ def run(arguments: Sequence[str]) -> int:
         if result.metrics["task"] == "dreambooth":
             _print_pictures(result)
     return 0
+
+
+def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Task chat, where no task is named and the data is conversations; else nothing."""
+    given = dict(overrides)
+    if reference is not None or "task.name" in given or "data.train" not in given or "data.columns" in given:
+        return []
+    from pica.tasks.chat import looks_like_chat
+    from pica.tasks.records import check_location, is_hub, read_records
+
+    location = str(given["data.train"])
+    if is_hub(location) or location == "embedded" or check_location(location):
+        return []  # what is wrong with a place is said where the recipe is checked
+    return [("task.name", "chat")] if looks_like_chat(read_records(location, "train")[0].fields) else []
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:

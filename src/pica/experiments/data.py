@@ -111,7 +111,11 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
         train = _limited(train, data.train_limit, task, seed=data.seed)
     else:
         train = list(task.load("train", source(recipe, "train", limit=data.train_limit, bar=bar)))
-    test = list(task.load("test", source(recipe, "test", limit=data.test_limit, bar=bar)))
+    if task.kind == "chat" and data.test is None and not has_split(task, data.train, "test"):
+        count = data.test_limit or max(1, min(len(train) // 10, _MOST_TAKEN_OUT))
+        train, test = take_out(train, count, seed=data.seed + 1, what="the test")
+    else:
+        test = list(task.load("test", source(recipe, "test", limit=data.test_limit, bar=bar)))
     validation = _not_tested(validation, test)
     kept = without(train, [*test, *validation])
     if len(kept) < len(train):
@@ -176,7 +180,9 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def take_out(examples: Sequence[AnyExample], count: int, *, seed: int) -> tuple[list[Any], list[Any]]:
+def take_out(
+    examples: Sequence[AnyExample], count: int, *, seed: int, what: str = "validation"
+) -> tuple[list[Any], list[Any]]:
     """Split examples into (kept, taken out), the latter drawn with a generator of its own.
 
     Raises:
@@ -184,8 +190,8 @@ def take_out(examples: Sequence[AnyExample], count: int, *, seed: int) -> tuple[
     """
     if len(examples) < 2 * count:
         raise DataError(
-            f"data.train holds {len(examples)} problems, too few to take {count} out for validation; "
-            "set data.validation_limit lower or name a file in data.validation."
+            f"data.train holds {len(examples)} problems, too few to take {count} out for {what}; "
+            f"set data.{what.split()[-1]}_limit lower or name a file in data.{what.split()[-1]}."
         )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))
     taken = [example for index, example in enumerate(examples) if index in chosen]

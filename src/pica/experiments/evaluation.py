@@ -71,7 +71,7 @@ class Evaluation:
 
 def shown_score(metric: str, score: float, stderr: float) -> str:
     """A score with its standard error: shares in percent, correlations as they are."""
-    if metric in ("accuracy", "f1"):
+    if metric in ("accuracy", "f1", "token_accuracy"):
         return f"{score:.1%} ± {stderr:.1%}"
     return f"{score:.4f} ± {stderr:.4f}"
 

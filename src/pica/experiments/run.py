@@ -295,6 +295,7 @@ class _Run:
         self._report(title, found, f"predictions-{suffix}.jsonl")
         with files.atomic_folder(self.folder / name) as partial:
             shutil.copytree(written, partial, dirs_exist_ok=True)
+            self.pipeline.accompany(partial)
         return {
             "method": section.method,
             "title": title,

@@ -87,6 +87,10 @@ def answer_file(
     with translated_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         done = _read_done(partial)
+        if done:  # without a line that was cut off in the writing
+            partial.write_text(
+                "".join(f"{json.dumps({'row': row, **done[row]}, ensure_ascii=False)}\n" for row in done), "utf-8"
+            )
         with reporter.bar("Answering", len(prompts)) as advance, partial.open("a", encoding="utf-8") as file:
             advance(len(done), "")
             for indices in _batches(names, done, batch_size):

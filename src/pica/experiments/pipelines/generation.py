@@ -77,6 +77,9 @@ class GenerationPipeline:
             by_likelihood=self._recipe.task.scoring == "likelihood",
         )
 
+    def accompany(self, folder: Path) -> None:
+        """Nothing: the adapter is all there is."""
+
     def held_out(self, model: Any, examples: Sequence[Example]) -> HeldOut:
         """The loss on the gold answers."""
         batch = self._recipe.trainer.eval_batch_size
