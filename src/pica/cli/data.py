@@ -65,8 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         from pica.experiments.chat.templates import set_template
         from pica.experiments.models import load_tokenizer
         from pica.tasks.base import Source
-        from pica.tasks.chat import ChatTask, described, form_of
-        from pica.tasks.records import read_records
+        from pica.tasks.chat import ChatTask, described
 
         recipe = _recipe(given)
         tokenizer = load_tokenizer(recipe.model)
@@ -85,8 +84,7 @@ def run(arguments: Sequence[str]) -> int:
             overflow=recipe.trainer.overflow,
             examples=given.examples,
         )
-        form = form_of(read_records(recipe.data.train, "train")).name if not recipe.data.columns else "columns"
-    facts = {"read": described(train, form), **found.facts(length)}
+    facts = {"read": described(train), **found.facts(length)}
     if given.json:
         print(
             json.dumps({"facts": facts, "examples": [[p, [asdict(s) for s in e]] for p, e in found.examples]}, indent=2)

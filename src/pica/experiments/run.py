@@ -170,6 +170,8 @@ class _Run:
         self.rows = self.pipeline.encode(self.splits.train)
         counts = {name: len(getattr(self.splits, name)) for name in ("train", "validation", "test")}
         self.reporter.say("Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+        for line in self.pipeline.describe(self.splits.train):
+            self.reporter.say(line)
         # The adapter is put on before anything is measured: a wrong target must show now, not after minutes.
         model = None if "adapter" in self.phases else self._adapted(recipe.adapter)
         if model is not None:

@@ -6,7 +6,7 @@ Six forms are known: `messages`; `prompt` and `completion`, as text or as messag
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from statistics import mean
 from typing import Any
@@ -50,6 +50,7 @@ class Conversation:
         tools: Descriptions of functions that the assistant may call, as templates take them.
         learnt_from: Index of the first message that may be learnt: what comes before belongs to a `prompt`.
         place: Where it stands ("chats.jsonl, line 7"), for messages.
+        form: What the form of its file is called.
     """
 
     messages: tuple[Message, ...] = ()
@@ -57,6 +58,7 @@ class Conversation:
     tools: tuple[Any, ...] = ()
     learnt_from: int = 0
     place: str = field(default="", compare=False)
+    form: str = field(default="", compare=False)
 
     @property
     def identity(self) -> str:
@@ -99,7 +101,7 @@ class ChatTask:
         records = read_records(source.location, split)[: source.limit]
         records = [_renamed(record, source.columns) for record in records]
         form = form_of(records)
-        return [form.read(record) for record in records]
+        return [replace(form.read(record), form=form.name) for record in records]
 
 
 def form_of(records: Sequence[Record]) -> Form:
@@ -128,9 +130,9 @@ def looks_like_chat(fields: Mapping[str, Any]) -> bool:
     return form is not None and not (form.name == "alpaca" and fields.get("answer") is not None)
 
 
-def described(conversations: Sequence[Conversation], form: str) -> str:
+def described(conversations: Sequence[Conversation]) -> str:
     """What was read, in one line."""
-    count = len(conversations)
+    count, form = len(conversations), conversations[0].form
     if all(not one.messages for one in conversations):
         return f"{count:,} texts, `{form}`, {mean(len(one.text) for one in conversations):,.0f} characters on average"
     parts = [f"{count:,} conversation{'s' if count != 1 else ''}", f"`{form}`"]
@@ -150,12 +152,8 @@ def with_system(conversation: Conversation, system: str | None) -> Conversation:
     messages = conversation.messages
     if not system or not messages or messages[0]["role"] in ("system", "developer"):
         return conversation
-    return Conversation(
-        ({"role": "system", "content": system}, *messages),
-        tools=conversation.tools,
-        learnt_from=conversation.learnt_from + 1,
-        place=conversation.place,
-    )
+    messages = ({"role": "system", "content": system}, *messages)
+    return replace(conversation, messages=messages, learnt_from=conversation.learnt_from + 1)
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------

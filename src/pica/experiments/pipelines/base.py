@@ -83,6 +83,10 @@ class Pipeline(Protocol):
         """Measure a model, on whatever device it is, on one or more examples; shows a bar called `label`."""
         ...
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """What is to be learnt, in lines for whoever watches."""
+        ...
+
     def accompany(self, folder: Path) -> None:
         """Write what belongs beside an adapter into its folder."""
         ...

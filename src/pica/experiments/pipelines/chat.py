@@ -1,5 +1,6 @@
 """Conversations: what the assistant says is learnt, and measured on conversations that were held out."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pica.experiments.chat.packing import PackedCollator, as_dataset, check_pack
 from pica.experiments.chat.rendering import Renderer, Rows
 from pica.experiments.chat.talking import Speaker
 from pica.experiments.chat.templates import FILE, set_template
-from pica.experiments.data import special_ids
+from pica.experiments.data import IGNORED, special_ids
 from pica.experiments.evaluation import Evaluation
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.output import write_text
@@ -22,8 +23,11 @@ from pica.experiments.pipelines.base import HeldOut
 from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter
 from pica.experiments.trainers import generation_trainer
-from pica.tasks.chat import Conversation, with_system
+from pica.tasks.chat import Conversation, described, with_system
 
+logger = logging.getLogger(__name__)
+
+_SAMPLE = 1000  # conversations that the shares are worked out from
 DEFAULT_ANSWER = 128
 """Longest answer, in tokens, where the recipe sets none."""
 
@@ -41,7 +45,6 @@ class ChatPipeline:
         self.tokenizer = load_tokenizer(recipe.model)
         self.template = set_template(self.tokenizer, recipe.task.chat_template)
         self.renderer = Renderer(self.tokenizer, recipe.task.loss)
-        self._reported: set[str] = set()
 
     def load_base(self) -> PreTrainedModel:
         """See `Pipeline.load_base`."""
@@ -64,7 +67,8 @@ class ChatPipeline:
     def encode(self, examples: Sequence[Conversation]) -> datasets.Dataset:
         """Columns `input_ids` and `labels`, and `seq_lengths` where rows are packed."""
         section, rows = self._recipe.trainer, self.rows(examples)
-        self.lost = lost(rows, section.max_length)
+        for sentence in lost(rows, section.max_length):
+            logger.warning("%s", sentence)
         dataset = as_dataset(rows)
         return packed(dataset, section.max_length) if section.packing else dataset
 
@@ -133,6 +137,16 @@ class ChatPipeline:
         _, padding = special_ids(self.tokenizer)
         found = measure_rows(model, self.rows(examples), padding, batch_size=self._recipe.trainer.eval_batch_size)
         return HeldOut(summed_up(list(found.values())).loss)
+
+    def describe(self, examples: Sequence[Conversation]) -> list[str]:
+        """What the conversations are like, and how much of them is learnt."""
+        tokens = [
+            self.renderer.tokens(with_system(example, self._recipe.task.system)) for example in examples[:_SAMPLE]
+        ]
+        total = sum(len(ids) for ids, _ in tokens)
+        learnt = sum(label != IGNORED for _, labels in tokens for label in labels)
+        share = f"{learnt / total:.0%} of their tokens are learnt"
+        return [f"Training data: {described(examples)}, {total / len(tokens):,.0f} tokens on average; {share}"]
 
     def accompany(self, folder: Path) -> None:
         """Put the chat template beside an adapter, so that it is spoken to as it was trained."""

@@ -195,6 +195,10 @@ class ClassificationPipeline:
             ]
         return Evaluation(metric, metrics[metric], stderr, metrics, loss, len(examples), None, rows)
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """Nothing beyond their number."""
+        return []
+
     def accompany(self, folder: Path) -> None:
         """Nothing: the adapter is all there is."""
 

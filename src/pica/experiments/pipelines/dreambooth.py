@@ -194,6 +194,10 @@ class DreamBoothPipeline:
             self._metric, means[self._metric], stderr, means, loss, len(examples), None, rows, pictures=files
         )
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """Nothing beyond their number."""
+        return []
+
     def accompany(self, folder: Path) -> None:
         """Nothing: the adapter is all there is."""
 

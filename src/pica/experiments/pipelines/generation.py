@@ -77,6 +77,10 @@ class GenerationPipeline:
             by_likelihood=self._recipe.task.scoring == "likelihood",
         )
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """Nothing beyond their number."""
+        return []
+
     def accompany(self, folder: Path) -> None:
         """Nothing: the adapter is all there is."""
 
