@@ -98,7 +98,8 @@ class ChatTask:
         """Read one split; see `Task.load`. Conversations are those of the file, in its order."""
         if source.location == "embedded":
             raise DataError("Task chat has no embedded conversations; set data.train to a file of yours.")
-        records = read_records(source.location, split)[: source.limit]
+        names = {name for form in FORMS for name in form.fields} | set(source.columns.values())
+        records = read_records(source.location, split, names=names)[: source.limit]
         records = [_renamed(record, source.columns) for record in records]
         form = form_of(records)
         return [replace(form.read(record), form=form.name) for record in records]
