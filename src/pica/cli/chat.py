@@ -105,7 +105,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     speaking = talker.adapters[0] if talker.adapters else BASE
     system = given.system if given.system is not None else talker.system
-    conversation = _Conversation(talker, sampling, speaking, system)
+    conversation = Conversation(talker, sampling, speaking, system)
     typed = sys.stdin is not None and sys.stdin.isatty()
     if typed:
         shown.say(
@@ -138,7 +138,7 @@ def _read_line() -> str:
 
 
 @dataclass
-class _Conversation:
+class Conversation:
     """What was said so far, and who answers."""
 
     talker: Talker

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from pica import cli
-from pica.experiments.chat.loading import load_talker
+from pica.cli.chat import Conversation
+from pica.errors import PicaError
+from pica.experiments.chat.loading import Talker, load_talker
 from pica.experiments.chat.talking import Sampling
 
 QUESTIONS = ("Tom has 3 apples.", "How many in all?", "Ann buys 5 pens.", "What is left?")
@@ -82,8 +84,12 @@ def test_the_same_run_gives_the_same_adapter(run: Path, tmp_path: Path):
     assert one == other
 
 
-def test_streaming_says_what_generating_says_and_base_and_adapter_differ(run: Path):
-    talker = load_talker([str(run)])
+@pytest.fixture(scope="module")
+def talker(run: Path) -> Talker:
+    return load_talker([str(run)])
+
+
+def test_streaming_says_what_generating_says_and_base_and_adapter_differ(talker: Talker):
     asked = [{"role": "user", "content": QUESTIONS[0]}]
     sampling = Sampling(max_new_tokens=12)
     with talker.use(talker.adapters[0]):
@@ -137,12 +143,16 @@ def test_chat_answers_what_comes_through_a_pipe(
         ("/save x", "Nothing has been said yet."),
     ],
 )
-def test_a_wrong_command_ends_a_pipe_in_one_sentence(
-    run: Path, line: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(line + "\n"))
+def test_a_wrong_command_is_said_in_one_sentence(talker: Talker, line: str, said: str):
+    with pytest.raises(PicaError) as caught:
+        Conversation(talker, Sampling(), talker.adapters[0], None).take(line)
+    assert said in str(caught.value)
+
+
+def test_a_wrong_command_ends_a_pipe(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/use other\n"))
     assert cli.main(["chat", str(run)]) == 2
-    assert said in capsys.readouterr().err
+    assert "There is no adapter 'other' here; there are run, base." in capsys.readouterr().err
 
 
 def test_a_file_of_prompts_is_answered_and_gone_on_with(
