@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.experiments.tiny import write_tiny_llama
 
 from pica.experiments.parsing import load_recipe
 from pica.experiments.recipe import Recipe
+from tests.experiments.tiny import write_tiny_llama
 
 
 @pytest.fixture(scope="session")

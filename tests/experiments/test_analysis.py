@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tests.experiments.tiny import write_tiny_llama
 from transformers import AutoModelForCausalLM
 
 import pica
@@ -22,6 +21,7 @@ from pica.experiments.ranks import patterns, recipe_text, suggest
 from pica.experiments.reporting import Silent
 from pica.theory import spectrum
 from pica.tuner.layer import PicaLinear
+from tests.experiments.tiny import write_tiny_llama
 
 
 @pytest.fixture(scope="module")

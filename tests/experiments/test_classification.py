@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.experiments.test_run import Recorder
-from tests.experiments.tiny_encoder import reviews, write_tiny_bert
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,6 +32,8 @@ from pica.experiments.recipe import ModelSection, Recipe
 from pica.experiments.reporting import Silent
 from pica.experiments.run import preference, resume, start
 from pica.tasks import LabelledText, get_task
+from tests.experiments.test_run import Recorder
+from tests.experiments.tiny_encoder import reviews, write_tiny_bert
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tests.experiments.tiny_vision import write_tiny_vision
 
 from pica.errors import ConfigError
 from pica.experiments.cells import make_cell
 from pica.experiments.comparison import builtin_comparisons, dump_comparison, load_comparison
+from tests.experiments.tiny_vision import write_tiny_vision
 
 SMALL = {
     "name": "small",

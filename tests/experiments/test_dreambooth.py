@@ -12,8 +12,6 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from tests.experiments.test_run import Recorder
-from tests.experiments.tiny_diffusion import WIDTH, WRITERS, write_subject
 
 import pica
 from pica.cli import main
@@ -33,6 +31,8 @@ from pica.experiments.run import resume, start
 from pica.experiments.training import save_adapter
 from pica.tasks import get_task
 from pica.tasks.base import Source
+from tests.experiments.test_run import Recorder
+from tests.experiments.tiny_diffusion import WIDTH, WRITERS, write_subject
 
 
 @pytest.fixture(scope="session")

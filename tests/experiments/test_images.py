@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.experiments.test_run import Recorder
-from tests.experiments.tiny_vision import CONVNEXT, SWIN, picture, write_pictures, write_tiny_vision
 from transformers import AutoImageProcessor, PretrainedConfig, ViTForImageClassification
 
 import pica
@@ -22,6 +20,8 @@ from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Silent
 from pica.experiments.run import resume, start
 from pica.tasks import get_task
+from tests.experiments.test_run import Recorder
+from tests.experiments.tiny_vision import CONVNEXT, SWIN, picture, write_pictures, write_tiny_vision
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 import yaml
-from tests.experiments.tiny import write_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pica
+from tests.experiments.tiny import write_tiny_llama
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is in no extra: it needs other versions than our tested set"

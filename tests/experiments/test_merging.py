@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig, get_peft_model
-from tests.experiments.tiny import write_tiny_llama
-from tests.experiments.tiny_encoder import write_tiny_bert
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -30,6 +28,8 @@ import pica
 from pica.adapters.lora_check import example_inputs, output_of
 from pica.errors import AdapterFileError, ExportError
 from pica.experiments.merging import merge
+from tests.experiments.tiny import write_tiny_llama
+from tests.experiments.tiny_encoder import write_tiny_bert
 
 
 def trained(model: Any, **options: Any) -> PeftModel:

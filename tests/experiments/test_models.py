@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.experiments.tiny import write_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pica.errors import AdapterFileError, ConfigError, OutputError
@@ -18,6 +17,7 @@ from pica.experiments.merging import merge
 from pica.experiments.models import base_of, load_adapter, load_model, load_tokenizer, locate
 from pica.experiments.recipe import AdapterSection, ModelSection, Recipe
 from pica.experiments.training import save_adapter
+from tests.experiments.tiny import write_tiny_llama
 
 IDS = torch.arange(2, 40)[None]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.experiments.test_run import FILES, Recorder, listing
 
 from pica.errors import ConfigError, OutputError, TrainingError
 from pica.experiments import output as files
@@ -16,6 +15,7 @@ from pica.experiments.interrupts import Interrupted
 from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Silent
 from pica.experiments.run import resume, start
+from tests.experiments.test_run import FILES, Recorder, listing
 
 
 def test_whoever_comes_second_refuses(recipe: Callable[..., Recipe], tmp_path: Path):

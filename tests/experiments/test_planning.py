@@ -14,7 +14,6 @@ import peft
 import pytest
 import torch
 import transformers
-from tests import families
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     BertConfig,
@@ -37,6 +36,7 @@ from pica.experiments.recipe import ModelSection
 from pica.experiments.tracing import Allocations
 from pica.tuner.experts import PicaExpert
 from pica.tuner.layer import PicaLinear
+from tests import families
 
 CONFIGS: dict[str, tuple[str, PreTrainedConfig]] = {
     "llama": (

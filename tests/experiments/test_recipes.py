@@ -8,10 +8,6 @@ import peft
 import pytest
 import torch
 import yaml
-from tests.experiments.tiny import write_tiny_llama
-from tests.experiments.tiny_encoder import reviews, write_tiny_bert
-from tests.experiments.tiny_vision import VIT, write_pictures, write_tiny_vision
-from tests.tuner.test_counts import DEBERTA_V3_BASE, GEMMA_2B, GEMMA_7B, LLAMA_3_8B, VIT_B_16, on_meta
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -30,6 +26,10 @@ from pica.experiments.parsing import builtin_recipes, load_recipe
 from pica.experiments.reporting import Silent
 from pica.experiments.run import start
 from pica.tasks.glue import GlueTask
+from tests.experiments.tiny import write_tiny_llama
+from tests.experiments.tiny_encoder import reviews, write_tiny_bert
+from tests.experiments.tiny_vision import VIT, write_pictures, write_tiny_vision
+from tests.tuner.test_counts import DEBERTA_V3_BASE, GEMMA_2B, GEMMA_7B, LLAMA_3_8B, VIT_B_16, on_meta
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,

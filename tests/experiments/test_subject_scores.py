@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tests.experiments.tiny_diffusion import subject, tiny_tokenizer
-from tests.experiments.tiny_vision import write_tiny_vision
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPConfig, CLIPModel, ViTImageProcessorPil, ViTModel
 
 from pica.experiments.diffusion.grid import picture_grid
 from pica.experiments.diffusion.scores import SubjectScores
+from tests.experiments.tiny_diffusion import subject, tiny_tokenizer
+from tests.experiments.tiny_vision import write_tiny_vision
 
 
 @pytest.fixture(scope="session")

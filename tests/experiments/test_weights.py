@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.experiments.tiny import write_tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +22,7 @@ import pica
 from pica.basis.checkpoint import renaming
 from pica.errors import AdapterFileError, ConfigError
 from pica.experiments.weights import TunedAdapter, TunedFolder, linear_weights, open_folder
+from tests.experiments.tiny import write_tiny_llama
 
 NAMES = ["q_proj", "v_proj", "down_proj"]
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {

@@ -107,7 +107,9 @@ def _uncertainty(result: Any) -> str:
 def _shown(metric: str, value: float) -> str:
     if not math.isfinite(value):
         return "undefined"
-    return f"{value:.2%}" if metric in ("accuracy", "f1") else f"{value:.4f}"
+    from pica.experiments.uncertainty import SHARES
+
+    return f"{value:.2%}" if metric in SHARES else f"{value:.4f}"
 
 
 def _mapping(text: str) -> dict[str, str | dict[str, str]]:

@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     folder = Path(options["resume"]).expanduser() if options["resume"] else None
     if options["trust"] and options["resume"] is None:
         overrides.append(("model.trust_remote_code", True))
-    recipe = None if folder else load_recipe(reference, overrides)
+    recipe = None if folder else load_recipe(reference, [*overrides, *_task_of_data(reference, overrides)])
 
     from pica.cli.console import loading
 
@@ -81,6 +81,22 @@ def run(arguments: Sequence[str]) -> int:
         if result.metrics["task"] == "dreambooth":
             _print_pictures(result)
     return 0
+
+
+def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Task chat, where no task is named and the data is conversations; else nothing."""
+    given = dict(overrides)
+    if reference is not None or "task.name" in given or "data.train" not in given or "data.columns" in given:
+        return []
+    from pica.tasks.chat import looks_like_chat
+    from pica.tasks.places import check_location, is_hub
+    from pica.tasks.rows import read_rows
+
+    location = str(given["data.train"])
+    if is_hub(location) or location == "embedded" or check_location(location):
+        return []  # what is wrong with a place is said where the recipe is checked
+    first = next(iter(read_rows(location, "train")), None)
+    return [("task.name", "chat")] if first is not None and looks_like_chat(first.fields) else []
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:

@@ -38,6 +38,7 @@ _SEEDS = ("trainer.seed", "data.seed", "adapter.projection_seed", "adapter.patte
 # Has a sentence of its own below, or means something.
 _MAY_BE_EMPTY = ("name", "model.path", "dreambooth.instance_prompt", "dreambooth.class_prompt")
 _AT_LEAST_ZERO = {
+    "task": ("answers",),
     "trainer": ("warmup", "weight_decay", "max_grad_norm"),
     "dreambooth": ("prior_weight", "validation_pictures", "guidance"),
 }
@@ -216,6 +217,7 @@ def _places(recipe: Recipe) -> Iterator[str]:
         recipe.data.train not in ("embedded", REQUIRED)
         and recipe.data.test is None
         and not draws
+        and not (task is not None and task.kind == "chat")  # some of the training conversations are held out
         and not has_split(task, recipe.data.train, "test")
     ):
         yield (
@@ -224,6 +226,8 @@ def _places(recipe: Recipe) -> Iterator[str]:
         )
     if draws and recipe.data.train == "embedded":
         yield "data.train is not set: give a folder of pictures of one subject with --data.train."
+    elif task is not None and task.kind == "chat" and recipe.data.train == "embedded":
+        yield "data.train is not set: task chat learns from conversations of yours; name a file with --data.train."
     elif task is not None and not task.has_embedded and "embedded" in (recipe.data.train, recipe.data.test):
         yield f"task {task.name} has no embedded problems: set data.train and data.test to files, folders or hub names."
 
@@ -242,12 +246,13 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         yield f"data.skip_unreadable is for pictures, and task {task.name} has none; leave it out."
     if task.kind in ("image-classification", "text-to-image") and recipe.trainer.group_by_length:
         yield "trainer.group_by_length is for texts: all pictures are the same size to a model; leave it out."
-    if task.kind != "generation" and recipe.model.quantization is not None:
+    yield from _chat_fields(recipe, task.kind == "chat")
+    if task.kind not in ("generation", "chat") and recipe.model.quantization is not None:
         yield (
             f"model.quantization is for tasks that generate text, and {task.name} is none (a classifier's new head would be "
             "quantised before it is trained); leave it out."
         )
-    if task.kind == "generation":
+    if task.kind in ("generation", "chat"):
         for name in ("labels", "metric"):
             if getattr(given, name) is not None:
                 yield f"task.{name} is for classification tasks, and {task.name} is none; leave it out."
@@ -276,6 +281,23 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
             f"model.path: the embedded model is a language model for arithmetic; name one for task {task.name}, for "
             f"instance {instance}, with --model.path."
         )
+
+
+def _chat_fields(recipe: Recipe, chat: bool) -> Iterator[str]:
+    """What only task chat has, and what it has no use for."""
+    default = Recipe()
+    if chat and recipe.task.template is not None:
+        yield "task.template is for other tasks; chat has task.chat_template."
+    for section, names in (
+        ("task", ("loss", "chat_template", "system", "answers")),
+        ("trainer", ("overflow", "packing")),
+    ):
+        for name in names:
+            value = getattr(getattr(recipe, section), name)
+            if not chat and value != getattr(getattr(default, section), name):
+                yield f"{section}.{name} is for task chat, and the task is {recipe.task.name}; leave it out."
+    if recipe.trainer.packing and recipe.trainer.group_by_length:
+        yield "trainer.group_by_length does not go with trainer.packing, whose rows all have one length; leave it out."
 
 
 def _subject_fields(recipe: Recipe) -> Iterator[str]:

@@ -128,7 +128,11 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
         train = _limited(train, data.train_limit, task, seed=data.seed)
     else:
         train = load("train", data.train_limit)
-    test = load("test", data.test_limit)
+    if task.kind == "chat" and data.test is None and not has_split(task, data.train, "test"):
+        count = data.test_limit or max(1, min(len(train) // 10, _MOST_TAKEN_OUT))
+        train, test = take_out(train, count, seed=data.seed + 1, split="test", left_out=left_out.append)
+    else:
+        test = load("test", data.test_limit)
     validation = _not_tested(validation, test, left_out.append)
     told = None if data.keep_test_problems else left_out.append
     kept = without(without(train, test, _of_another("test", told)), validation, _of_another("validation", told))
@@ -216,7 +220,12 @@ def _of_another(
 
 
 def take_out(
-    examples: Sequence[AnyExample], count: int, *, seed: int, left_out: Callable[[LeftOut], None] | None = None
+    examples: Sequence[AnyExample],
+    count: int,
+    *,
+    seed: int,
+    split: Split = "validation",
+    left_out: Callable[[LeftOut], None] | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Split examples into (kept, taken out), the latter drawn with a generator of its own; doubles of it are left out.
 
@@ -225,13 +234,13 @@ def take_out(
     """
     if len(examples) < 2 * count:
         raise DataError(
-            f"data.train holds {len(examples)} problems, too few to take {count} out for validation; "
-            "set data.validation_limit lower or name a file in data.validation."
+            f"data.train holds {len(examples)} problems, too few to take {count} out for {split}; "
+            f"set data.{split}_limit lower or name a file in data.{split}."
         )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))
     taken = [example for index, example in enumerate(examples) if index in chosen]
     rest = [example for index, example in enumerate(examples) if index not in chosen]
-    return without(rest, taken, _of_another("validation", left_out)), taken
+    return without(rest, taken, _of_another(split, left_out)), taken
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

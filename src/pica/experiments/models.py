@@ -244,7 +244,7 @@ def load_image_processor(section: ModelSection, *, beside: Path | None = None) -
     return read_pretrained(AutoImageProcessor, section, {"backend": "pil"}, beside=own)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> peft.PeftModel:
     """Put a saved adapter, of any method that PEFT knows, on its base model, which gets as many tokens as the adapter has.
 
     Raises:
@@ -252,13 +252,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
         PicaError: The method itself refuses the model.
     """
     pica.register()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():  # PEFT would look for it on the hub
-            raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {name}.")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():  # PEFT would look for it on the hub
+            raise AdapterFileError(f"{str(folder)!r} is no adapter folder: it holds no {file}.")
     try:
         with nothing_asked():
             fit_embeddings(model, folder, peft.PeftConfig.from_pretrained(str(folder)))
-            return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+            return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
     except PicaError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

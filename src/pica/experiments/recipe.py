@@ -38,7 +38,8 @@ class DataSection:
     validation: str | None = None
     """Source of the problems that choose between learning rates; if unset, the folder's, or out of the training ones."""
     test: str | None = None
-    """Source of the problems that results are reported on, never used to choose anything; required with files."""
+    """Source of the problems that results are reported on, never used to choose anything; required with files, but for
+    chat, which takes some of the training ones out."""
     train_limit: int | None = None
     """Use at most this many training problems."""
     validation_limit: int | None = None
@@ -65,7 +66,7 @@ class TaskSection:
     """What is asked and how answers are scored."""
 
     name: str = "arithmetic"
-    """Task: arithmetic, commonsense, dreambooth, glue, images, math, sentiment or vtab."""
+    """Task: arithmetic, chat, commonsense, dreambooth, glue, images, math, sentiment or vtab."""
     subset: str | None = None
     """glue: which of the eight, for instance mrpc; vtab: which of the nineteen, for instance cifar."""
     labels: list[str] | None = None
@@ -79,6 +80,14 @@ class TaskSection:
     """Prompt: alpaca, question or plain; the task's own choice if unset."""
     max_new_tokens: int | None = None
     """Longest answer that is generated, in tokens; the task's own choice if unset."""
+    loss: Literal["assistant", "last", "all"] = "assistant"
+    """chat: learn all that the assistant says, only its last turn, or everything."""
+    chat_template: str | None = None
+    """chat: alpaca, chatml or plain, a file, or the template itself; the model's own if unset."""
+    system: str | None = None
+    """chat: a system prompt for conversations that have none."""
+    answers: int = 3
+    """chat: answer the last question of this many held-out conversations, without and with the adapter."""
 
 
 @dataclass
@@ -185,6 +194,10 @@ class TrainerSection:
     """Clip the gradient's norm here; 0 does not clip."""
     max_length: int = 512
     """Longest training sequence in tokens; longer ones are cut off at the end."""
+    overflow: Literal["cut", "split", "drop"] = "cut"
+    """chat: longer conversations are cut off, split into several rows, or left out."""
+    packing: bool = False
+    """chat: several conversations in one row of max_length, none of which sees another: no padding is computed."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward pass; the half ones use autocast."""
     gradient_checkpointing: bool = False

@@ -187,6 +187,8 @@ class _Run:
         self.reporter.say(
             "Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count) + listed
         )
+        for line in self.pipeline.describe(self.splits.train):
+            self.reporter.say(line)
         # The adapter is put on before anything is measured: a wrong target must show now, not after minutes.
         model = None if "adapter" in self.phases else self._adapted(recipe.adapter)
         if model is not None:
@@ -344,6 +346,7 @@ class _Run:
         self._report(title, found, f"predictions-{suffix}.jsonl")
         with files.atomic_folder(self.folder / name) as partial:
             shutil.copytree(written, partial, dirs_exist_ok=True)
+            self.pipeline.accompany(partial)
         return {
             "method": section.method,
             "title": title,

@@ -80,11 +80,17 @@ def generation_trainer(
     learning_rate: float,
     checkpoints: Path,
     callbacks: Sequence[TrainerCallback],
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
 ) -> GenerationTrainer:
-    """A trainer of a causal language model on rows with `input_ids` and `labels`."""
+    """A trainer of a causal language model on rows with `input_ids` and `labels`; TRL makes the batches unless told how."""
     arguments = generation_arguments(section, learning_rate, checkpoints)
     return GenerationTrainer(
-        model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=list(callbacks)
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        data_collator=collate,
     )
 
 

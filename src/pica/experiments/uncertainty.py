@@ -26,6 +26,9 @@ from pica.tasks.metrics import f1_of_tables, matthews_of_tables
 LEVEL = 0.95
 """Of every interval here."""
 
+SHARES = ("accuracy", "f1", "token_accuracy")
+"""Metrics that are shown in percent."""
+
 RESAMPLES = 5000
 _Z = 1.959963984540054  # the normal quantile of LEVEL
 _FEW = 10  # right or wrong answers; with fewer, a score ± its standard error would reach beyond what is possible
@@ -148,13 +151,13 @@ def near_the_end(metric: str, score: float, examples: int | None) -> bool:
 
 def shown(metric: str, score: float) -> str:
     """A score: shares in percent, others as they are."""
-    return f"{score:.1%}" if metric in ("accuracy", "f1") else f"{score:.4f}"
+    return f"{score:.1%}" if metric in SHARES else f"{score:.4f}"
 
 
 def shown_interval(metric: str, interval: tuple[float, float]) -> str:
     """An interval such as 83.9–87.2%."""
     low, high = interval
-    return f"{100 * low:.1f}–{high:.1%}" if metric in ("accuracy", "f1") else f"{low:.4f} to {high:.4f}"
+    return f"{100 * low:.1f}–{high:.1%}" if metric in SHARES else f"{low:.4f} to {high:.4f}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from pica.experiments.uncertainty import SHARES
 from pica.report.figures import CARD, GRID, INK, MARKERS, MUTED, SERIES, Sheet, figure, log_axis, quantity
 from pica.report.summary import RowSummary, shown_row
 
@@ -274,7 +275,7 @@ def _curve(panel: Any, curve: Sequence[Sequence[float]], **properties: Any) -> N
 
 def metric_axis(panel: Any, metric: str, axis: str = "y") -> None:
     """Shares in percent."""
-    if metric in ("accuracy", "f1"):
+    if metric in SHARES:
         chosen = panel.yaxis if axis == "y" else panel.xaxis
         chosen.set_major_formatter(PercentFormatter(xmax=1))
 

@@ -18,6 +18,7 @@ from pica.tasks.base import (
     Task,
     Template,
 )
+from pica.tasks.chat import ChatTask, Conversation
 from pica.tasks.commonsense import CommonsenseTask
 from pica.tasks.dreambooth import DreamBoothTask, folder_problem
 from pica.tasks.glue import GlueTask
@@ -33,6 +34,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         ArithmeticTask(),
+        ChatTask(),
         CommonsenseTask(),
         DreamBoothTask(),
         GlueTask(),
@@ -78,6 +80,7 @@ __all__ = [
     "TEMPLATES",
     "AnyExample",
     "ClassificationTask",
+    "Conversation",
     "Example",
     "GenerationTask",
     "Labelled",

@@ -14,7 +14,7 @@ from pica.tasks.identity import joined
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 Split = Literal["train", "validation", "test"]
-Kind = Literal["generation", "text-classification", "image-classification", "text-to-image"]
+Kind = Literal["generation", "chat", "text-classification", "image-classification", "text-to-image"]
 """What a model does for a task; `pica.experiments.pipelines` holds how, one file each."""
 
 

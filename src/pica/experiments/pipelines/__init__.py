@@ -9,6 +9,7 @@ from typing import Any
 
 from pica.errors import ConfigError
 from pica.experiments.pipelines.base import HeldOut, PicturePipeline, Pipeline
+from pica.experiments.pipelines.chat import ChatPipeline
 from pica.experiments.pipelines.classification import text_classification
 from pica.experiments.pipelines.generation import GenerationPipeline
 from pica.experiments.pipelines.images import image_classification
@@ -30,6 +31,7 @@ def _text_to_image(recipe: Recipe, task: Any) -> Pipeline:
 
 
 _MAKERS: dict[str, Callable[..., Any]] = {
+    "chat": ChatPipeline,
     "generation": GenerationPipeline,
     "text-classification": text_classification,
     "image-classification": image_classification,

@@ -83,6 +83,14 @@ class Pipeline(Protocol):
         """Measure a model, on whatever device it is, on one or more examples; shows a bar called `label`."""
         ...
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """What is to be learnt, in lines for whoever watches."""
+        ...
+
+    def accompany(self, folder: Path) -> None:
+        """Write what belongs beside an adapter into its folder."""
+        ...
+
     def held_out(self, model: Any, examples: Sequence[Any]) -> HeldOut:
         """Measure what learning rates are chosen by, on one or more examples."""
         ...

@@ -243,6 +243,13 @@ class ClassificationPipeline:
             ]
         return Evaluation(metric, metrics[metric], stderr, metrics, loss, len(examples), None, rows)
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """Nothing beyond their number."""
+        return []
+
+    def accompany(self, folder: Path) -> None:
+        """Nothing: the adapter is all there is."""
+
     def held_out(self, model: Any, examples: Sequence[Any]) -> HeldOut:
         """The metric and the loss."""
         metrics, loss = self._measured(self._outputs(model, examples, Silent(), ""), self._gold(examples))

@@ -194,6 +194,13 @@ class DreamBoothPipeline:
             self._metric, means[self._metric], stderr, means, loss, len(examples), None, rows, pictures=files
         )
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """Nothing beyond their number."""
+        return []
+
+    def accompany(self, folder: Path) -> None:
+        """Nothing: the adapter is all there is."""
+
     def held_out(self, model: Any, examples: Sequence[LabelledPicture]) -> HeldOut:
         """The denoising loss at fixed noise."""
         errors, _ = self._losses(model, examples, lambda count: None)

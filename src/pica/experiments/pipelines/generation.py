@@ -90,6 +90,13 @@ class GenerationPipeline:
             by_likelihood=self._recipe.task.scoring == "likelihood",
         )
 
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """Nothing beyond their number."""
+        return []
+
+    def accompany(self, folder: Path) -> None:
+        """Nothing: the adapter is all there is."""
+
     def held_out(self, model: Any, examples: Sequence[Example]) -> HeldOut:
         """The loss on the gold answers."""
         batch = self._recipe.trainer.eval_batch_size

@@ -1,0 +1,255 @@
+"""`pica chat`: a conversation in the terminal with a model, with and without its adapters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pica.cli.options import add_trust, whole
+from pica.cli.show import show
+from pica.errors import ConfigError, OutputError, PicaError
+
+if TYPE_CHECKING:
+    from pica.experiments.chat.loading import Talker
+    from pica.experiments.chat.talking import Sampling
+
+EPILOG = """examples:
+  pica chat pica-run                          what a run learnt
+  pica chat out/adapter other/adapter         two adapters of one model; /use NAME changes over
+  pica chat ./SmolLM2-135M-Instruct           a model as it is
+  echo "Who are you?" | pica chat pica-run    one answer on standard output
+"""
+
+HELP = """/both            from now on, answers of the model alone and of the adapter side by side
+/base            from now on, the model alone
+/use NAME        from now on, that adapter
+/system [TEXT]   begin again with this system prompt, or without one
+/reset           begin again
+/save FILE       write the conversation as a line of JSON that pica train reads
+/set NAME VALUE  temperature, top_p, seed or max_new_tokens
+/help            this
+/quit            end (so does Ctrl-D); Ctrl-C while it answers stops the answer"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="pica chat",
+        description="Talk to a model, an adapter, or what a run learnt. Type /help for what can be changed meanwhile.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "places", nargs="+", metavar="ADAPTER|RUN|MODEL", help="what to talk to; several adapters of one model"
+    )
+    add_speaking(made, max_new_tokens=512, temperature=0.7)
+    made.add_argument(
+        "--top-p", type=float, default=0.9, metavar="P", help="share of the probability to choose from (0.9)"
+    )
+    made.add_argument("--seed", type=whole, default=0, metavar="N", help="decides the choices (default: 0)")
+    made.add_argument("--system", metavar="TEXT", help="system prompt; that of the training if unset")
+    return made
+
+
+def add_speaking(made: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
+    """What chat and generate both take."""
+    made.add_argument("--base", metavar="MODEL", help="base model of the adapter, if not the one it records")
+    made.add_argument(
+        "--chat-template", metavar="NAME|FILE", help="alpaca, chatml or plain, or a file; the trained one if unset"
+    )
+    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the model")
+    made.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    add_trust(made)
+    made.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T", help=f"0: the likeliest words ({temperature})"
+    )
+    made.add_argument(
+        "--max-new-tokens", type=whole, default=max_new_tokens, metavar="N", help=f"longest answer ({max_new_tokens})"
+    )
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise `ConfigError` on settings that are out of range."""
+    if not 0 <= sampling.temperature <= 100:
+        raise ConfigError(f"temperature = {sampling.temperature}: must be between 0 and 100.")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"top_p = {sampling.top_p}: must be above 0 and at most 1.")
+    if not 1 <= sampling.max_new_tokens <= 1_000_000:
+        raise ConfigError(f"max_new_tokens = {sampling.max_new_tokens}: must be between 1 and 1,000,000.")
+    if not 0 <= sampling.seed < 2**63:
+        raise ConfigError(f"seed = {sampling.seed}: must be between 0 and 2^63 - 1.")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, load and talk until the input ends."""
+    given = parser().parse_args(arguments)
+
+    from pica.cli.console import loading
+
+    with loading() as shown:
+        from pica.experiments.chat.loading import BASE, load_talker
+        from pica.experiments.chat.talking import Sampling
+
+        sampling = Sampling(given.temperature, given.top_p, given.seed, given.max_new_tokens)
+        check_sampling(sampling)
+        talker = load_talker(
+            given.places,
+            base=given.base,
+            template=given.chat_template,
+            dtype=given.dtype,
+            revision=given.revision,
+            trust_remote_code=given.trust_remote_code,
+        )
+    speaking = talker.adapters[0] if talker.adapters else BASE
+    system = given.system if given.system is not None else talker.system
+    conversation = Conversation(talker, sampling, speaking, system)
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    if typed:
+        shown.say(
+            f"{talker.model}{', with ' + ', '.join(talker.adapters) if talker.adapters else ''}. /help lists the commands."
+        )
+    while True:
+        try:
+            line = input(f"{conversation.title}> ") if typed else _read_line()
+        except EOFError:
+            if typed:
+                show()
+            return 0
+        if not line.strip():
+            continue
+        if line.strip() in ("/quit", "/exit"):
+            return 0
+        try:
+            conversation.take(line.strip())
+        except PicaError as error:
+            if not typed:
+                raise
+            shown.say(str(error))
+
+
+def _read_line() -> str:
+    line = sys.stdin.readline() if sys.stdin is not None else ""
+    if not line:
+        raise EOFError
+    return line
+
+
+@dataclass
+class Conversation:
+    """What was said so far, and who answers."""
+
+    talker: Talker
+    sampling: Sampling
+    speaking: str
+    system: str | None
+    both: bool = False
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.speaking}+base" if self.both else self.speaking
+
+    def take(self, line: str) -> None:
+        """A command or something to answer."""
+        if not line.startswith("/"):
+            self._answer(line)
+            return
+        word, _, rest = line[1:].partition(" ")
+        rest = rest.strip()
+        actions = {
+            "help": lambda: show(HELP),
+            "both": self._side_by_side,
+            "base": lambda: self._use("base"),
+            "use": lambda: self._use(rest),
+            "system": lambda: self._begin(rest or None),
+            "reset": lambda: self._begin(self.system),
+            "save": lambda: self._save(rest),
+            "set": lambda: self._set(rest),
+        }
+        if word not in actions:
+            raise ConfigError(f"There is no /{word}; /help lists what there is.")
+        actions[word]()
+
+    def _begin(self, system: str | None) -> None:
+        self.system, self.messages = system, []
+
+    def _use(self, name: str) -> None:
+        with self.talker.use(name):  # refuses a name that is not there
+            self.speaking, self.both = name, False
+
+    def _side_by_side(self) -> None:
+        if not self.talker.adapters:
+            raise ConfigError("There is no adapter here to hold beside the model.")
+        if self.speaking == "base":
+            self.speaking = self.talker.adapters[0]
+        self.both = True
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        kinds = {"temperature": float, "top_p": float, "seed": int, "max_new_tokens": int}
+        try:
+            changed = replace(self.sampling, **{name: kinds[name](value)})
+        except (KeyError, ValueError):
+            raise ConfigError(f"/set takes a number for {', '.join(kinds)}, for instance /set temperature 0.") from None
+        check_sampling(changed)
+        self.sampling = changed
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ConfigError("/save needs the name of a file.")
+        if not self.messages:
+            raise ConfigError("Nothing has been said yet.")
+        path = Path(name).expanduser()
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self._said()}, ensure_ascii=False) + "\n")
+        except FileExistsError:
+            raise OutputError(f"{name!r} exists; name another file.") from None
+        except OSError as error:
+            raise OutputError(f"{name!r} cannot be written ({error.strerror}).") from None
+
+    def _said(self) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": self.system}, *self.messages] if self.system else list(self.messages)
+
+    def _answer(self, question: str) -> None:
+        asked = [*self._said(), {"role": "user", "content": question}]
+        said = self._compare(asked) if self.both else self._stream(asked)
+        self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+
+    def _stream(self, asked: list[dict[str, Any]]) -> str:
+        pieces: list[str] = []
+        with self.talker.use(self.speaking):
+            answer = self.talker.speaker.stream(asked, self.sampling)
+            try:
+                for piece in answer:
+                    pieces.append(piece)
+                    show(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+            finally:
+                answer.close()  # pyright: ignore[reportAttributeAccessIssue] -- a generator
+                show()
+        return "".join(pieces).strip()
+
+    def _compare(self, asked: list[dict[str, Any]]) -> str:
+        from rich.table import Table
+        from rich.text import Text
+
+        from pica.cli.console import table_console
+
+        said = {}
+        for name in ("base", self.speaking):
+            with self.talker.use(name):
+                said[name] = "".join(self.talker.speaker.stream(asked, self.sampling)).strip()
+        table = Table(show_lines=False, expand=True)
+        for name in said:
+            table.add_column("the model alone" if name == "base" else name, ratio=1, overflow="fold")
+        table.add_row(*(Text(text) for text in said.values()))
+        table_console().print(table)
+        return said[self.speaking]

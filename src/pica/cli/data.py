@@ -1,0 +1,169 @@
+"""`pica data`: what a model would see of a file of conversations, before any training."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pica.cli.options import whole
+from pica.cli.show import show
+from pica.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pica.experiments.chat.preview import Preview
+
+EPILOG = """examples:
+  pica data chats.jsonl --model ./SmolLM2-135M-Instruct
+  pica data chats.jsonl --model ./SmolLM2-135M-Instruct --examples 10 --page chats.html
+  pica data recipe.yaml
+
+What is learnt is green on a terminal, and between « and » elsewhere.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="pica data",
+        description="Show what a model would see of conversations: examples with the words that are learnt, lengths, what "
+        "is cut or left out, duplicates, and what is in the test too.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("source", metavar="FILE|RECIPE", help="conversations, or a recipe for task chat")
+    made.add_argument("--model", metavar="MODEL", help="the model that would learn (its tokenizer and chat template)")
+    made.add_argument("--test", metavar="FILE", help="test conversations, to be held against these")
+    made.add_argument(
+        "--chat-template", metavar="NAME|FILE", help="alpaca, chatml or plain, or a file; the model's own if unset"
+    )
+    made.add_argument("--system", metavar="TEXT", help="a system prompt for conversations that have none")
+    made.add_argument("--loss", choices=("assistant", "last", "all"), help="what is learnt (default: assistant)")
+    made.add_argument("--max-length", type=whole, metavar="N", help="longest row in tokens (default: 512)")
+    made.add_argument("--overflow", choices=("cut", "split", "drop"), help="what becomes of longer ones (default: cut)")
+    made.add_argument("--examples", type=whole, default=3, metavar="N", help="how many to show (default: 3)")
+    made.add_argument("--page", type=Path, metavar="FILE", help="write all of this as one HTML page too")
+    made.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, look and print."""
+    given = parser().parse_args(arguments)
+    if given.examples < 0:
+        raise ConfigError(f"--examples {given.examples}: must be 0 or more.")
+    if given.max_length is not None and given.max_length < 2:
+        raise ConfigError(f"--max-length {given.max_length}: must be at least 2.")
+    if given.page is not None and given.page.exists():
+        raise ConfigError(f"--page {str(given.page)!r} exists; name another file.")
+
+    from pica.cli.console import loading
+
+    with loading():
+        from pica.experiments.chat.preview import preview
+        from pica.experiments.chat.rendering import Renderer
+        from pica.experiments.chat.templates import set_template
+        from pica.experiments.models import load_tokenizer
+        from pica.tasks.base import Source
+        from pica.tasks.chat import ChatTask, described
+
+        recipe = _recipe(given)
+        tokenizer = load_tokenizer(recipe.model)
+        set_template(tokenizer, recipe.task.chat_template)
+        task = ChatTask()
+        source = Source(recipe.data.train, recipe.data.train_limit, columns=recipe.data.columns)
+        train = task.load("train", source)
+        test = task.load("test", Source(recipe.data.test, columns=recipe.data.columns)) if recipe.data.test else []
+        length = recipe.trainer.max_length
+        found = preview(
+            Renderer(tokenizer, recipe.task.loss),
+            train,
+            test,
+            system=recipe.task.system,
+            max_length=length,
+            overflow=recipe.trainer.overflow,
+            examples=given.examples,
+        )
+    facts = {"read": described(train), **found.facts(length)}
+    if given.json:
+        show(
+            json.dumps({"facts": facts, "examples": [[p, [asdict(s) for s in e]] for p, e in found.examples]}, indent=2)
+        )
+    else:
+        _print(found, facts)
+    if given.page is not None:
+        _write_page(given.page, recipe, found, facts)
+        show(f"page: {given.page}")
+    return 0
+
+
+def _recipe(given: argparse.Namespace) -> Any:
+    from pica.experiments.parsing import builtin_recipes, load_recipe
+    from pica.experiments.recipe import DataSection, ModelSection, Recipe, TaskSection
+
+    if Path(given.source).suffix in (".yaml", ".yml") or given.source in builtin_recipes():
+        recipe = load_recipe(given.source, [("model.path", given.model)] if given.model else [])
+    else:
+        recipe = Recipe(task=TaskSection(name="chat"), data=DataSection(train=given.source))
+    if recipe.task.name != "chat":
+        raise ConfigError(f"{given.source!r} is a recipe for task {recipe.task.name}; pica data is for task chat.")
+    if given.model is not None:
+        recipe.model = ModelSection(path=given.model)
+    elif recipe.data.train == given.source:
+        raise ConfigError("Name the model with --model: what is seen depends on its tokenizer and chat template.")
+    for section, name, value in (
+        (recipe.data, "test", given.test),
+        (recipe.task, "chat_template", given.chat_template),
+        (recipe.task, "system", given.system),
+        (recipe.task, "loss", given.loss),
+        (recipe.trainer, "max_length", given.max_length),
+        (recipe.trainer, "overflow", given.overflow),
+    ):
+        if value is not None:
+            setattr(section, name, value)
+    return recipe
+
+
+def _print(found: "Preview", facts: dict[str, str]) -> None:
+    from rich.text import Text
+
+    from pica.cli.console import table_console
+
+    console = table_console()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        show(f"{name:<{width}}  {value}")
+    for place, pieces in found.examples:
+        console.print()
+        console.print(f"── {place}", style="dim", markup=False)
+        text = Text()
+        for piece in pieces:
+            if piece.learnt and not sys.stdout.isatty():
+                text.append(f"«{piece.text}»")
+            else:
+                text.append(piece.text, style="bold green" if piece.learnt else "dim")
+        console.print(text)
+
+
+def _write_page(path: Path, recipe: Any, found: "Preview", facts: dict[str, str]) -> None:
+    from markupsafe import Markup
+
+    from pica.experiments.output import write_text
+    from pica.report.page import Page, details
+
+    page = Page(
+        "What the model would see",
+        "Words with a green background are learnt; the model is given all others and no loss is taken on them.",
+        {"model": recipe.model.path, "data": recipe.data.train, **facts},
+    )
+    blocks = []
+    for place, pieces in found.examples:
+        inner = Markup("").join(
+            Markup("<mark>{}</mark>").format(piece.text) if piece.learnt else Markup("{}").format(piece.text)
+            for piece in pieces
+        )
+        blocks.append(details(place, Markup("<pre>{}</pre>").format(inner)))
+    page.section("Examples", *blocks)
+    write_text(path, page.html())

@@ -1,0 +1,132 @@
+"""Asking a model: one answer as it is written, or many at a time."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+
+from pica.experiments.chat.rendering import Renderer
+from pica.experiments.data import special_ids
+from pica.experiments.reporting import Advance
+from pica.tasks.chat import Message
+
+Asked = tuple[Sequence[Message], Sequence[Any]]
+"""The messages before an answer, and the tools that are on offer."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How words are chosen.
+
+    Attributes:
+        temperature: 0 always takes the likeliest.
+        top_p: Share of the probability that is chosen from.
+        seed: Decides the choices.
+        max_new_tokens: Longest answer.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 256
+
+
+class _Stopped(StoppingCriteria):
+    """Stops generation from another thread."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)
+
+
+class Speaker:
+    """A model that answers in its chat template, and stops where it learnt to."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> None:
+        """`model` is on the device to use; `renderer` has the tokenizer's chat template."""
+        self.model, self.tokenizer, self.renderer = model.eval(), tokenizer, renderer
+
+    def answer_all(
+        self, asked: Sequence[Asked], *, max_new_tokens: int, batch_size: int, advance: Advance | None = None
+    ) -> list[str]:
+        """The likeliest answers (greedy), in the order of the questions.
+
+        Args:
+            asked: The questions.
+            max_new_tokens: Longest answer.
+            batch_size: Questions at once.
+            advance: Is told the questions that are done.
+        """
+        prompts = [self.renderer.prompt(messages, tools) for messages, tools in asked]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        texts = [""] * len(prompts)
+        settings = self._settings(Sampling(max_new_tokens=max_new_tokens))
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            ids, mask = self._left_padded([prompts[index] for index in indices])
+            with torch.inference_mode():
+                written = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            for index, row in zip(indices, written[:, ids.shape[1] :]):
+                texts[index] = self.tokenizer.decode(row, skip_special_tokens=True).strip()  # pyright: ignore[reportAttributeAccessIssue]
+            if advance is not None:
+                advance(len(indices))
+        return texts
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Iterator[str]:
+        """The answer in pieces, as it is written. Closing the iterator (as Ctrl-C does) stops the writing."""
+        ids, mask = self._left_padded([self.renderer.prompt(messages, tools)])
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        stopped, failed = _Stopped(), list[BaseException]()
+
+        def write() -> None:
+            try:
+                with torch.inference_mode():
+                    torch.manual_seed(sampling.seed)
+                    self.model.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        generation_config=self._settings(sampling),
+                        streamer=streamer,
+                        stopping_criteria=[stopped],
+                    )
+            except BaseException as error:  # given to whoever reads, who otherwise waits for ever
+                failed.append(error)
+                streamer.end()
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        try:
+            yield from streamer
+        finally:
+            stopped.asked.set()
+            writer.join()
+        if failed:
+            raise failed[0]
+
+    def _settings(self, sampling: Sampling) -> GenerationConfig:
+        end, padding = special_ids(self.tokenizer)
+        own = getattr(self.model, "generation_config", None)
+        theirs = getattr(own, "eos_token_id", None)
+        stops = {end, *(theirs if isinstance(theirs, list) else [theirs] if isinstance(theirs, int) else [])}
+        stops |= {self.tokenizer.convert_tokens_to_ids(stop) for stop in self.renderer.stops}  # pyright: ignore[reportAssignmentType]
+        chosen: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens, eos_token_id=sorted(stops), pad_token_id=padding, **chosen
+        )
+
+    def _left_padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        _, padding = special_ids(self.tokenizer)
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), padding)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for at, row in enumerate(rows):
+            ids[at, width - len(row) :] = torch.tensor(row)
+            mask[at, width - len(row) :] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
