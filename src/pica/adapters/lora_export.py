@@ -26,8 +26,8 @@ from pica.adapters.lora_folder import PREFIX, LoraFolder, write_lora_folder
 from pica.adapters.names import LinearShape, base_modules, incomplete_roles, linear_shapes, missing_members, plain_names
 from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders, denoiser_name, text_encoder_tensors
 from pica.errors import ConfigError, ExportError
-from pica.tuner.adapted import AdaptedLinear, verify_loaded
-from pica.tuner.bank import find_banks
+from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.bank import find_banks, verify_loaded
 from pica.tuner.experts import PicaExpert
 
 logger = logging.getLogger(__name__)

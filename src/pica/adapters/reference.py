@@ -94,7 +94,7 @@ def import_reference(
     for path, keyword in matched.items():
         layer = model.get_base_model().get_submodule(path)
         assert isinstance(layer, PicaLinear)
-        layer.use_stored_basis("default", bases[path])
+        layer.use_shared_basis("default", bases[path])
         layer.drop_unused_bases()
         with torch.no_grad():
             layer.matrix("default").copy_(saved.matrices[keyword])

@@ -53,6 +53,7 @@ ORIGINS = (
     "eetq",
     "another quantisation",
 )
+NAMED = ORIGINS[1]  # of a checkpoint that the configuration names
 """Whose weights a basis is of: "" the base model's own, unquantised; those of a named checkpoint; or dequantised ones."""
 
 Mode = Literal["narrow", "wide"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,8 @@ class SvftLinear(AdaptedLinear):
     those with a small singular value would be nothing but amplified rounding.)
     """
 
-    method = "SVFT"
-    mismatch_remedy = "merge the adapter there, which gives a plain model (pica merge)"
+    method: ClassVar[str] = "SVFT"
+    mismatch_remedy: ClassVar[str] = "merge the adapter there, which gives a plain model (pica merge)"
     adapter_layer_names = ("svft_T",)
     # plain dicts keyed by adapter name: PEFT's delete_adapter and name listing look into them
     other_param_names = ("pica_group", "svft_entries", "svft_basis")

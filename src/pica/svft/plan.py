@@ -20,7 +20,7 @@ from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.sharding import check_placement, loads_in_one_process
 
 if TYPE_CHECKING:
-    from pica.svft.model import SvftModel
+    from pica.tuner.banked import BankedModel
 
 
 class SvftPlan:
@@ -34,7 +34,7 @@ class SvftPlan:
         positions: Of each group whose product needs them, by its key; none while the weights are on the meta device.
     """
 
-    def __init__(self, tuner: SvftModel, config: SvftConfig) -> None:
+    def __init__(self, tuner: BankedModel, config: SvftConfig) -> None:
         if loads_in_one_process():
             raise LaunchError(
                 "SVFT: FSDP loads the base model in the first process only, and singular vectors are not sent to the "

@@ -14,15 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
 from pica.errors import BasisError, QuantisationError
-from pica.tuner.bank import PicaBank
+from pica.tuner.bank import PicaBank, verify_loaded
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
 from pica.tuner.quantised import KeptLayer, backend_of, carry_over, dequantised, kind_of, requantise, rounds_its_input
+from pica.tuner.replaced import deviation, loaded_weight_differs, rebase, sample
 from pica.tuner.sharding import in_parts, whole
-
-WEIGHT_SAMPLES = 64
-# Largest deviation of a weight's sample, relative to its norm, at which it counts as the same: bfloat16 rounds by 0.2%.
-SAME_WEIGHT = 1e-2
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -35,6 +32,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     method: ClassVar[str] = ""  # for messages
     mixes: ClassVar[bool] = True  # whether the samples of a batch can have an adapter each
     mismatch_remedy: ClassVar[str] = ""  # one more way out of a basis mismatch, where the method has one
+    stores_basis: ClassVar[bool] = False  # whether an adapter's file may hold the basis itself; then the four below
 
     def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str, root: nn.Module | None = None) -> None:
         """Wrap a base layer of the base model `root`, which is asked about quantisation only and not kept."""
@@ -138,6 +136,25 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def frames(self, adapter_name: str) -> tuple[Tensor | None, Tensor]:
         """(L, R) of the update L C R, (out, k) and (k, in), in at least float32; None where L is the identity."""
 
+    def stored_basis(self, adapter_name: str) -> Tensor:
+        """What an adapter's file holds of its basis here."""
+        raise NotImplementedError
+
+    def stored_basis_problem(self, adapter_name: str, stored: Tensor) -> str | None:
+        """What is wrong with a basis from a file, or None."""
+        raise NotImplementedError
+
+    def use_stored_basis(self, adapter_name: str, stored: Tensor) -> str:
+        """Use a basis from a file; returns what `go_back_to_basis` takes, until `drop_unused_bases`."""
+        raise NotImplementedError
+
+    def go_back_to_basis(self, adapter_name: str, before: str) -> None:
+        """Undo `use_stored_basis`."""
+        raise NotImplementedError
+
+    def drop_unused_bases(self) -> None:
+        """Free what no adapter uses any more."""
+
     # ---- adapters ----------------------------------------------------------------------------------------------
 
     @property
@@ -234,28 +251,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
         0 where that cannot be seen: without bases, or where the weight is packed, in parts or on the meta device.
         """
-        seen, now = self._weight_seen, self._weight_sample()
-        if seen is None or now is None or seen.shape != now.shape:
-            return 0.0
-        size = float(torch.linalg.vector_norm(seen))
-        return float(torch.linalg.vector_norm(now - seen)) / max(size, 1e-30)
+        return deviation(self._weight_seen, self._weight_sample())
 
     def _weight_sample(self) -> Tensor | None:
-        """Some of the unmerged weight's numbers, float64, on the CPU."""
         weight = self.raw_weight() if self._unmerged_weight is None else self._unmerged_weight
-        plain = (
-            type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and self.quantization_backend is None
-        )
-        if not plain or weight.is_meta or in_parts(weight) or weight.numel() != self.in_features * self.out_features:
-            return None
-        flat = weight.detach()
-        flat = (flat if flat.is_contiguous() else flat.T).reshape(-1)
-        return flat[:: max(1, len(flat) // WEIGHT_SAMPLES)].to("cpu", torch.float64)
+        return sample(weight, self.in_features * self.out_features) if self.quantization_backend is None else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Torch's, called before the base layer's own: a new weight has another basis."""
-        from pica.tuner.rebase import loaded_weight_differs, rebase
-
         if f"{prefix}base_layer.weight" in state_dict and loaded_weight_differs(self, state_dict, prefix):
             rebase(self)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -455,18 +458,6 @@ def lasting(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()
-
-
-@torch.compiler.disable
-def verify_loaded(bank: PicaBank) -> None:
-    """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.
-
-    Raises:
-        BasisMismatchError, AdapterFileError: as `pica.tuner.arrival.verify_arrived`; the adapter is taken out then.
-    """
-    from pica.tuner.arrival import verify_arrived
-
-    verify_arrived(bank)
 
 
 def _float_dtype(root: nn.Module | None) -> torch.dtype | None:

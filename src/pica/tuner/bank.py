@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from pica.tuner.adapted import AdaptedLinear
-    from pica.tuner.banked import BankedModel
+from pica.tuner.protocols import AdaptedLayer, Tuner
 
 BANK_NAME = "pica_M"
 SVFT_BANK = "svft_T"
@@ -74,7 +72,7 @@ class AdapterSlot(nn.ParameterDict):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("fingerprint", None)
-        self.layers: dict[str, AdaptedLinear] = {}
+        self.layers: dict[str, AdaptedLayer] = {}
         self.taken_here = False
         self.unverified = False
         self.arrival: Arrival | None = None
@@ -186,12 +184,14 @@ class PicaBank(nn.ModuleDict):
     Attributes:
         unverified: Whether some slot may be; layers look at it in each forward pass, so it is one flag for all of them.
         tuner: Who added the last adapter, in a tuple, so that it is no child of the bank: for taking one out again.
+        verifier: Holds what a loader wrote into the bank against its fingerprint; given by whoever adds adapters.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.unverified = False
-        self.tuner: tuple[BankedModel, ...] = ()
+        self.tuner: tuple[Tuner, ...] = ()
+        self.verifier: Callable[[PicaBank], None] | None = None
         self._activated: tuple[tuple[str, ...], bool, set[str]] | None = None
 
     def matrices(self, adapter_name: str) -> AdapterSlot:
@@ -235,6 +235,17 @@ class PicaBank(nn.ModuleDict):
             if not matrix.is_meta and bool(matrix.any()):
                 slot.drawn[group] = _version(slot[group])
             self._activated = None
+
+
+@torch.compiler.disable
+def verify_loaded(bank: PicaBank) -> None:
+    """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.
+
+    Raises:
+        BasisMismatchError, AdapterFileError: as `pica.tuner.arrival.verify_arrived`; the adapter is taken out then.
+    """
+    if bank.verifier is not None:
+        bank.verifier(bank)
 
 
 def plain_name(name: str) -> str:

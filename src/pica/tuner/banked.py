@@ -16,7 +16,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pica.errors import ConfigError, ModuleError, PicaError, TargetError
-from pica.tuner.adapted import SAME_WEIGHT, AdaptedLinear
+from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.arrival import verify_arrived
 from pica.tuner.bank import BANK_NAMES, Arrival, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
 from pica.tuner.experts import ADAPTERS as EXPERT_ADAPTERS
@@ -26,6 +27,7 @@ from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
 from pica.tuner.quantised import check_differentiable, keep_differentiable
 from pica.tuner.rebase import rebase
+from pica.tuner.replaced import SAME_WEIGHT
 from pica.tuner.roles import Group
 from pica.tuner.sharding import from_first_process, loads_in_one_process
 from pica.tuner.state import remap_state, select_state, slots_of, withdraw
@@ -211,6 +213,7 @@ class BankedModel(BaseTuner):
         current_key = plain_name(current_key)
         self._ensure_plan(peft_config, adapter_name)
         bank = ensure_bank(self.model, self.bank_name)
+        bank.verifier = verify_arrived
         layer = (
             target if isinstance(target, self.layer_class) else self.layer_class(target, bank, current_key, self.model)
         )

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from pica.basis import Side
 from pica.errors import ConfigError, TargetError
-from pica.tuner.adapted import verify_loaded
-from pica.tuner.bank import PicaBank, find_banks
+from pica.tuner.bank import PicaBank, find_banks, verify_loaded
 from pica.tuner.layer import PicaLinear
 from pica.tuner.remade import Remade, can_be_remade, kept_as_recipes
 from pica.tuner.sharding import in_parts

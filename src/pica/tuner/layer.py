@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, Side, WantedSide, cached_solve_basis, full_precision, solve_basis
 from pica.basis.checkpoint import read_tensor
-from pica.basis.fingerprint import ORIGINS, Alignment, LayerPrint, Mode, align, take_print
+from pica.basis.fingerprint import NAMED, Alignment, LayerPrint, Mode, align, take_print
 from pica.errors import ConfigError
 from pica.tuner.adapted import AdaptedLinear, lasting
 from pica.tuner.adapted import features_of as features_of
-from pica.tuner.adapted import verify_loaded as verify_loaded
 from pica.tuner.bank import PicaBank
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.sharding import whole
@@ -32,7 +31,6 @@ SAME_DIRECTION = 1 - 1e-4
 # A checkpoint's weight that differs by more than this share of its norm from the layer's own is not the one that was
 # quantised: int8 differs by 1%, NF4 by 9%, FP4 by 13%, another model's weight by 140%.
 FOREIGN_WEIGHT = 0.6
-NAMED = ORIGINS[1]
 FROM_FILE = "file"  # the solver of a basis that came with an adapter
 
 
@@ -52,8 +50,9 @@ class PicaLinear(AdaptedLinear):
     projection serves every adapter: a smaller rank uses its first rows.
     """
 
-    method = "PiCa"
-    mismatch_remedy = "save the adapter again from there with save_basis=True, which stores the basis"
+    method: ClassVar[str] = "PiCa"
+    stores_basis: ClassVar[bool] = True
+    mismatch_remedy: ClassVar[str] = "save the adapter again from there with save_basis=True, which stores the basis"
     adapter_layer_names = ("pica_M",)
     # plain dicts keyed by adapter name: PEFT's delete_adapter and name listing look into them
     other_param_names = ("pica_group", "r", "pica_projection", "pica_usable")
@@ -130,13 +129,31 @@ class PicaLinear(AdaptedLinear):
             self.pica_projection[name] = projection = fresh
         self.install_basis(projection, basis)
 
-    def use_stored_basis(self, name: str, basis: Basis) -> str:
-        """Give adapter `name` a basis that a file brought; adapters with the very same one share it.
+    def stored_basis(self, adapter_name: str) -> Tensor:
+        """The projector, in the compute dtype, cut to what the adapter uses."""
+        return self.first_directions(adapter_name).detach().clone().contiguous()
+
+    def stored_basis_problem(self, adapter_name: str, stored: Tensor) -> str | None:
+        rank = self.r[adapter_name]
+        if stored.ndim != 2 or stored.shape[1] not in (self.in_features, self.out_features) or stored.shape[0] > rank:
+            return f"has shape {tuple(stored.shape)}, expected at most {rank} rows"
+        return None if stored.is_floating_point() and bool(torch.isfinite(stored).all()) else "is not finite"
+
+    def use_stored_basis(self, adapter_name: str, stored: Tensor) -> str:
+        """Give the adapter a basis that a file brought; adapters with the very same one share it.
 
         Returns:
             The key of the basis that it had until now. That is kept, for whoever has to go back to it, until
             `drop_unused_bases`.
         """
+        side: Side = "in" if stored.shape[1] == self.in_features else "out"
+        projector = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        return self.use_shared_basis(
+            adapter_name, Basis(projector, side, projector.new_zeros(0), "principal", FROM_FILE)
+        )
+
+    def use_shared_basis(self, name: str, basis: Basis) -> str:
+        """As `use_stored_basis`, with a basis that is one already."""
         before = self.pica_projection[name]
         rows = self._placed(basis.projector)
         for key in dict.fromkeys(self.pica_projection.values()):
@@ -153,11 +170,13 @@ class PicaLinear(AdaptedLinear):
         self.install_basis(fresh, basis)
         return before
 
+    def go_back_to_basis(self, adapter_name: str, before: str) -> None:
+        self.pica_projection[adapter_name] = before
+
     def limit_basis(self, name: str, usable: int) -> None:
         self.pica_usable[name] = usable
 
     def drop_unused_bases(self) -> None:
-        """Free what no adapter uses any more."""
         used = set(self.pica_projection.values())
         for key in [key for key in self.requests if key not in used]:
             del self.requests[key]

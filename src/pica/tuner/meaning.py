@@ -16,8 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pica.basis import Basis
 from pica.basis.fingerprint import (
+    NAMED,
     Alignment,
     LayerPrint,
     Mode,
@@ -29,7 +29,7 @@ from pica.basis.fingerprint import (
 )
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuner.bank import AdapterSlot, PicaBank
-from pica.tuner.layer import FROM_FILE, NAMED, PicaLinear
+from pica.tuner.protocols import AdaptedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -288,19 +288,16 @@ def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None, 
     )
 
 
-def _pica_layers(slot: AdapterSlot) -> dict[str, PicaLinear]:
-    return {path: layer for path, layer in slot.layers.items() if isinstance(layer, PicaLinear)}
-
-
 BASIS_MARK = "basis:"  # in a file: pica_M.basis:<layer path>, the projector itself
 
 
 def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
     """The projectors of an adapter's layers, by file name, for `save_basis`: in the compute dtype, cut to its rank."""
-    found = {}
-    for path, layer in _pica_layers(slot).items():
-        found[f"{BASIS_MARK}{path}"] = layer.first_directions(adapter_name).detach().clone().contiguous()
-    return found
+    return {f"{BASIS_MARK}{path}": layer.stored_basis(adapter_name) for path, layer in _storing(slot).items()}
+
+
+def _storing(slot: AdapterSlot) -> dict[str, AdaptedLayer]:
+    return {path: layer for path, layer in slot.layers.items() if layer.stores_basis}
 
 
 @contextmanager
@@ -313,34 +310,23 @@ def stored_bases_installed(slot: AdapterSlot, adapter_name: str, stored: Mapping
     if not stored:
         yield
         return
-    layers = _pica_layers(slot)
+    layers = _storing(slot)
     problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in layers]
     for path, layer in layers.items():
         tensor = stored.get(path)
-        if tensor is None:
-            problems.append(f"{BASIS_MARK}{path} is missing")
-            continue
-        widths = {layer.in_features: "in", layer.out_features: "out"} if tensor.ndim == 2 else {}
-        if layer.in_features == layer.out_features:
-            widths = {layer.in_features: "in"}
-        rank = layer.r[adapter_name]
-        if tensor.ndim != 2 or tensor.shape[1] not in widths or tensor.shape[0] > rank:
-            problems.append(f"{BASIS_MARK}{path} has shape {tuple(tensor.shape)}, expected at most {rank} rows")
-        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            problems.append(f"{BASIS_MARK}{path} is not finite")
+        problem = "is missing" if tensor is None else layer.stored_basis_problem(adapter_name, tensor)
+        if problem:
+            problems.append(f"{BASIS_MARK}{path} {problem}")
     if problems:
         raise AdapterFileError(f"The adapter's stored basis does not fit this model: {_some(problems)}.")
     before: dict[str, str] = {}
     try:
         for path, layer in layers.items():
-            side = "in" if stored[path].shape[1] == layer.in_features else "out"
-            projector = stored[path].to(torch.promote_types(stored[path].dtype, torch.float32))
-            basis = Basis(projector, side, projector.new_zeros(0), "principal", FROM_FILE)
-            before[path] = layer.use_stored_basis(adapter_name, basis)
+            before[path] = layer.use_stored_basis(adapter_name, stored[path])
         yield
     except BaseException:
-        for path, projection in before.items():
-            layers[path].pica_projection[adapter_name] = projection
+        for path, key in before.items():
+            layers[path].go_back_to_basis(adapter_name, key)
         raise
     finally:
         for layer in layers.values():

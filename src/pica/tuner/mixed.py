@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pica.tuner.protocols import MixingLayer
 from pica.tuner.update import add_product
-
-if TYPE_CHECKING:
-    from pica.tuner.layer import PicaLinear
 
 # On a CPU one product a sample costs little beside its arithmetic, unless samples are short and adapters are many.
 BATCHED_TOKENS = 16
@@ -47,7 +44,7 @@ class MixedBatch(list[str]):
         self._cast: dict[tuple, Tensor] = {}
         self._stacked: dict[tuple, Tensor] = {}
 
-    def parts(self, layer: PicaLinear) -> list[Part]:
+    def parts(self, layer: MixingLayer) -> list[Part]:
         """What of the batch concerns a layer; "__base__" and adapters that leave it alone do not."""
         if layer.pica_name not in self._parts:
             parts: dict[str, Part] = {}
@@ -60,7 +57,7 @@ class MixedBatch(list[str]):
             self._parts[layer.pica_name] = list(parts.values())
         return self._parts[layer.pica_name]
 
-    def add(self, layer: PicaLinear, part: Part, y: Tensor, h: Tensor) -> None:
+    def add(self, layer: MixingLayer, part: Part, y: Tensor, h: Tensor) -> None:
         """y += h M^T with each sample's own M, in place.
 
         Args:
@@ -77,7 +74,7 @@ class MixedBatch(list[str]):
             samples = (len(self), tokens)
             y.view(*samples, y.shape[-1]).baddbmm_(h.reshape(*samples, h.shape[-1]).to(y.dtype), stack)
 
-    def _add_to_rows(self, layer: PicaLinear, name: str, rank: int, rows: list[int], y: Tensor, h: Tensor) -> None:
+    def _add_to_rows(self, layer: MixingLayer, name: str, rank: int, rows: list[int], y: Tensor, h: Tensor) -> None:
         matrix = self._matrix(layer, name, y)[:, :rank]
         first, last = rows[0], rows[-1] + 1
         if last - first == len(rows) and not torch.is_grad_enabled():  # neighbours: a view, nothing is copied
@@ -86,14 +83,14 @@ class MixedBatch(list[str]):
         index = torch.tensor(rows, device=y.device)
         y.index_copy_(0, index, add_product(y.index_select(0, index), h[..., :rank].index_select(0, index), matrix))
 
-    def _matrix(self, layer: PicaLinear, name: str, like: Tensor) -> Tensor:
+    def _matrix(self, layer: MixingLayer, name: str, like: Tensor) -> Tensor:
         """M (out, group rank) in the dtype and on the device of `like`."""
         key = (name, layer.pica_group[name], like.dtype, like.device)
         if key not in self._cast:
             self._cast[key] = layer.matrix(name).to(device=like.device, dtype=like.dtype)
         return self._cast[key]
 
-    def _stack(self, layer: PicaLinear, part: Part, rank: int, like: Tensor) -> Tensor:
+    def _stack(self, layer: MixingLayer, part: Part, rank: int, like: Tensor) -> Tensor:
         """M^T of each sample, (samples, rank, out); zero where an adapter has no direction or a sample no adapter."""
         members = tuple((name, layer.pica_group[name], part.ranks[name]) for name in part.rows)
         key = (members, rank, like.dtype, like.device)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pica.errors import ConfigError
-from pica.tuner.bank import BANK_NAME, ensure_bank, get_bank
+from pica.tuner.arrival import verify_arrived
+from pica.tuner.bank import BANK_NAME, ensure_bank, get_bank, verify_loaded
 from pica.tuner.banked import BankedModel
 from pica.tuner.combining import check_combination, config_of_combination, fill_combination
 from pica.tuner.config import PicaConfig
 from pica.tuner.experts import AdaptedExperts, wrap_stack
-from pica.tuner.layer import PicaLinear, verify_loaded
+from pica.tuner.layer import PicaLinear
 from pica.tuner.meaning import take_fingerprint
 from pica.tuner.plan import Plan
 from pica.tuner.roles import Group
@@ -93,6 +94,7 @@ class PicaModel(BankedModel):
         """PEFT's injection on `target_parameters`: the experts' modules run as they are, on adapted weights."""
         plan = cast(Plan, self._ensure_plan(peft_config, adapter_name))
         bank = ensure_bank(self.model, self.bank_name)
+        bank.verifier = verify_arrived
         for stack in plan.stacks:
             wrap_stack(model, stack.path, stack.parameter, stack.experts, bank)
             experts = cast(AdaptedExperts, model.get_submodule(stack.path))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from pica.errors import TrainingError
 from pica.tuner.bank import get_bank
-
-if TYPE_CHECKING:
-    from pica.tuner.banked import BankedModel
+from pica.tuner.protocols import Tuner
 
 
-def check_gradient_reduction(tuner: BankedModel) -> None:
+def check_gradient_reduction(tuner: Tuner) -> None:
     """Refuse the one way of training in which a gradient would be averaged between the processes in parts.
 
     Reentrant checkpointing runs one backward pass for each block, and each of them adds to the gradient of a shared
@@ -44,14 +40,14 @@ def check_gradient_reduction(tuner: BankedModel) -> None:
     )
 
 
-def _by_zero(tuner: BankedModel) -> bool:
+def _by_zero(tuner: Tuner) -> bool:
     """Whether DeepSpeed has taken the matrices over: stages 1 and 2 leave one mark on a parameter, stage 3 another."""
     bank = get_bank(tuner.model, tuner.bank_name)
     matrix = None if bank is None else next(bank.parameters(), None)
     return hasattr(matrix, "_hp_mapping") or hasattr(matrix, "ds_id")
 
 
-def _shares(tuner: BankedModel) -> bool:
+def _shares(tuner: Tuner) -> bool:
     bank = get_bank(tuner.model, tuner.bank_name)
     if bank is None:
         return False

@@ -26,7 +26,6 @@ from pica.tuner.targets import refusal
 
 if TYPE_CHECKING:
     from pica.tuner.banked import BankedModel
-    from pica.tuner.model import PicaModel
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class Plan:
         stacks: Experts among the layers.
     """
 
-    def __init__(self, tuner: PicaModel, config: PicaConfig) -> None:
+    def __init__(self, tuner: BankedModel, config: PicaConfig) -> None:
         layers = {plain_name(path): module for path, module in target_layers(tuner, config, PicaLinear)}
         self.stacks: list[Stack] = []
         named = {path: path for path in layers}  # experts go by the name of their stack

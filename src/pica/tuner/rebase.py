@@ -1,51 +1,14 @@
-"""A base weight that is replaced after an adapter was added to it: the basis follows, or saving refuses.
-
-A checkpoint that arrives late, `load_state_dict` or a new initialisation writes into the base layers and tells nobody.
-Beside its basis a layer keeps a sample of the weight that it is of; looking at that again costs next to nothing.
-"""
+"""Saving an adapter whose base weights were replaced since it was added: the basis follows, or saving refuses."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from pica.errors import BasisMismatchError
-from pica.tuner.adapted import SAME_WEIGHT, AdaptedLinear
-from pica.tuner.bank import AdapterSlot, Arrival
+from pica.tuner.bank import AdapterSlot
 from pica.tuner.meaning import check_fingerprint, take_fingerprint
-from pica.tuner.sharding import in_parts
+from pica.tuner.replaced import SAME_WEIGHT, rebase
 
 # A sample that is off by more than this share of its norm is no rounded or further trained copy, but another weight.
 OTHER_WEIGHT = 0.1
-
-
-def rebase(layer: AdaptedLinear) -> None:
-    """Make a layer's bases anew from its weight, when they are needed next.
-
-    An adapter whose matrices are as they were made takes its fingerprint anew; any other is held against the one it has.
-    """
-    layer.forget_bases()
-    for name in layer.pica_group:
-        slot = layer.bank.matrices(name)
-        if slot.unverified:
-            continue
-        if slot.untouched():
-            slot.forget_fingerprint()
-            layer.forget_choices(name)
-        else:
-            slot.expect(Arrival(written=set(slot)))
-
-
-def loaded_weight_differs(layer: AdaptedLinear, state_dict: dict[str, Any], prefix: str) -> bool:
-    """Whether a state dict that is about to be loaded brings another weight for a layer's base layer."""
-    new, own = state_dict.get(f"{prefix}base_layer.weight"), layer.raw_weight()
-    if not isinstance(new, Tensor) or type(own) not in (Tensor, nn.Parameter) or new.shape != own.shape:
-        return False
-    if own.is_meta or new.is_meta or in_parts(own) or layer.merged or layer.quantization_backend:
-        return False
-    return not torch.equal(own.detach(), new.detach().to(own))
 
 
 def follow_weights(slot: AdapterSlot, adapter_name: str, *, stores_basis: bool) -> None:

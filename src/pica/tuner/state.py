@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -14,14 +14,11 @@ from torch import Tensor, nn
 
 from pica.basis import process_index
 from pica.errors import AdapterFileError
-from pica.tuner.adapted import verify_loaded
-from pica.tuner.bank import BANK_NAMES, AdapterSlot, Arrival, PicaBank, find_banks, get_bank, plain_name
+from pica.tuner.bank import BANK_NAMES, AdapterSlot, Arrival, PicaBank, find_banks, get_bank, plain_name, verify_loaded
 from pica.tuner.meaning import BASIS_MARK, establish_meaning, stored_bases, stored_bases_installed, take_fingerprint
+from pica.tuner.protocols import Tuner
 from pica.tuner.rebase import follow_weights
 from pica.tuner.sharding import placed_like
-
-if TYPE_CHECKING:
-    from pica.tuner.banked import BankedModel
 
 FINGERPRINT = "fingerprint"
 
@@ -187,7 +184,7 @@ def withdraw(model: Any, adapter_name: str) -> None:
             take_out(bank.tuner[0], adapter_name, slot.arrival)
 
 
-def take_out(tuner: BankedModel, adapter_name: str, arrival: Arrival | None) -> None:
+def take_out(tuner: Tuner, adapter_name: str, arrival: Arrival | None) -> None:
     """Take an adapter out of its model, which then computes as before it was added.
 
     Args:
