@@ -1,4 +1,4 @@
-"""Text that holds names from other people's files, on its way to a terminal, a page or a spreadsheet."""
+"""Text from elsewhere: names from other people's files on their way to a terminal, a page or a spreadsheet, and errors."""
 
 import csv
 import io
@@ -40,3 +40,8 @@ def _cell(value: Any) -> Any:
     except ValueError:
         return f"'{value}"
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a sentence of ours; its class where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -15,11 +15,11 @@ from torch import nn
 
 from pica.adapters.fitting import output_options, whole_shapes
 from pica.adapters.pipelines import part_name, stored_dtype
-from pica.adapters.wording import first_line
 from pica.documents import DocumentError, read_json
 from pica.errors import AdapterFileError, ConfigError
 from pica.foreign_code import code_options, code_refusal, wants_code
 from pica.svft.config import SvftConfig
+from pica.text import first_line
 from pica.tuner.base_config import BankedConfig
 from pica.tuner.config import PicaConfig
 from pica.tuner.quantised import tensors_of_states

@@ -16,9 +16,9 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pica.adapters.wording import first_line
 from pica.errors import AdapterFileError
 from pica.foreign_code import code_options
+from pica.text import first_line
 from pica.tuner.bank import BANK_NAMES
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pica.adapters.wording import first_line
 from pica.errors import AdapterFileError, ConfigError, PicaError
+from pica.text import first_line
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODER = "text_encoder"

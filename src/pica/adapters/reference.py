@@ -21,10 +21,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from pica.adapters.names import base_modules, plain_names
-from pica.adapters.wording import first_line
 from pica.basis import Basis, full_precision
 from pica.documents import DocumentError, read_json
 from pica.errors import AdapterFileError, BasisError, ConfigError
+from pica.text import first_line
 from pica.tuner.bank import get_bank
 from pica.tuner.config import PicaConfig
 from pica.tuner.layer import PicaLinear

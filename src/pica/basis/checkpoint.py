@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pica.documents import read_json
 from pica.errors import ConfigError
+from pica.text import first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -155,5 +156,5 @@ def _fetched(source: str) -> Path:
         patterns = ["*.safetensors", "*.json"]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client's errors have no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(f"{source!r} is no local folder, and fetching it from the hub failed: {reason}") from error

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from pica.adapters.wording import first_line
 from pica.errors import AdapterFileError, ConfigError
 from pica.experiments.models import locate, read_pretrained
 from pica.experiments.recipe import ModelSection
+from pica.text import first_line
 
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _SENTENCES = "modules.json"  # of sentence-transformers: names the parts that come after the model, such as its pooling

@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from pica.adapters.dequantise import merge_in_full
-from pica.adapters.wording import first_line
 from pica.documents import read_json
 from pica.errors import AdapterFileError
 from pica.experiments import output as files
@@ -14,6 +13,7 @@ from pica.experiments.assessing import run_of
 from pica.experiments.companions import Companions
 from pica.experiments.models import DTYPES, base_of, load_adapter, load_base_of, load_config, locate, revision_of
 from pica.experiments.recipe import ModelSection
+from pica.text import first_line
 
 
 def merge(

@@ -33,6 +33,7 @@ from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.checks import model_problem
 from pica.experiments.recipe import ModelSection
 from pica.foreign_code import code_options, code_refusal, nothing_asked, wants_code
+from pica.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def load_base_of(
     try:
         model_class: Any = model_class_of(locate(section.path), config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, AttributeError, ImportError) as error:
-        raise ConfigError(f"No class is known to load {section.path!r} by: {_first_line(error)}") from error
+        raise ConfigError(f"No class is known to load {section.path!r} by: {first_line(error)}") from error
     shapes = whole_shapes(adapter)
     options = output_options(model_class, own, shapes, trust_remote_code=section.trust_remote_code)
     if labels is not None and len(labels) == options.get("num_labels", own.num_labels):
@@ -262,7 +263,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") ->
     except PicaError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise AdapterFileError(f"Adapter {str(folder)!r} cannot be loaded: {_first_line(error)}") from error
+        raise AdapterFileError(f"Adapter {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def base_of(adapter: Path, base: str | None = None) -> str:
@@ -338,12 +339,7 @@ def read_pretrained(loader: Any, section: ModelSection, options: dict[str, Any],
         if wants_code(error):
             raise ConfigError(f"Model {code_refusal(section.path)}") from error
         if local:
-            raise ConfigError(f"Model folder {section.path!r} cannot be loaded: {_first_line(error)}") from error
+            raise ConfigError(f"Model folder {section.path!r} cannot be loaded: {first_line(error)}") from error
         raise ConfigError(
-            f"Model {section.path!r} is no local folder, and loading it from the hub failed: {_first_line(error)}"
+            f"Model {section.path!r} is no local folder, and loading it from the hub failed: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

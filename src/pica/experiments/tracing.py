@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from pica.errors import ConfigError
 from pica.experiments.packing import is_unpacked, packed, parts
+from pica.text import first_line
 
 
 class TraceError(Exception):
@@ -117,7 +118,7 @@ class StepTracer:
                     del loss
                     found = counted.peak
         except Exception as error:  # of any kind: it comes from the model's code, which was never meant for this
-            raise TraceError(_first_line(error)) from error
+            raise TraceError(first_line(error)) from error
         finally:
             for parameter in self._model.parameters():
                 parameter.grad = None
@@ -232,8 +233,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -20,6 +20,7 @@ from pica.basis.checkpoint import WeightFolder, renaming
 from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.models import locate
 from pica.foreign_code import code_options, nothing_asked
+from pica.text import first_line
 
 
 def fetch(path: str) -> Path:
@@ -38,7 +39,7 @@ def fetch(path: str) -> Path:
         try:
             folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
         except Exception as error:  # the hub client's errors have no common base
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ConfigError(
                 f"Model {path!r} is no local folder, and fetching it from the hub failed: {reason}"
             ) from error
@@ -196,9 +197,8 @@ class TunedAdapter:
         except PicaError:
             raise
         except Exception as error:  # each method raises what it likes
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise AdapterFileError(
-                f"Adapter {str(adapter)!r} cannot be loaded on {str(base.path)!r}: {lines[0]}"
+                f"Adapter {str(adapter)!r} cannot be loaded on {str(base.path)!r}: {first_line(error)}"
             ) from error
         self.confined = _confined(config)
         inner = carried.get_base_model()

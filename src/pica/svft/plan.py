@@ -15,9 +15,9 @@ from pica.svft.config import SvftConfig
 from pica.svft.layer import Entries, SvftLinear, add_positions, choose_positions
 from pica.svft.pattern import affinity
 from pica.tuner.bank import PicaBank, plain_name
-from pica.tuner.plan import target_layers
 from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.sharding import check_placement, loads_in_one_process
+from pica.tuner.targets import target_layers
 
 if TYPE_CHECKING:
     from pica.tuner.banked import BankedModel

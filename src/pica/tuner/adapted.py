@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
 from pica.errors import BasisError, QuantisationError
+from pica.text import first_line
 from pica.tuner.bank import PicaBank, verify_loaded
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.pointwise import as_images, as_positions, is_pointwise, read_positions
@@ -211,11 +212,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         try:
             return dequantised(base, backend, self.in_features, self.compute_device_and_dtype()[1])
         except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise QuantisationError(
                 f"{self.pica_name}: its weight ({self.quantised_as}, {type(base).__name__}) cannot be dequantised "
-                f"({lines[0]}), so it has no basis. Leave the layer out with exclude_modules, or load the base model "
-                "quantised in another way."
+                f"({first_line(error)}), so it has no basis. Leave the layer out with exclude_modules, or load the base "
+                "model quantised in another way."
             ) from error
 
     def output_is_exact(self) -> bool:

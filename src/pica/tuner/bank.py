@@ -22,6 +22,9 @@ SVFT_BANK = "svft_T"
 BANK_NAMES = frozenset({BANK_NAME, SVFT_BANK})
 """Names under which a base model's root holds banks, one for each method."""
 
+EXPERT_ADAPTERS = "expert_adapters"
+"""Where a wrapper of experts keeps its layers; no target matches a path with this name."""
+
 # What wrappers put into module names: FSDP1 and activation checkpointing, whose state dicts leave it out, and
 # torch.compile, whose state dicts do not.
 HIDDEN_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

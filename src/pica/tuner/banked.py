@@ -16,11 +16,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pica.errors import ConfigError, ModuleError, PicaError, TargetError
+from pica.text import first_line
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.arrival import verify_arrived
-from pica.tuner.bank import BANK_NAMES, Arrival, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
+from pica.tuner.bank import BANK_NAMES, EXPERT_ADAPTERS, Arrival, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
-from pica.tuner.experts import ADAPTERS as EXPERT_ADAPTERS
 from pica.tuner.matching import resolved
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
@@ -141,7 +141,7 @@ class BankedModel(BaseTuner):
             if not further or isinstance(error, PicaError):
                 raise
             # PEFT wraps whatever module the names match, and finds out on the way that it cannot
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            what = first_line(error)
             raise ModuleError(
                 f"modules_to_save or trainable_token_indices name modules that PEFT cannot train that way ({what}): "
                 f"{', '.join(map(repr, further))}."

@@ -25,7 +25,6 @@ from pica.tuner.layer import PicaLinear
 from pica.tuner.remade import Remade, can_be_remade, kept_as_recipes
 from pica.tuner.sharding import in_parts
 
-ADAPTERS = "expert_adapters"  # where a wrapper keeps its layers; no target matches a path with this name
 _one_at_a_time = threading.RLock()
 # stored as (experts, in, out) without saying so, as transformers' other modules of that kind do (`is_transposed`)
 _INPUT_FIRST = frozenset({"Llama4TextExperts"})

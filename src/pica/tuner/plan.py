@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, WantedSide, max_rank, solve_many
 from pica.basis.checkpoint import open_checkpoint, renaming
-from pica.errors import ConfigError, TargetError
-from pica.tuner.adapted import AdaptedLinear
+from pica.errors import ConfigError
 from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.experts import ExpertView, PicaExpert, expert_layers, target_stacks
@@ -22,7 +19,7 @@ from pica.tuner.layer import PicaLinear, features_of, projection_key
 from pica.tuner.matching import at_end
 from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.sharding import check_placement, describe, loads_in_one_process
-from pica.tuner.targets import refusal
+from pica.tuner.targets import target_layers
 
 if TYPE_CHECKING:
     from pica.tuner.banked import BankedModel
@@ -176,34 +173,3 @@ def _base_of(module: nn.Module) -> nn.Module:
 def _lacks_basis(layer: PicaLinear, request: BasisRequest) -> bool:
     known = layer.requests.get(projection_key(request))
     return known is None or known.rank < request.rank or layer.projector(projection_key(request)) is None
-
-
-def target_layers(
-    tuner: BankedModel, config: PeftConfig, adapted: type[AdaptedLinear]
-) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies.
-
-    Raises:
-        TargetError: one is neither a layer that can be adapted nor one that is `adapted` already.
-        ConfigError: one was adapted within another model.
-    """
-    matches: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
-    family = str(getattr(getattr(tuner.model, "config", None), "model_type", ""))
-    inside: tuple[str, ...] = ()
-    for path, module in tuner.model.named_modules():
-        if not path or (inside and path.startswith(inside)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{path}.")
-        if not matches(config, path):
-            continue
-        assert isinstance(module, nn.Module)  # for the type checker, which loses it above
-        if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family, tuner.model)):
-            raise TargetError(problem)
-        if isinstance(module, adapted) and module.pica_name != plain_name(path):
-            raise ConfigError(
-                f"{path} has a {adapted.method} adapter from when it was {module.pica_name}: the model, or a part of it, is "
-                "a PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take its adapters "
-                "out before (base = model.unload())."
-            )
-        yield path, module

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pica.errors import QuantisationError
+from pica.text import first_line
 
 # Backends of PEFT that only run forward, of which a forward pass over the unit vectors is the weight.
 _LINEAR_FORWARD_ONLY = ("gptq", "awq", "aqlm", "eetq")
@@ -307,8 +308,7 @@ def requantise(set_weight: Callable[[Tensor], None], weight: Tensor, kept: KeptL
             set_weight(weight)
     except Exception as error:  # whatever a quantisation library raises
         kept.restore()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise QuantisationError(
-            f"{name}: the merged weight could not be quantised again as {kind} ({lines[0]}). Merge into the unquantised "
-            "base model instead (pica merge), or leave the adapter unmerged."
+            f"{name}: the merged weight could not be quantised again as {kind} ({first_line(error)}). Merge into the "
+            "unquantised base model instead (pica merge), or leave the adapter unmerged."
         ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,7 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from pica.errors import ConfigError, TargetError
-from pica.tuner.bank import PicaBank
+from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.defaults import REWRITTEN, UNCALLED
 from pica.tuner.matching import matches
 from pica.tuner.pointwise import is_pointwise, why_not_pointwise
@@ -158,3 +160,32 @@ def _near(missing: Sequence[str], names: Iterable[str]) -> str:
     if near:
         return f"Names that are near: {', '.join(near)}."
     return f"Its modules are named: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}."
+
+
+def target_layers(tuner: Any, config: PeftConfig, adapted: type[AdaptedLinear]) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies.
+
+    Raises:
+        TargetError: one is neither a layer that can be adapted nor one that is `adapted` already.
+        ConfigError: one was adapted within another model.
+    """
+    is_target: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
+    family = str(getattr(getattr(tuner.model, "config", None), "model_type", ""))
+    inside: tuple[str, ...] = ()
+    for path, module in tuner.model.named_modules():
+        if not path or (inside and path.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{path}.")
+        if not is_target(config, path):
+            continue
+        assert isinstance(module, nn.Module)  # for the type checker, which loses it above
+        if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family, tuner.model)):
+            raise TargetError(problem)
+        if isinstance(module, adapted) and module.pica_name != plain_name(path):
+            raise ConfigError(
+                f"{path} has a {adapted.method} adapter from when it was {module.pica_name}: the model, or a part of it, is "
+                "a PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take its adapters "
+                "out before (base = model.unload())."
+            )
+        yield path, module

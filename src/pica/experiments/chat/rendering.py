@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pica.errors import ConfigError, DataError
 from pica.experiments.data import IGNORED
 from pica.tasks.chat import Conversation, Message
+from pica.text import first_line
 
 Loss = Literal["assistant", "last", "all"]
 Overflow = Literal["cut", "split", "drop"]
@@ -189,9 +190,8 @@ class Renderer:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             if isinstance(error, TypeError) and (written := _arguments_as_text(messages)) is not None:
                 return self._text(conversation, written, **options)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(
-                f"{conversation.place}: the model's chat template refuses this conversation: {reason}"
+                f"{conversation.place}: the model's chat template refuses this conversation: {first_line(error)}"
             ) from error
 
     def _span(self, conversation: Conversation, index: int, text: str) -> tuple[int, int] | None:

@@ -12,13 +12,13 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from pica.adapters.pipelines import stored_dtype
-from pica.adapters.wording import first_line
 from pica.documents import read_json
 from pica.errors import ConfigError
 from pica.experiments.diffusion.families import FAMILIES, Family
 from pica.experiments.models import DTYPES, locate
 from pica.experiments.recipe import ModelSection
 from pica.foreign_code import code_options, nothing_asked
+from pica.text import first_line
 
 INDEX = "model_index.json"
 # Where the classes of a pipeline's parts may come from, beside the pipelines of diffusers themselves.

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from pica.adapters.wording import first_line
 from pica.experiments.models import device
 from pica.foreign_code import code_options
+from pica.text import first_line
 
 logger = logging.getLogger(__name__)
 
