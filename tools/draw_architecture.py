@@ -25,7 +25,7 @@ def floors() -> list[list[str]]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    return [[room.strip().strip("()") for room in layer.replace("|", ":").split(":")] for layer in layers]
+    return [[room.strip().removeprefix("pica.") for room in layer.split(":")] for layer in layers]
 
 
 def room_of(module: str, rooms: list[str]) -> str | None:
@@ -65,11 +65,10 @@ def reduced(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def size(room: str) -> str:
-    """Files and lines of a room."""
+    """Files of a room."""
     place = ROOT / "src" / "pica" / room.replace(".", "/")
-    files = list(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-    return f"{len(files)} file{'s' if len(files) > 1 else ''}, {lines:,} lines"
+    count = len(list(place.rglob("*.py"))) if place.is_dir() else 1
+    return f"{count} file{'s' if count > 1 else ''}"
 
 
 def picture() -> str:
@@ -81,7 +80,9 @@ def picture() -> str:
         lines.append(f'    subgraph floor{number}["{number}"]')
         lines += [f'        {room.replace(".", "_")}["<b>{room}</b><br>{size(room)}"]' for room in floor]
         lines.append("    end")
-    lines += [f"    {here.replace('.', '_')} --> {there.replace('.', '_')}" for here, there in sorted(reduced(imports(rooms)))]
+    lines += [
+        f"    {here.replace('.', '_')} --> {there.replace('.', '_')}" for here, there in sorted(reduced(imports(rooms)))
+    ]
     return "\n".join([*lines, "```"])
 
 

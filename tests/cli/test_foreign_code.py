@@ -243,7 +243,9 @@ def test_no_loader_in_the_source_is_left_to_its_default():
             called, name = ast.unparse(node.func), node.func.attr
             named = {keyword.arg or ast.unparse(keyword.value) for keyword in node.keywords}
             allowed = {"code_options", "options", "code"}  # as a call, or as what was filled by one
-            harmless = re.search(r"Peft(Model|Config)|AutoHfQuantizer|Scheduler|CONFIGS|super\(\)|peft_config", called)
+            harmless = re.search(
+                r"Peft(Model|Config)|GenerationConfig|AutoHfQuantizer|Scheduler|CONFIGS|super\(\)|peft_config", called
+            )
             if (name in LOADERS or called == "DiffusionPipeline.download") and not harmless:
                 if not allowed & {text.partition("(")[0] for text in named}:
                     wrong.append(f"{file.name}:{node.lineno}: {called} without code_options")

@@ -115,7 +115,7 @@ def test_a_grid_from_beginning_to_report(comparison: Callable[..., Comparison], 
     assert [len(row.done) for row in summary.rows] == [2, 2, 0]
     text = (folder / "report.html").read_text(encoding="utf-8")
     HTMLParser(strict=True).parse(text)
-    assert "must be divisible by `vector_length` 7" in text
+    assert "must be divisible by <code>vector_length</code> 7" in text
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert rows[0]["score_mean"] == sum(named["PiCa", seed]["result"]["score"] for seed in (0, 1)) / 2
     assert rows[0]["parameters"] == named["PiCa", 0]["result"]["parameters"]["trainable"]

@@ -116,7 +116,11 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best():
         # q: 32 wide, v: 16, up: 32, two layers
         ({}, "svft plain", 2 * (32 + 16 + 32)),
         ({"adapter__pattern": "random", "adapter__off_diagonals": 1}, "svft random d=1", 2 * (94 + 46 + 94)),
-        ({"adapter__pattern": "top_k", "adapter__off_diagonals": 1, "adapter__share": "role"}, "svft top_k d=1", 234),
+        (
+            {"adapter__pattern": "top_k", "adapter__off_diagonals": 1, "adapter__share": "role"},
+            "svft top_k d=1, share=role",
+            234,
+        ),
     ],
     ids=["plain", "random", "top_k shared"],
 )

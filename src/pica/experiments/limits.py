@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pica.errors import ConfigError, DataError
 from pica.experiments.models import load_config
 from pica.experiments.recipe import ModelSection
+from pica.foreign_code import code_options
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def planned_limits(section: ModelSection, auto_class: Any) -> Limits:
         return Limits(None, getattr(text, "vocab_size", None))
     try:
         with torch.device("meta"):
-            return limits_of(auto_class.from_config(config, trust_remote_code=False))
+            return limits_of(auto_class.from_config(config, **code_options()))
     except Exception as error:  # whatever is wrong with it, loading the weights will say so better
         logger.debug("No limits of %s: %s", section.path, error)
         return Limits()

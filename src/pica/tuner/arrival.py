@@ -15,7 +15,7 @@ from torch import Tensor
 from pica.basis import process_count
 from pica.errors import AdapterFileError
 from pica.tuner.bank import AdapterSlot, Arrival, PicaBank
-from pica.tuner.meaning import establish_meaning, take_fingerprint
+from pica.tuner.meaning import establish_meaning, siblings, take_fingerprint
 from pica.tuner.sharding import is_dtensor
 from pica.tuner.state import check_matrices, no_fingerprint, take_out
 
@@ -59,8 +59,26 @@ def _verify(bank: PicaBank, slot: AdapterSlot, name: str) -> None:
         if problem := slot.buffer_problem(key, slot.get_buffer(key), f"{key} of adapter {name!r}"):
             raise AdapterFileError(f"The adapter file is damaged: {problem}.")
     if not slot.has_fingerprint():
-        raise AdapterFileError(no_fingerprint(name))
+        if (twin := _twin(bank, slot, name)) is None:
+            raise AdapterFileError(no_fingerprint(name))
+        slot.set_fingerprint(cast(Tensor, twin.fingerprint), taken_here=twin.taken_here)
+        slot.settle()
+        return
     establish_meaning(bank, slot, name, cast(Tensor, slot.fingerprint), arrival.base_name)
+
+
+def _twin(bank: PicaBank, slot: AdapterSlot, name: str) -> AdapterSlot | None:
+    """A verified adapter on the same bases with the same matrices: what was copied from it means what it means.
+
+    TRL makes the reference of a preference training in this way, matrix by matrix.
+    """
+    for _, other in siblings(bank, slot, name):
+        if other.keys() == slot.keys() and all(
+            slot[group].shape == other[group].shape and torch.equal(slot[group].detach(), other[group].detach())
+            for group in slot
+        ):
+            return other
+    return None
 
 
 def _bank_name(slot: AdapterSlot) -> str:

@@ -42,10 +42,15 @@ class ExpertView(nn.Module):
         self.out_features, self.in_features = rows, columns
 
     @property
+    def stack(self) -> Tensor:
+        """The parameter that holds all experts."""
+        return cast(Tensor, self._experts[0]._parameters[self.parameter])
+
+    @property
     def weight(self) -> Tensor:
         """(out, in), a view; never what a forward pass puts in its place for a while."""
-        stack = cast(Tensor, self._experts[0]._parameters[self.parameter])
-        return stack[self.index].T if self.input_first else stack[self.index]
+        expert = self.stack[self.index]
+        return expert.T if self.input_first else expert
 
 
 class PicaExpert(PicaLinear):
@@ -56,6 +61,12 @@ class PicaExpert(PicaLinear):
     def preferred_side(self, weight: Tensor) -> Side:
         """The input's: an expert's output, which the other side reads, is nowhere to be seen."""
         return "in"
+
+    def _weight_sample(self) -> Tensor | None:
+        view = self.get_base_layer()
+        assert isinstance(view, ExpertView)
+        # to take one expert of a stack that is split between processes, all of them would have to ask for it
+        return None if in_parts(view.stack) or view.stack.ndim != 3 else super()._weight_sample()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         own = self.get_base_weight()

@@ -191,7 +191,7 @@ def establish_meaning(
     slot.settle()
 
 
-def _siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[tuple[str, AdapterSlot]]:
+def siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[tuple[str, AdapterSlot]]:
     """Other adapters on the very bases that this one uses, whose fingerprints were held against them."""
     layers = slot.layers.values()
     for name in bank:
@@ -221,7 +221,7 @@ def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Te
     found = fingerprint.cpu()
     return any(
         torch.equal(cast(Tensor, other.fingerprint).cpu(), found) and _same_ranks(slot, adapter_name, name)
-        for name, other in _siblings(bank, slot, adapter_name)
+        for name, other in siblings(bank, slot, adapter_name)
     )
 
 
@@ -232,7 +232,7 @@ def _same_ranks(slot: AdapterSlot, one: str, other: str) -> bool:
 def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Tensor | None:
     """`take_fingerprint`, or what it gave for an adapter of the same ranks on the same bases."""
     size = room_for_fingerprint(slot, adapter_name).shape  # its mode depends on how much is shared
-    for name, other in _siblings(bank, slot, adapter_name):
+    for name, other in siblings(bank, slot, adapter_name):
         if _same_ranks(slot, adapter_name, name) and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
             return other.fingerprint
     return take_fingerprint(slot, adapter_name)
@@ -271,7 +271,7 @@ def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None, 
         cause = "a merged, fine-tuned or quantised copy of the base model"
     original = f" ({base_name})" if base_name else ""
     trained, now = bad[0].trained_origin, bad[0].origin
-    if bad[0].difference and trained != now and len(bad) == total:
+    if bad[0].difference and trained != now:
         cause = f"{bad[0].difference}"
         if trained in ("", NAMED):
             remedy = (
