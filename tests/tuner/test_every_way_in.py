@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pica import PicaConfig, SvftConfig
+from pica import PicaConfig, PicaModel, SvftConfig
 from pica.errors import AdapterFileError, PicaError
 from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.bank import find_banks
@@ -275,7 +275,9 @@ USES: dict[str, Callable[[Any, AdaptedLinear, Path], Any]] = {
     "merge": lambda model, layer, folder: layer.merge(),
     "delta": lambda model, layer, folder: layer.get_delta_weight("default"),
     "save": lambda model, layer, folder: model.save_pretrained(folder),
-    "combine": lambda model, layer, folder: layer.bank.tuner[0].add_weighted_adapter(["default"], [1.0], "sum"),
+    "combine": lambda model, layer, folder: cast(PicaModel, layer.bank.tuner[0]).add_weighted_adapter(
+        ["default"], [1.0], "sum"
+    ),
 }
 
 

@@ -18,7 +18,8 @@ from pica.tuner import experts
 
 # torch 2.6 and 2.7 cannot tell which hooks are active, so that made tensors are kept there as any other
 remakes = pytest.mark.skipif(
-    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="not in torch 2.6 and 2.7"
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),  # pyright: ignore[reportAttributeAccessIssue]
+    reason="not in torch 2.6 and 2.7",
 )
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -115,8 +115,9 @@ def load_hub(location: str) -> Any:
     match = HUB.fullmatch(location)
     if match is None:
         raise ConfigError(f"{location!r} is not of the form hub:OWNER/NAME[/CONFIG][:SPLIT].")
+    options: Any = code_options()
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", **code_options())
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", **options)
     except Exception as error:  # the library raises many kinds; all mean that the data could not be had
         raise DataError(f"{location}: could not be loaded ({type(error).__name__}: {error}).") from error
 

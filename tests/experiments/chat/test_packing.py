@@ -41,6 +41,7 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_single_ones(attention: s
     batch = PackedCollator(padding=0)(list(dataset))  # pyright: ignore[reportArgumentType]
     together = model(**batch, use_cache=False).loss  # as TRL's trainer calls it: with a cache positions are not heeded
     together.backward()
+    assert model.lm_head.weight.grad is not None
     gradient = model.lm_head.weight.grad.clone()
     model.zero_grad()
     count = sum(label != -100 for row in rows.labels for label in row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
@@ -164,12 +165,11 @@ def test_equal_to_the_marks_of_trls_training_templates(name: str):
     if Renderer(tokenizer).stops and "content'][0]" in plain:
         pytest.skip("takes parts, which TRL's marks are not for")
     try:
-        texts, marks = render_jinja_template(
-            [messages],
-            chat_template=marked,
-            return_assistant_tokens_mask=True,
-            **{key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+        special: Any = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        made: Any = render_jinja_template(
+            [messages], chat_template=marked, return_assistant_tokens_mask=True, **special
         )
+        texts, marks = made
     except Exception as error:
         pytest.skip(f"TRL's template does not take this conversation: {error}")
     rendered = Renderer(tokenizer).render(TWO)

@@ -81,9 +81,7 @@ class Renderer:
     @property
     def stops(self) -> tuple[str, ...]:
         """Special tokens that end the assistant's turn, in the middle of a conversation and at its end."""
-        if self._stops is None:
-            self._stops = self._find_stops()
-        return self._stops
+        return self._find_form()
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation's text, and where in it the loss is.
@@ -172,12 +170,11 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Ids of what comes before the assistant's answer to `messages`."""
-        given = {"tools": list(tools)} if tools else {}
-        return list(
-            self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, **given)[  # pyright: ignore[reportArgumentType, reportCallIssue]
-                "input_ids"
-            ]
-        )
+        self._find_form()
+        asked = Conversation(tuple(messages), tools=tuple(tools), place="The question")
+        text = self._text(asked, messages, add_generation_prompt=True)
+        encoded: Any = self.tokenizer(text, add_special_tokens=False)
+        return list(encoded["input_ids"])
 
     # ---- the assistant's words -------------------------------------------------------------------------------------
 
@@ -261,9 +258,13 @@ class Renderer:
         stop = next((stop for stop in self.stops if rest.startswith(stop, blank)), None)
         return end if stop is None else end + blank + len(stop)
 
-    def _find_stops(self) -> tuple[str, ...]:
+    def _find_form(self) -> tuple[str, ...]:
+        """Find out, once, in which form the template takes contents, and which marks end a turn; returns the marks."""
+        if self._stops is not None:
+            return self._stops
         words = "\ue00e"
-        marks = sorted({str(token) for token in self.tokenizer.get_added_vocab()}, key=len, reverse=True)
+        tokenizer: Any = self.tokenizer
+        marks = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
         asked, spoken = {"role": "user", "content": "?"}, {"role": "assistant", "content": words}
         probe = Conversation((asked, spoken, asked, spoken), place="Two questions with two answers")
         try:
@@ -277,7 +278,8 @@ class Renderer:
         for rest in text.split(words)[1:]:
             found += [mark for mark in marks if rest.lstrip().startswith(mark)][:1]
         end = self.tokenizer.eos_token
-        return tuple(dict.fromkeys([*found, *([end] if isinstance(end, str) and found else [])]))
+        self._stops = tuple(dict.fromkeys([*found, *([end] if isinstance(end, str) and found else [])]))
+        return self._stops
 
 
 def _arguments_as_text(messages: Sequence[Message]) -> list[Message] | None:

@@ -110,10 +110,11 @@ class Speaker:
 
     def _settings(self, sampling: Sampling) -> GenerationConfig:
         end, padding = special_ids(self.tokenizer)
+        tokenizer: Any = self.tokenizer
         own = getattr(self.model, "generation_config", None)
         theirs = getattr(own, "eos_token_id", None)
         stops = {end, *(theirs if isinstance(theirs, list) else [theirs] if isinstance(theirs, int) else [])}
-        stops |= {self.tokenizer.convert_tokens_to_ids(stop) for stop in self.renderer.stops}  # pyright: ignore[reportAssignmentType]
+        stops |= {tokenizer.convert_tokens_to_ids(stop) for stop in self.renderer.stops}
         chosen: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
