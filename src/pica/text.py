@@ -40,3 +40,9 @@ def _cell(value: Any) -> Any:
     except ValueError:
         return f"'{value}"
     return value
+
+
+def shortened(text: str, length: int) -> str:
+    """A text on one line, of at most `length` characters; what is cut off shows as " ..."."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 4].rstrip() + " ..."

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import math
 import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from pica.experiments.training import Training, last_checkpoint, train
 from pica.experiments.watching import Samples, Watch, check_reports
 from pica.foreign_code import FLAG
 from pica.tasks import get_task
+from pica.text import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -454,7 +454,7 @@ class _Run:
         listed = [{"run": name, **row} for name, of_run in self._samples.items() for row in of_run]
         files.write_jsonl(self.folder / SAMPLES, listed)
         for row in new:
-            prompt, answer = (textwrap.shorten(row[name], 60, placeholder=" ...") for name in ("prompt", "answer"))
+            prompt, answer = (shortened(row[name], 60) for name in ("prompt", "answer"))
             self.reporter.say(f"  step {row['step']}: {prompt} -> {answer}")
 
     def _discard(self, key: str) -> None:
