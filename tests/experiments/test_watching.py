@@ -224,6 +224,17 @@ def test_a_program_that_is_not_installed_is_named_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_each_training_is_a_wandb_run_of_its_own(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    start(recipe(trainer__report_to=["wandb"], trainer__learning_rates=[0.01, 0.02]), reporter=Silent())
+    monkeypatch.delenv("WANDB_DIR")  # set by the run
+    assert len(list((tmp_path / "out" / "logs" / "wandb").glob("offline-run-*"))) == 2
+
+
 def test_tensorboard_gets_both_curves(recipe: Callable[..., Recipe], tmp_path: Path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]

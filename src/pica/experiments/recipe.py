@@ -217,7 +217,7 @@ class TrainerSection:
     sample_steps: int | None = None
     """chat: steps between two times that task.answers held-out questions are answered, into samples.jsonl; unset: never."""
     report_to: list[str] = field(default_factory=list)
-    """Also log to these: tensorboard (files in the output folder's logs), wandb, trackio; each has to be installed."""
+    """Also log to these: tensorboard, wandb (files in the output folder's logs), trackio; each has to be installed."""
     eval_batch_size: int = 32
     """Problems in one forward pass when answering and measuring losses."""
     seed: int = 0

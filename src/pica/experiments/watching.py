@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -187,3 +188,17 @@ def add_reports(trainer: Trainer, names: Sequence[str], watch: Watch) -> None:
             trainer.add_callback(kind(SummaryWriter(str(watch.logs))))
         else:
             trainer.add_callback(kind())
+    if "wandb" in names:
+        if watch.logs is not None:
+            watch.logs.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault("WANDB_DIR", str(watch.logs.parent))
+        trainer.add_callback(_EndOfRun())
+
+
+class _EndOfRun(TrainerCallback):
+    """Ends a Weights & Biases run with its training: transformers leaves it open, and the next training would go into it."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        wandb.finish()
