@@ -13,7 +13,7 @@ import pica
 from pica.cli.console import VisibleConsole
 from pica.cli.show import say, show
 from pica.report.page import Column, Page, table
-from pica.text import csv_text, visible
+from pica.text import csv_text, shortened, visible
 
 HOSTILE = "q_proj\x1b]0;owned\x07\x1b[2J\r\x00\x9b31m\u202egpj\u2028\ud800"
 SHOWN = r"q_proj\x1b]0;owned\x07\x1b[2J\r\x00\x9b31m\u202egpj\u2028\ud800"
@@ -91,3 +91,17 @@ def test_cells_that_a_spreadsheet_would_run():
     assert rows[0] == ["a", "b"]
     escaped = [f"'{text}" for text in given[:5]]  # pyright: ignore[reportArgumentType]
     assert [row[0] for row in rows[1:]] == [*escaped, r"\r=1", "-0.5", "+3e4", "-inf", "a=1", "", "-1.5", "", "7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("two\n words", "two words"),
+        ("x" * 10, "x" * 10),
+        ("x" * 11, "xxxxxx ..."),
+        ("one two three", "one tw ..."),
+        ("", ""),
+    ],
+)
+def test_a_text_is_shortened_to_a_line(text: str, shown: str):
+    assert shortened(text, 10) == shown

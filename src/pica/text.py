@@ -45,3 +45,9 @@ def _cell(value: Any) -> Any:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for a sentence of ours; its class where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def shortened(text: str, length: int) -> str:
+    """A text on one line, of at most `length` characters; what is cut off shows as " ..."."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 4].rstrip() + " ..."

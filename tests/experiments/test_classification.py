@@ -97,6 +97,21 @@ def test_a_run_learns_and_writes_what_a_generation_run_writes(recipe: Callable[.
     assert "1,122 of them in the new head" in "\n".join(reporter.said)
 
 
+def test_the_best_classifier_of_a_training_is_kept(recipe: Callable[..., Recipe], tmp_path: Path):
+    made = recipe(trainer__eval_steps=4, trainer__learning_rate=1.0, trainer__schedule="constant")
+    adapter = start(made, reporter=Silent()).metrics["adapter"]
+    rows = csv.DictReader((tmp_path / "out" / "loss_curve.csv").open())
+    losses = {int(row["step"]): float(row["validation_loss"]) for row in rows if row["validation_loss"]}
+    best = min(losses, key=losses.__getitem__)
+    assert list(losses) == [4, 8, 12, 16, 20]
+    assert best < 20
+    assert adapter["training"]["best"]["step"] == best
+    pipeline, splits = prepared(made)
+    found = pipeline.held_out(pipeline.read(tmp_path / "out" / "adapter"), splits.validation)
+    assert found.loss == adapter["validation_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert found.score == adapter["validation_score"]
+
+
 def test_head_and_pooler_are_stored_since_each_load_would_make_others(recipe: Callable[..., Recipe], tmp_path: Path):
     made = recipe(trainer__max_steps=2)
     start(made, reporter=Silent())

@@ -29,6 +29,7 @@ from pica.experiments.recipe import Recipe
 from pica.experiments.reporting import Silent
 from pica.experiments.run import resume, start
 from pica.experiments.training import save_adapter
+from pica.report.pictures_page import write_picture_page
 from pica.tasks import get_task
 from pica.tasks.base import Source
 from tests.experiments.test_run import Recorder
@@ -197,6 +198,7 @@ def test_rivals_are_trained_beside_and_a_learning_rate_is_chosen(recipe: Callabl
         trainer__learning_rates=[1e-5, 0.05],
         baseline__method="lora",
         baseline__learning_rates=[0.02],
+        trainer__eval_steps=3,
     )
     metrics = start(made, reporter=Silent()).metrics
     assert metrics["problems"] == {"train": 2, "validation": 1, "test": 2}
@@ -208,6 +210,8 @@ def test_rivals_are_trained_beside_and_a_learning_rate_is_chosen(recipe: Callabl
     rows = list(csv.DictReader((tmp_path / "out" / "loss_curve.csv").open()))
     assert {row["run"] for row in rows} == {"adapter", "baseline"}
     assert set(rows[0]) >= {"step", "loss", "learning_rate", "grad_norm"}
+    assert [row["step"] for row in rows if row["validation_loss"]] == 3 * ["3", "4"]
+    write_picture_page(tmp_path / "out")  # with steps that have no training loss
 
 
 # What is trained

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.text import Text
 
 from pica.cli import first_process
 from pica.experiments.reporting import Advance
@@ -38,6 +39,17 @@ def table_console() -> Console:
     return VisibleConsole(highlight=False, soft_wrap=True, width=None if terminal else WIDE)
 
 
+class _Bar(Progress):
+    """A bar with its note below, where there is room for all of it."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the note in a line of its own."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
+
+
 class ConsoleReporter:
     """Shows notes and bars to a person, on standard error."""
 
@@ -63,9 +75,8 @@ class ConsoleReporter:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
         )
-        with Progress(*columns, console=self.console) as progress:
+        with _Bar(*columns, console=self.console) as progress:
             task = progress.add_task(label, total=total, note="")
 
             def advance(count: int = 1, note: str = "") -> None:
@@ -76,13 +87,20 @@ class ConsoleReporter:
     @contextmanager
     def _lines(self, label: str, total: int) -> Iterator[Advance]:
         done, shown, begun = 0, 0, time.monotonic()
+        first: tuple[int, float] | None = None  # what was done in the first call may have been done long before
 
         def advance(count: int = 1, note: str = "") -> None:
-            nonlocal done, shown
+            nonlocal done, shown, first
             done += count
+            now = time.monotonic()
+            if first is None:
+                first = done, now
             if count and (done >= total or done - shown >= _SHARE * total):
                 shown = done
-                self.say(f"{label}: {done}/{total}, {time.monotonic() - begun:.0f} s{', ' + note if note else ''}")
+                since, began = first
+                left = f"{(now - began) / (done - since) * (total - done):.0f} s left" if since < done < total else ""
+                said = [f"{label}: {done}/{total}", f"{now - begun:.0f} s", left, note]
+                self.say(", ".join(part for part in said if part))
 
         yield advance
 

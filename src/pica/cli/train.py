@@ -1,6 +1,7 @@
 """`pica train`: fine-tune a model after a recipe and measure what it gained."""
 
 import argparse
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pica.cli.options import add_trust
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
+from pica.text import shortened
 
 if TYPE_CHECKING:
     from pica.experiments.run import RunResult
@@ -80,6 +82,9 @@ def run(arguments: Sequence[str]) -> int:
         print_result(result)
         if result.metrics["task"] == "dreambooth":
             _print_pictures(result)
+        if result.metrics["task"] == "chat":
+            trusts = options["trust"] or (recipe is not None and recipe.model.trust_remote_code)
+            _print_answers(result, f" {FLAG}" if trusts else "")
     return 0
 
 
@@ -219,6 +224,51 @@ def _print_pictures(result: "RunResult") -> None:
     if (result.output / GRID).is_file():
         show(f"Pictures:    {result.output / GRID}, {result.output / 'pictures-*'}")
     show(f"Report:      {write_picture_page(result.output)}")
+
+
+_SHOWN = 3  # prompts that are shown with both answers
+_LONGEST = 240  # characters of a text in that table
+
+
+def _print_answers(result: "RunResult", option: str) -> None:
+    """A few held-out questions, answered without and with the adapter, and what can be done next; commands get `option`."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from pica.cli.console import table_console
+
+    answered = _answers(result.output)
+    console = table_console()
+    if answered:
+        table = Table(box=box.SIMPLE, pad_edge=False, show_lines=True, width=min(80, console.width))
+        columns = ["held-out question", "base model", "with the adapter"]
+        for column in [name for at, name in enumerate(columns) if answered[0][at] is not None]:
+            table.add_column(column, ratio=1, overflow="fold")
+        for row in answered:
+            table.add_row(*(Text(shortened(each, _LONGEST)) for each in row if each is not None))
+        console.print()
+        console.print(table)
+    place = shlex.quote(str(result.output))
+    console.print()
+    console.print(f"Talk to it:  pica chat {place}{option}", markup=False)
+    console.print(f"Merge it:    pica merge {place} -o merged{option}", markup=False)
+    if result.metrics["adapter"]["method"] == "pica":
+        console.print(f"Serve it:    pica export {place} -o lora --for vllm{option}", markup=False)
+
+
+def _answers(folder: Path) -> list[tuple[str, str | None, str]]:
+    """The first questions that were answered: what was asked, and the answers without (None: not asked) and with."""
+    from pica.documents import parse_json
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        text = (folder / f"predictions-{name}.jsonl").read_text(encoding="utf-8")
+        return [parse_json(line) for line in text.split("\n") if line]
+
+    adapted = rows("adapter")
+    base = rows("base") if (folder / "predictions-base.jsonl").is_file() else [{}] * len(adapted)
+    answered = [pair for pair in zip(adapted, base) if "answer" in pair[0]][:_SHOWN]
+    return [(row["messages"][-2]["content"], other.get("answer"), row["answer"]) for row, other in answered]
 
 
 def _scores(row: dict[str, Any]) -> tuple[str, str]:

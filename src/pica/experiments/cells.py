@@ -207,7 +207,7 @@ def _curve(run: Path, rate: float) -> list[list[float]]:
         rows: Iterator[Mapping[str, str]] = csv.DictReader(file)
         chosen = [row for row in rows if float(row["peak_rate"]) == rate]
     final = [row for row in chosen if row["run"].endswith("-refit")] or chosen
-    return [[int(row["step"]), float(row["loss"])] for row in final]
+    return [[int(row["step"]), float(row["loss"])] for row in final if row["loss"]]
 
 
 def _data_digest(place: str | None, recipe: Recipe) -> Any:

@@ -27,6 +27,9 @@ _POSITIVE_INTEGERS = {
         "max_length",
         "log_steps",
         "save_steps",
+        "eval_steps",
+        "patience",
+        "sample_steps",
         "eval_batch_size",
         "threads",
     ),
@@ -42,6 +45,8 @@ _AT_LEAST_ZERO = {
     "trainer": ("warmup", "weight_decay", "max_grad_norm"),
     "dreambooth": ("prior_weight", "validation_pictures", "guidance"),
 }
+REPORTS = ("tensorboard", "wandb", "trackio")
+"""What trainer.report_to may name, as transformers does."""
 SUBJECT_METRICS = ("r2", "dino", "clip_i", "clip_t")
 """What task.metric may be for dreambooth."""
 
@@ -53,7 +58,7 @@ REQUIRED = "REQUIRED"
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything that is wrong with the recipe, one sentence each: ranges, unknown names, missing files."""
-    return [*_absurdities(recipe), *_ranges(recipe), *_names(recipe), *_places(recipe)]
+    return [*_absurdities(recipe), *_ranges(recipe), *_watching(recipe), *_names(recipe), *_places(recipe)]
 
 
 def model_problem(path: str) -> str | None:
@@ -283,6 +288,28 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _watching(recipe: Recipe) -> Iterator[str]:
+    """What is looked at while training."""
+    trainer = recipe.trainer
+    if trainer.patience is not None and trainer.eval_steps is None:
+        yield f"trainer.patience = {trainer.patience}: counts measurements, which only trainer.eval_steps makes; set it too."
+    if not trainer.keep_best and trainer.eval_steps is None:
+        yield "trainer.keep_best = false: there is no best adapter without trainer.eval_steps; leave it out."
+    if trainer.eval_steps is not None and recipe.data.refit:
+        yield (
+            "trainer.eval_steps does not go with data.refit, which learns from the validation problems in the end; leave "
+            "one of them out."
+        )
+    if trainer.sample_steps is not None and recipe.task.answers == 0:
+        yield "trainer.sample_steps: task.answers = 0 asks nothing; set it to 1 or more."
+    for name in trainer.report_to:
+        if name not in REPORTS:
+            yield f"trainer.report_to = {name!r}: unknown program{_near(name, REPORTS)}"
+        elif trainer.report_to.count(name) > 1:
+            yield f"trainer.report_to: {name!r} occurs twice; leave one out."
+            break
+
+
 def _chat_fields(recipe: Recipe, chat: bool) -> Iterator[str]:
     """What only task chat has, and what it has no use for."""
     default = Recipe()
@@ -290,7 +317,7 @@ def _chat_fields(recipe: Recipe, chat: bool) -> Iterator[str]:
         yield "task.template is for other tasks; chat has task.chat_template."
     for section, names in (
         ("task", ("loss", "chat_template", "system", "answers")),
-        ("trainer", ("overflow", "packing")),
+        ("trainer", ("overflow", "packing", "sample_steps")),
     ):
         for name in names:
             value = getattr(getattr(recipe, section), name)

@@ -92,8 +92,8 @@ def with_classes(recipe: Recipe, splits: Splits) -> Recipe:
 
 
 def needs_validation(recipe: Recipe) -> bool:
-    """Whether a recipe chooses anything, learns from validation problems in the end, asks for them, or names them."""
-    chooses = len(recipe.trainer.learning_rates) > 1
+    """Whether a recipe chooses anything, watches or learns from validation problems, asks for them, or names them."""
+    chooses = len(recipe.trainer.learning_rates) > 1 or recipe.trainer.eval_steps is not None
     chooses |= recipe.baseline.method is not None and len(recipe.baseline.learning_rates) > 1
     return chooses or recipe.data.hold_out or recipe.data.refit or recipe.data.validation is not None
 

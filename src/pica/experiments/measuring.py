@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,30 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the whole process's
-            Path("/proc/self/clear_refs").write_text("5")
+        self._before: dict[str, float] = {}
+        self._restart()
 
     def read(self) -> dict[str, float]:
         """Peaks in MiB: "host", and "gpu" where there is one."""
         peaks = {"host": _host_peak() / 2**20}
         if torch.cuda.is_available():
             peaks["gpu"] = torch.cuda.max_memory_allocated() / 2**20
-        return {name: round(value, 1) for name, value in peaks.items()}
+        return {name: max(round(value, 1), self._before.get(name, 0.0)) for name, value in peaks.items()}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block whose memory is not counted, where the system lets us restart the count."""
+        self._before = self.read()
+        try:
+            yield
+        finally:
+            self._restart()
+
+    def _restart(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the whole process's
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _host_peak() -> float:

@@ -32,6 +32,10 @@ class Phases:
     def __getitem__(self, name: str) -> Any:
         return self._results[name]
 
+    def items(self) -> list[tuple[str, Any]]:
+        """All that is noted, by its name, in the order of noting."""
+        return list(self._results.items())
+
     def done(self, name: str, make: Callable[[], Any]) -> Any:
         """Note the result of a phase, which the first process makes, and return it in all of them.
 

@@ -208,6 +208,16 @@ class TrainerSection:
     """Steps between two points of the loss curve."""
     save_steps: int | None = None
     """Steps between two checkpoints; if unset only an interruption makes one."""
+    eval_steps: int | None = None
+    """Steps between two measurements of the loss on validation problems, which are then held out; none if unset."""
+    keep_best: bool = True
+    """With eval_steps: write the adapter with the lowest validation loss, not the last one."""
+    patience: int | None = None
+    """With eval_steps: stop after this many measurements in a row without a lower validation loss; never if unset."""
+    sample_steps: int | None = None
+    """chat: steps between two times that task.answers held-out questions are answered, into samples.jsonl; unset: never."""
+    report_to: list[str] = field(default_factory=list)
+    """Also log to these: tensorboard, wandb (files in the output folder's logs), trackio; each has to be installed."""
     eval_batch_size: int = 32
     """Problems in one forward pass when answering and measuring losses."""
     seed: int = 0

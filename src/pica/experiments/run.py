@@ -32,20 +32,26 @@ from pica.experiments.models import device
 from pica.experiments.origins import changes, origin
 from pica.experiments.parsing import dump_recipe, load_recipe
 from pica.experiments.phases import Phases
-from pica.experiments.pipelines import PicturePipeline, make_pipeline
+from pica.experiments.pipelines import AnsweringPipeline, PicturePipeline, make_pipeline
 from pica.experiments.place import Place
 from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
 from pica.experiments.standings import run_standing
 from pica.experiments.trainers import check_optimizer
-from pica.experiments.training import last_checkpoint, train
+from pica.experiments.training import Training, last_checkpoint, train
+from pica.experiments.watching import Samples, Watch, check_reports
 from pica.foreign_code import FLAG
 from pica.tasks import get_task
+from pica.text import shortened
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder inside the output folder that holds what an unfinished run needs to go on."""
+LOGS = "logs"
+"""Folder inside the output folder for what `trainer.report_to` writes."""
+SAMPLES = "samples.jsonl"
+"""File in the output folder with the answers that were given as training went on."""
 LEFT_OUT = "left-out.jsonl"
 """File in the output folder that lists the problems that are not used: where each stands, and why."""
 # among the phases: in what kind of job they were done, and what the run began with
@@ -168,10 +174,16 @@ class _Run:
         self.checkpoints = self.folder / CHECKPOINTS
         self.phases = Phases(self.checkpoints / "phases.json", read=resuming)
         self.begun = resuming
+        self._samples: dict[str, Samples] = {
+            name: noted["training"]["samples"]
+            for name, noted in self.phases.items()
+            if name not in ("adapter", "baseline") and noted.get("training", {}).get("samples")
+        }
 
     def execute(self) -> RunResult:
         """Do every phase that is not done yet, and write the results."""
         check_optimizer(self.recipe.trainer.optimizer)
+        check_reports(self.recipe.trainer.report_to)
         if self.recipe.trainer.threads is not None:
             torch.set_num_threads(self.recipe.trainer.threads)
         self.splits = load_splits(self.recipe, self.task, bar=self.reporter.bar)
@@ -386,10 +398,21 @@ class _Run:
             adapter=place / "adapter",
             reporter=self.reporter,
             label=label,
+            watch=self._watch(key, everything=everything),
         )
         measures = self.splits.validation and not everything
+        if training.best or training.stopped_early:
+            self.reporter.say(f"{label}: {_ended(training)}")
 
         def result() -> dict[str, Any]:
+            if training.best:  # it has been measured, and the model in memory has gone on since
+                return {
+                    "learning_rate": rate,
+                    "validation_loss": training.best["validation_loss"],
+                    "validation_score": training.best.get("validation_score"),
+                    "parameters": parameter_counts(model),
+                    "training": dataclasses.asdict(training),
+                }
             trained = self._read(place / "adapter").to(device()) if measures and training.sharded else model
             found = self.pipeline.held_out(trained, self.splits.validation) if measures else None
             if found is not None and not math.isfinite(found.loss):
@@ -408,8 +431,31 @@ class _Run:
         if "failed" in noted:
             raise TrainingError(f"{label}: {noted['failed']}")
         if distributed.leads():
-            for checkpoint in place.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint, ignore_errors=True)
+            for left in (*place.glob("checkpoint-*"), *place.glob("best-*")):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _watch(self, key: str, *, everything: bool) -> Watch:
+        """What is looked at while the training `key` goes on."""
+        pipeline, section, validation = self.pipeline, self.recipe.trainer, self.splits.validation
+        asked = validation or self.splits.test
+        measures = section.eval_steps is not None and validation and not everything
+        asks = section.sample_steps is not None and isinstance(pipeline, AnsweringPipeline)
+        return Watch(
+            measure=(lambda model: pipeline.held_out(model, validation)) if measures else None,
+            sample=(lambda model: pipeline.samples(model, asked)) if asks else None,  # pyright: ignore[reportAttributeAccessIssue]
+            sampled=(lambda rows, new: self._keep_samples(key, rows, new)) if asks else None,
+            logs=self.folder / LOGS / key,
+            name=f"{self.recipe.name}-{key}",
+        )
+
+    def _keep_samples(self, key: str, rows: Samples, new: Samples) -> None:
+        """Write the samples of all trainings so far, in their order, and show the new ones."""
+        self._samples[key] = rows
+        listed = [{"run": name, **row} for name, of_run in self._samples.items() for row in of_run]
+        files.write_jsonl(self.folder / SAMPLES, listed)
+        for row in new:
+            prompt, answer = (shortened(row[name], 60) for name in ("prompt", "answer"))
+            self.reporter.say(f"  step {row['step']}: {prompt} -> {answer}")
 
     def _discard(self, key: str) -> None:
         """Forget a training whose adapter is of no use."""
@@ -455,14 +501,11 @@ class _Run:
             for candidate in metrics.get(name, {}).get("candidates", []):
                 if "failed" in candidate:
                     continue
-                curve = candidate["training"].pop("curve")
-                candidate["training"] |= {"first_loss": curve[0]["loss"], "last_loss": curve[-1]["loss"]}
+                curve = _without_curve(candidate["training"])
                 peak = {"run": name, "method": metrics[name]["method"], "peak_rate": candidate["learning_rate"]}
                 rows += [peak | point for point in curve]
             if metrics.get(name, {}).get("refit"):
-                training = metrics[name]["training"]
-                curve = training.pop("curve")
-                training |= {"first_loss": curve[0]["loss"], "last_loss": curve[-1]["loss"]}
+                curve = _without_curve(metrics[name]["training"])
                 refit = {"run": f"{name}-refit", "method": metrics[name]["method"]}
                 refit["peak_rate"] = metrics[name]["learning_rate"]
                 rows += [refit | point for point in curve]
@@ -470,8 +513,39 @@ class _Run:
                 chosen = metrics[name]["learning_rate"]
                 same = (c for c in metrics[name]["candidates"] if c["learning_rate"] == chosen)
                 metrics[name]["training"] = next(same)["training"]
-        columns = ("run", "method", "peak_rate", "step", "epoch", "loss", "learning_rate", "grad_norm")
+        columns = (
+            "run",
+            "method",
+            "peak_rate",
+            "step",
+            "epoch",
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "validation_loss",
+        )
         files.write_csv(self.folder / "loss_curve.csv", rows, columns)
+
+
+def _without_curve(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The curve, which has a file of its own; of it only the ends stay, and of the rest what says something."""
+    curve = training.pop("curve")
+    losses = [point["loss"] for point in curve if "loss" in point]
+    training |= {"first_loss": losses[0], "last_loss": losses[-1]}
+    for name in ("samples", "best", "stopped_early"):
+        if name == "samples" or not training.get(name):
+            training.pop(name, None)
+    return curve
+
+
+def _ended(training: Training) -> str:
+    """Which adapter a training has written, and why it ended."""
+    said = [f"stopped at step {training.steps}, where trainer.patience ran out"] if training.stopped_early else []
+    if training.best:
+        said.append(
+            f"kept that of step {training.best['step']:.0f}, held-out loss {training.best['validation_loss']:.4f}"
+        )
+    return "; ".join(said)
 
 
 def _pictures_of(predictions: str) -> str:

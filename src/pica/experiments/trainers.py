@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,19 @@ from pica.experiments.recipe import TrainerSection
 class Guards:
     """Stops a trainer at the first loss that is no number, and leaves no broken checkpoint. For use beside a `Trainer`."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    heard: Callable[[float, int], None] | None = None
+    """Is told the loss of each batch, as a share of its step's, and its tokens (0 where it is no text)."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = _tokens(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if in_any(not math.isfinite(loss.item())):  # the parent has already waited for the device
             raise TrainingError(
                 f"The loss became {loss.item()} in step {self.state.global_step + 1}; nothing more was written. "  # pyright: ignore[reportAttributeAccessIssue]
                 f"Lower trainer.learning_rate (now {self.args.learning_rate:g}) or check the model's weights."  # pyright: ignore[reportAttributeAccessIssue]
             )
+        if self.heard is not None:
+            self.heard(loss.item(), tokens)
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -44,6 +50,13 @@ class Guards:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave the trainer's card out: a checkpoint is no model to publish, and PEFT writes one with the adapter."""
+
+
+def _tokens(inputs: Mapping[str, Any]) -> int:
+    """Tokens of a batch, without the padding where a mask tells it."""
+    if "attention_mask" in inputs:
+        return int(inputs["attention_mask"].sum())
+    return inputs["input_ids"].numel() if "input_ids" in inputs else 0
 
 
 class GenerationTrainer(Guards, SFTTrainer):

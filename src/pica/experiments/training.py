@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,15 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from pica.adapters import saving
 from pica.basis import process_count
-from pica.errors import TrainingError
+from pica.errors import ConfigError, TrainingError
 from pica.experiments.allocation import RankAllocation
 from pica.experiments.distributed import in_any, leads, load_whole, wait
 from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
-from pica.experiments.output import write_json
+from pica.experiments.output import atomic_folder, write_json
 from pica.experiments.recipe import TrainerSection
 from pica.experiments.reporting import Advance, Reporter
+from pica.experiments.watching import Watch, Watching, add_reports, best_point, samples
 
 if TYPE_CHECKING:
     from pica.experiments.pipelines import Pipeline
@@ -42,8 +45,13 @@ class Training:
             one thread and no accelerator, so that it does not depend on what else the machine does.
         step_seconds: Median time of a step, the first two left out; None for fewer than three steps.
         peak_memory: Highest memory use in MiB, see `PeakMemory`.
-        curve: Points with step, epoch, loss, learning_rate, grad_norm.
+        curve: Points with step, epoch, and loss, learning_rate, grad_norm (each `log_steps`) or validation_loss (each
+            `eval_steps`) or both.
         sharded: Whether the model was left split between processes, so that none can use it alone.
+        best: Step, validation_loss, and validation_score where there is one, of the adapter that was written, where that is
+            the best of several.
+        stopped_early: Whether `patience` ran out.
+        samples: Answers as training went on.
     """
 
     steps: int
@@ -52,6 +60,9 @@ class Training:
     peak_memory: dict[str, float]
     curve: list[dict[str, float]]
     sharded: bool = False
+    best: dict[str, float] | None = None
+    stopped_early: bool = False
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -65,6 +76,7 @@ def train(
     adapter: Path,
     reporter: Reporter,
     label: str,
+    watch: Watch | None = None,
 ) -> Training:
     """Train an adapter and write it to `adapter`, going on from the last checkpoint in `checkpoints` if there is one.
 
@@ -78,32 +90,45 @@ def train(
         adapter: Folder to write the trained adapter to, whole or not at all.
         reporter: Is shown a bar with the loss.
         label: What the bar is called.
+        watch: What else is looked at as training goes on.
 
     Raises:
+        ConfigError: What is to be watched needs a whole model in each process, and there is none.
         TrainingError: The loss or a trained parameter is not finite.
         OutputError: A checkpoint or the adapter can't be written.
         Interrupted: A signal asked to stop; a checkpoint has been written.
     """
     resume_from = last_checkpoint(checkpoints)
     with stop_on_signal() as stop:
-        watcher = _Watcher(stop, [] if resume_from is None else _times_until(resume_from))
+        watch, memory = watch or Watch(), PeakMemory()
+        watching = Watching(
+            watch, section, folder=checkpoints, memory=memory, save=lambda folder: save_adapter(model, folder)
+        )
+        watcher = _Watcher(stop, [] if resume_from is None else _times_until(resume_from), watching, memory)
         trainer = pipeline.trainer(
             model,
             dataset,
             section,
             learning_rate=learning_rate,
             checkpoints=checkpoints,
-            callbacks=[watcher, *_method_callbacks(model)],
+            callbacks=[watcher, watching, *_method_callbacks(model)],
         )
+        if is_sharded(trainer) and (watch.measure or watch.sample):
+            raise ConfigError(
+                "trainer.eval_steps and trainer.sample_steps need the whole model in each process, which FSDP and DeepSpeed "
+                "split; leave them out."
+            )
+        watching.trainer = trainer
+        trainer.heard = watcher.heard  # pyright: ignore[reportAttributeAccessIssue] -- all of ours are `Guards`
+        add_reports(trainer, section.report_to, watch)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        memory = PeakMemory()
         try:
             with reporter.bar(label, _total_steps(section, len(dataset))) as watcher.advance:
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         finally:
             load_whole()
-        if stop.made and trainer.state.global_step < trainer.state.max_steps:
+        if stop.made and trainer.state.global_step < trainer.state.max_steps and not watching.ended:
             raise Interrupted(checkpoint=last_checkpoint(checkpoints))
         measured = Training(
             steps=trainer.state.global_step,
@@ -112,8 +137,17 @@ def train(
             peak_memory=memory.read(),
             curve=_curve(trainer.state.log_history),
             sharded=is_sharded(trainer),
+            best=_best(trainer.state.log_history) if watching.keeps else None,
+            stopped_early=watching.ended,
+            samples=samples(trainer.state.log_history),
         )
-        save_adapter(model, adapter, state=_gathered(trainer))
+        if best := watching.best_folder(trainer.state):
+            if leads():
+                with atomic_folder(adapter) as partial:
+                    shutil.copytree(best, partial, dirs_exist_ok=True)
+            wait()
+        else:
+            save_adapter(model, adapter, state=_gathered(trainer))
     if stop.made:  # the signal came with the last step: this training is complete, the run is not
         raise KeyboardInterrupt
     return measured
@@ -189,11 +223,13 @@ def _times_until(checkpoint: Path) -> list[float]:
 
 
 class _Watcher(TrainerCallback):
-    """Times the steps, moves the bar, and stops training with a checkpoint when asked to."""
+    """Times the steps, moves the bar, says how they go, and stops training with a checkpoint when asked to."""
 
-    def __init__(self, stop: StopRequest, times: list[float]) -> None:
-        self.stop, self.times, self.advance = stop, times, _no_bar
-        self._begun, self._note = 0.0, ""
+    def __init__(self, stop: StopRequest, times: list[float], watching: Watching, memory: PeakMemory) -> None:
+        self.stop, self.times, self.advance, self._watching, self._memory = stop, times, _no_bar, watching, memory
+        self._begun = self._wall = self._loss = 0.0
+        self._tokens = 0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # tokens and seconds of the last steps
         # One thread on a processor: its own time is the step's, whatever else the machine does meanwhile.
         alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
         self._clock = time.process_time if alone else time.perf_counter
@@ -205,11 +241,18 @@ class _Watcher(TrainerCallback):
             self.advance(state.global_step, "resumed")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._loss, self._tokens, self._wall = 0.0, 0, time.perf_counter()
         self._begun = self._clock()
+
+    def heard(self, loss: float, tokens: int) -> None:
+        """One batch of the step is done."""
+        self._loss += loss
+        self._tokens += tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.append(self._clock() - self._begun)
-        self.advance(1, self._note)
+        self._recent.append((self._tokens, time.perf_counter() - self._wall))
+        self.advance(1, self._note(kwargs.get("lr_scheduler")))
         if in_any(self.stop.made):  # a signal reaches the processes at different steps
             self.stop.made = True
         if self.stop.made and state.global_step < state.max_steps:
@@ -219,10 +262,18 @@ class _Watcher(TrainerCallback):
         if leads():
             write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", _TIMES), self.times)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in (logs := kwargs.get("logs") or {}):
-            self._note = f"loss {logs['loss']:.4f}"
-            self.advance(0, self._note)
+    def _note(self, schedule: Any) -> str:
+        """How the step went, in a line."""
+        parts = [f"loss {self._loss:.4f}"]
+        if self._watching.latest is not None:
+            parts.append(f"held out {self._watching.latest:.4f}")
+        if schedule is not None:
+            parts.append(f"rate {schedule.get_last_lr()[0]:.2e}")
+        if tokens := sum(count for count, _ in self._recent):
+            speed = process_count() * tokens / max(sum(seconds for _, seconds in self._recent), 1e-9)
+            parts.append(f"{speed:,.0f} tokens/s")
+        peaks = self._memory.read()
+        return ", ".join([*parts, f"{peaks.get('gpu', peaks['host']):,.0f} MiB"])
 
 
 def _method_callbacks(model: peft.PeftModel) -> list[TrainerCallback]:
@@ -242,4 +293,19 @@ def _total_steps(section: TrainerSection, rows: int) -> int:
 
 def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    return [{name: point[name] for name in columns if name in point} for point in history if "loss" in point]
+    points: dict[int, dict[str, float]] = {}
+    for entry in history:
+        if "loss" in entry or "eval_loss" in entry:
+            point = points.setdefault(entry["step"], {})
+            point |= {name: entry[name] for name in columns if name in entry}
+            if "eval_loss" in entry:
+                point["validation_loss"] = entry["eval_loss"]
+    return list(points.values())
+
+
+def _best(history: list[dict[str, Any]]) -> dict[str, float] | None:
+    point = best_point(history)
+    if point is None:
+        return None
+    names = {"step": "step", "eval_loss": "validation_loss", "eval_score": "validation_score"}
+    return {new: point[old] for old, new in names.items() if old in point}

@@ -118,7 +118,7 @@ def _measurements(
 
 def _curves(curve: list[dict[str, str]], titles: Mapping[str, str]) -> Markup:
     series: dict[str, list[tuple[int, float]]] = {}
-    for row in curve:
+    for row in (row for row in curve if row["loss"]):  # at some steps only the validation loss was measured
         run = row["run"].removesuffix("-refit")
         label = f"{titles.get(run, row['method'])}, rate {float(row['peak_rate']):g}" + (
             " (refit)" if "refit" in row["run"] else ""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pica.errors import ConfigError
-from pica.experiments.pipelines.base import HeldOut, PicturePipeline, Pipeline
+from pica.experiments.pipelines.base import AnsweringPipeline, HeldOut, PicturePipeline, Pipeline
 from pica.experiments.pipelines.chat import ChatPipeline
 from pica.experiments.pipelines.classification import text_classification
 from pica.experiments.pipelines.generation import GenerationPipeline
@@ -52,4 +52,4 @@ def make_pipeline(recipe: Recipe) -> Pipeline:
     return _MAKERS[task.kind](recipe, task)
 
 
-__all__ = ["HeldOut", "PicturePipeline", "Pipeline", "make_pipeline"]
+__all__ = ["AnsweringPipeline", "HeldOut", "PicturePipeline", "Pipeline", "make_pipeline"]

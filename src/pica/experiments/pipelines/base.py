@@ -97,6 +97,15 @@ class Pipeline(Protocol):
 
 
 @runtime_checkable
+class AnsweringPipeline(Pipeline, Protocol):
+    """A pipeline whose models can be asked while they learn."""
+
+    def samples(self, model: Any, examples: Sequence[Any]) -> list[tuple[str, str]]:
+        """Questions out of a few of the examples, and the model's answers."""
+        ...
+
+
+@runtime_checkable
 class PicturePipeline(Pipeline, Protocol):
     """A pipeline whose models draw pictures."""
 

@@ -22,7 +22,7 @@ from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.output import write_text
 from pica.experiments.pipelines.base import HeldOut
 from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
-from pica.experiments.reporting import Reporter
+from pica.experiments.reporting import Reporter, Silent
 from pica.experiments.trainers import generation_trainer
 from pica.tasks.chat import Conversation, described, with_system
 
@@ -146,6 +146,12 @@ class ChatPipeline:
         _, padding = special_ids(self.tokenizer)
         found = measure_rows(model, self.rows(examples), padding, batch_size=self._recipe.trainer.eval_batch_size)
         return HeldOut(summed_up(list(found.values())).loss)
+
+    def samples(self, model: Any, examples: Sequence[Conversation]) -> list[tuple[str, str]]:
+        """The last questions of the first `task.answers` conversations that have one, and what the model answers."""
+        given = [with_system(example, self._recipe.task.system) for example in examples]
+        said = self._answers(model, given, range(len(given)), Silent(), "")
+        return [(given[index].messages[-2]["content"], text) for index, text in said.items()]
 
     def describe(self, examples: Sequence[Conversation]) -> list[str]:
         """What the conversations are like, and how much of them is learnt."""
