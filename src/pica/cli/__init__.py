@@ -31,7 +31,7 @@ COMMANDS = {
     "data": "what a model would see of a file of conversations, before any training",
     "compare": "train several methods on one task side by side, and write one report page",
     "evaluate": "measure a model or an adapter on a task",
-    "report": "write the report page of a comparison anew",
+    "report": "write one page about a run, or a comparison's anew",
     "merge": "write model and adapter as one plain model folder",
     "export": "write a PiCa adapter as a LoRA that serving engines load",
     "import": "read an adapter of the authors' reference implementation",
