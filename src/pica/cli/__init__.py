@@ -34,6 +34,7 @@ COMMANDS = {
     "report": "write one page about a run, or a comparison's anew",
     "merge": "write model and adapter as one plain model folder",
     "export": "write a PiCa adapter as a LoRA that serving engines load",
+    "push": "put an adapter and its card on the hub, private unless you say otherwise",
     "import": "read an adapter of the authors' reference implementation",
     "plan": "what an adapter would cost on a model of any size, from its config alone",
     "analyze": "where fine-tuning moved the weights, and what of the theory holds there",

@@ -116,7 +116,9 @@ def _conversation(place: int, rows: Mapping[str, Mapping[str, Any]], titles: Map
     notes = [f"Loss {_change(before, loss, base is not None)} over {row['tokens']:,} tokens"]
     right = (f"{_number(base['token_accuracy']):.0%} → " if base else "") + f"{_number(row['token_accuracy']):.0%}"
     notes.append(f"tokens right {right}")
-    said = [(titles[name], str(some["answer"]), None) for name, some in rows.items() if "answer" in some]
+    said: list[tuple[str, str, bool | None]] = [
+        (titles[name], str(some["answer"]), None) for name, some in rows.items() if "answer" in some
+    ]
     change = loss - before if base else loss
     kind = "with answers" if said else "without answers"
     title = f"Conversation {place + 1}"

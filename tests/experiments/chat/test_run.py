@@ -71,8 +71,7 @@ def test_a_part_is_held_out_and_measured_before_and_after(run: Path):
 
 def test_the_adapter_has_a_card_with_what_was_measured(run: Path):
     text = (run / "adapter" / "README.md").read_text(encoding="utf-8")
-    data = ModelCard(text).data
-    assert {"pica", "peft", "chat"} <= set(data.tags or [])
+    assert {"pica", "peft", "chat"} <= set(ModelCard(text).data.to_dict()["tags"])
     metrics = json.loads((run / "metrics.json").read_text())
     for model in ("base", "adapter"):
         assert f"{metrics[model]['loss']:.4f} ± {metrics[model]['loss_stderr']:.4f}" in text
