@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pica import PicaConfig, save_adapter, save_whole
 from pica.adapters.card import card_text, is_local, public_name, write_card
@@ -101,3 +102,18 @@ def test_names_from_files_do_not_break_it(adapter: PeftModel, tmp_path: Path):
     assert "\x1b" not in text
     assert "\n# x" not in text
     assert "| a\\|b | c\\|d &lt;script> |" in text
+
+
+def test_a_head_is_loaded_with_its_number_of_outputs(tmp_path: Path):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes, num_labels=5))
+    adapted = get_peft_model(model, PicaConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    assert isinstance(adapted, PeftModel)
+    save_adapter(adapted, tmp_path / "out", save_embedding_layers=False)
+    assert "num_labels=5)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -24,6 +24,7 @@ PLACE = "OWNER/NAME"
 """Stands for the adapter's name on the hub, until that is known."""
 
 _WEIGHTS = "adapter_model.safetensors"
+_HEADS = (".classifier.weight", ".score.weight", ".classifier.out_proj.weight")
 _MARK = "<!-- Written by pica. Without this line the card is yours, and no later save replaces it. -->"
 _EMPTY_FORM = "# Model Card for Model ID"  # PEFT's
 _METHODS = {"PICA": "PiCa", "SVFT": "SVFT"}
@@ -122,7 +123,10 @@ def card_text(
     ]
     if measures:
         parts += ["## Measured", _table(measures), *([note] if note else [])]
-    parts += ["## Use", *_use(kind, base, recorded, config, auto, (folder / TEMPLATE).is_file())]
+    more = (
+        f", num_labels={count}" if (count := _outputs(folder)) and str(config.get("task_type")).endswith("_CLS") else ""
+    )
+    parts += ["## Use", *_use(kind, base, recorded, config, auto, (folder / TEMPLATE).is_file(), more)]
     parts.append(
         "## Licence\n\nNone is stated. Whoever publishes this adapter sets it (`license:` at the top of this file), within "
         "what the base model's licence allows."
@@ -131,11 +135,12 @@ def card_text(
 
 
 def _use(
-    kind: str, base: str, recorded: str, config: Mapping[str, Any], auto: str | None, has_template: bool
+    kind: str, base: str, recorded: str, config: Mapping[str, Any], auto: str | None, has_template: bool, more: str
 ) -> list[str]:
     ours = kind in _METHODS
     where = base if recorded and not is_local(recorded) else f"path/to/{base or 'base-model'}"
     revision = f', revision="{_plain(config["revision"])}"' if config.get("revision") else ""
+    revision += more
     parts = []
     if ours:
         parts += [
@@ -205,6 +210,15 @@ def _parameters(folder: Path) -> int:
                     size *= length
                 total += size
     return total
+
+
+def _outputs(folder: Path) -> int | None:
+    """How many outputs a head has that was saved with the adapter; the base model must be loaded with as many."""
+    if not (folder / _WEIGHTS).is_file():
+        return None
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118 - it is no mapping
+        return file.get_slice(names[0]).get_shape()[0] if names else None
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
