@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pica._version import __version__
+from pica.adapters.card import public_name
 from pica.adapters.factors import GroupRow
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def _readme(contents: LoraFolder) -> str:
     head = [
         "---",
         "library_name: peft",
-        *([f"base_model: {contents.base}"] if contents.config["base_model_name_or_path"] else []),
+        *([f"base_model: {public_name(contents.base)}"] if contents.config["base_model_name_or_path"] else []),
     ]
     kind = (
         "It is exact: each layer's update is the adapter's, up to the rounding of the file's precision."

@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pica.adapters.card import CARD, is_generated, write_card
 from pica.adapters.folders import atomic_folder, flush, new_folder, translated_write_errors
 from pica.errors import AdapterFileError, ConfigError, OutputError
 from pica.tuner.sharding import is_dtensor
@@ -37,7 +38,8 @@ def save_adapter(
 
     PEFT's `save_pretrained` writes in place, so a full disk or a kill leaves half an adapter where a whole one was. Here
     the files are written beside, flushed, opened again and held against the model (names, shapes, dtypes, no NaN or
-    infinity), and then take the folder's place. Other files in the folder, such as a tokenizer's, are kept.
+    infinity), and then take the folder's place. Other files in the folder, such as a tokenizer's, are kept, and so is a
+    README.md that somebody has written; else it says what the adapter is and how to use it.
 
     Args:
         model: The model that carries the adapter.
@@ -82,6 +84,10 @@ def save_adapter(
             inner.rmdir()
         _check_written(beside, expected, target)
         type(model.peft_config[adapter_name]).from_pretrained(str(beside))
+        if is_generated(target / CARD):
+            write_card(beside)
+        else:
+            shutil.copy2(target / CARD, beside / CARD)
         if target.is_dir():
             _keep_other_files(target, beside)
 
@@ -90,9 +96,9 @@ def save_whole(model: PeftModel) -> PeftModel:
     """Have `save_pretrained` of this one model leave whole files only, whenever it is interrupted.
 
     PEFT's writes in place. Trainer, SFTTrainer and `push_to_hub` call it on the model that they are given, so after this
-    they save whole, too. Arguments and files are PEFT's. The files are written beside and flushed, and then take their
-    places: all in one step where the folder has no folders within, as a checkpoint's; else each file in one step, the
-    configuration last.
+    they save whole, too. Arguments and files are PEFT's, but for README.md, which is as `save_adapter` writes it. The files
+    are written beside and flushed, and then take their places: all in one step where the folder has no folders within, as a
+    checkpoint's; else each file in one step, the configuration last.
 
     Args:
         model: A PeftModel, with adapters of any method. Other models are left alone, and so is a pickled copy.
@@ -135,9 +141,12 @@ def _save_whole(write: Callable[..., None], save_directory: str, args: tuple[Any
 def _write_beside(
     write: Callable[..., None], beside: Path, target: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    if (card := target / "README.md").is_file():
+    card = target / CARD
+    if card.is_file() and not is_generated(card):
         shutil.copy2(card, beside / card.name)  # PEFT goes on from what is there
     write(str(beside), *args, **kwargs)
+    for config in beside.rglob(CONFIG):  # every adapter but "default" has a folder of its own
+        write_card(config.parent)
 
 
 def save_adapters(models: Mapping[str, PeftModel], folder: Path) -> None:

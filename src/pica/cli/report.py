@@ -1,4 +1,4 @@
-"""`pica report`: write a comparison's page anew from its records."""
+"""`pica report`: the page of a run, or a comparison's anew, from what its folder holds."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from pica.cli.show import show
 
 EPILOG = """examples:
+  pica report my-style
   pica report pica-compare-arithmetic-tiny
   pica report pica-compare-minilm-sst2 -o minilm.html
   pica report --vtab pica-vtab-* -o vtab.html
@@ -17,12 +18,13 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         prog="pica report",
-        description="Write the page, results.csv and results.json of a comparison anew from the records of its cells; also "
-        "of one that is unfinished.",
+        description="Write one page from the folder of a finished run: the numbers before and after, the loss, the answers "
+        "side by side, the recipe. Or write the page, results.csv and results.json of a comparison anew from the records of "
+        "its cells; also of one that is unfinished.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("folder", type=Path, nargs="+", help="output folder of pica compare, or of a dreambooth run")
+    made.add_argument("folder", type=Path, nargs="+", help="output folder of pica train or pica compare")
     made.add_argument(
         "--vtab",
         action="store_true",
@@ -64,6 +66,12 @@ def _write(given: argparse.Namespace) -> int:
 
     if is_picture_run(given.folder):
         show(f"Report: {write_picture_page(given.folder, page=given.output)}")
+        return 0
+
+    from pica.report.run_page import is_run, write_run_page
+
+    if is_run(given.folder):
+        show(f"Report: {write_run_page(given.folder, page=given.output)}")
         return 0
 
     from pica.cli.compare import print_summary

@@ -215,6 +215,8 @@ def print_result(result: "RunResult") -> None:
     console.print(f"Numbers:     {result.output / 'metrics.json'}, {result.output / 'loss_curve.csv'}", markup=False)
     console.print(f"Predictions: {result.output / 'predictions-*.jsonl'}", markup=False)
     console.print(f"Recipe:      {result.output / 'recipe.resolved.yaml'}", markup=False)
+    if metrics["task"] != "dreambooth":  # its page is written at once
+        console.print(f"One page:    pica report {shlex.quote(str(result.output))}", markup=False)
 
 
 def _print_pictures(result: "RunResult") -> None:

@@ -36,6 +36,7 @@ from pica.experiments.pipelines import AnsweringPipeline, PicturePipeline, make_
 from pica.experiments.place import Place
 from pica.experiments.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
+from pica.experiments.sharing import write_run_card
 from pica.experiments.standings import run_standing
 from pica.experiments.trainers import check_optimizer
 from pica.experiments.training import Training, last_checkpoint, train
@@ -244,6 +245,7 @@ class _Run:
                 self._finish_pictures(self.pipeline, metrics)
             if found := run_standing(self.folder, metrics):
                 metrics["standing"] = found.summary()
+            write_run_card(self.folder / "adapter", recipe, metrics, self.pipeline.describe(self.splits.train))
             files.write_json(self.folder / _FINISHED, metrics)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.place.done()

@@ -130,6 +130,31 @@ def preformatted(text: str) -> Markup:
     return Markup("<pre>{}</pre>").format(text)
 
 
+def entries(
+    items: Iterable[tuple[Markup, str, float, int]], *, kinds: Sequence[str], orders: Mapping[str, str]
+) -> Markup:
+    """A list with a search box; without scripts, the list alone, in the order in which it is given.
+
+    Args:
+        items: Content, kind, a number that is the lower the better, and where it stands in the data.
+        kinds: What a reader may choose one of.
+        orders: Titles of "turns" (as given), "best", "worst" and "place".
+    """
+    options = Markup("").join(
+        Markup('<option value="{}">{}</option>').format(*pair) for pair in [("", "all"), *((k, k) for k in kinds)]
+    )
+    choice = Markup('<label>Show <select name="kind">{}</select></label>').format(options) if len(kinds) > 1 else ""
+    ordered = Markup("").join(Markup('<option value="{}">{}</option>').format(*pair) for pair in orders.items())
+    listed = Markup("").join(
+        Markup('<li data-kind="{}" data-change="{}" data-place="{}">{}</li>').format(kind, f"{change:.9g}", place, body)
+        for body, kind, change, place in items
+    )
+    return Markup(
+        '<div class="entries"><div class="controls" hidden><label>Search <input type="search"></label>{}'
+        '<label>Order <select name="order">{}</select></label><output></output></div><ol>{}</ol></div>'
+    ).format(choice, ordered, listed)
+
+
 def table(
     columns: Sequence[Column],
     rows: Sequence[Mapping[str, Any]],

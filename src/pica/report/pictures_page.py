@@ -12,10 +12,14 @@ from pica.documents import read_json
 from pica.errors import ConfigError
 from pica.experiments.output import RESOLVED, json_text, write_text
 from pica.report import page as html
-from pica.report.figures import INK, Sheet, figure, style
+from pica.report.curves import loss_figure, run_titles
 from pica.report.page import Column, Page
 
 GRID, PAGE = "grid.png", "report.html"
+_CAPTION = (
+    "Training loss, mean since the point before. It jumps with the noise levels that are drawn; the measurements above are "
+    "at fixed ones. With prior preservation it is the sum of two losses."
+)
 _NAMES = {
     "loss": "denoising loss",
     "r2": "explained share of the target's variance",
@@ -80,12 +84,10 @@ def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], 
         alt = "Drawn pictures in a column for each model, a row for each prompt and noise, the subject above."
         grid = '<figure><img alt="{}" src="data:image/png;base64,{}"><figcaption>{}</figcaption></figure>'
         made.section("Pictures", Markup(grid).format(alt, data, "In each row every model starts from the same noise."))
-    titles = {name: model.get("title", "before") for name, model in models.items()}
-    if titles.get("baseline") == titles["adapter"]:
-        titles |= {name: f"{titles[name]} ({name})" for name in ("adapter", "baseline")}
+    titles = run_titles(models)
     made.section("Measurements", *_measurements(metrics, models, titles))
     if curve:
-        made.section("Loss", _curves(curve, titles))
+        made.section("Loss", loss_figure(curve, titles, caption=_CAPTION))
     made.section("Recipe", html.preformatted(recipe))
     made.download("metrics.json", json_text(metrics, indent=2), kind="application/json")
     made.download(RESOLVED, recipe, kind="text/yaml")
@@ -114,32 +116,3 @@ def _measurements(
     if missing := metrics.get("not_measured"):
         blocks.append(html.bullets(f"{_NAMES[name]}: not measured: {reason}" for name, reason in missing.items()))
     return blocks
-
-
-def _curves(curve: list[dict[str, str]], titles: Mapping[str, str]) -> Markup:
-    series: dict[str, list[tuple[int, float]]] = {}
-    for row in (row for row in curve if row["loss"]):  # at some steps only the validation loss was measured
-        run = row["run"].removesuffix("-refit")
-        label = f"{titles.get(run, row['method'])}, rate {float(row['peak_rate']):g}" + (
-            " (refit)" if "refit" in row["run"] else ""
-        )
-        series.setdefault(label, []).append((int(row["step"]), float(row["loss"])))
-
-    def draw(sheet: Sheet) -> None:
-        panel = sheet.figure.subplots()
-        for index, (label, points) in enumerate(series.items()):
-            look = style(index)
-            panel.plot(*zip(*points), color=look.color, linestyle=look.linestyle, label=label)
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("optimizer step", color=INK)
-        panel.set_ylabel("training loss", color=INK)
-        panel.legend()
-
-    return figure(
-        "loss-plot",
-        draw,
-        caption="Training loss, mean since the point before. It jumps with the noise levels that are drawn; the "
-        "measurements above are at fixed ones. With prior preservation it is the sum of two losses.",
-        alt=f"Training loss against optimizer steps, {len(series)} curves.",
-        height=3.6,
-    )

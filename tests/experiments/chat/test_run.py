@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from pica import cli
 from pica.cli.chat import Conversation
@@ -66,6 +67,18 @@ def test_a_part_is_held_out_and_measured_before_and_after(run: Path):
     rows = [json.loads(line) for line in (run / "predictions-adapter.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert all("answer" in row and row["messages"][-1]["role"] == "assistant" for row in rows)
+
+
+def test_the_adapter_has_a_card_with_what_was_measured(run: Path):
+    text = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert {"pica", "peft", "chat"} <= set(ModelCard(text).data.to_dict()["tags"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    for model in ("base", "adapter"):
+        assert f"{metrics[model]['loss']:.4f} ± {metrics[model]['loss_stderr']:.4f}" in text
+    assert f"| parameters | {metrics['adapter']['parameters']['trainable']:,} |" in text
+    assert "`chats.jsonl`: 27 conversations, `messages`" in text
+    assert "chat_template.jinja" in text
+    assert str(run.parent) not in text
 
 
 def test_the_template_lies_beside_the_adapter_and_evaluation_uses_it(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -23,6 +23,35 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// Lists of entries: a search in their text, a choice of kind, and another order.
+for (const box of document.querySelectorAll(".entries")) {
+  const list = box.querySelector("ol");
+  const items = [...list.children].map((item, turn) => ({ item, turn, text: item.textContent.toLowerCase() }));
+  const search = box.querySelector("input");
+  const kind = box.querySelector("select[name=kind]");
+  const order = box.querySelector("select[name=order]");
+  const value = { turns: (a) => a.turn, place: (a) => Number(a.item.dataset.place),
+    best: (a) => Number(a.item.dataset.change), worst: (a) => -Number(a.item.dataset.change) };
+  const update = () => {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    for (const { item, text } of items) {
+      const fits = words.every((word) => text.includes(word)) && (!kind || !kind.value || item.dataset.kind === kind.value);
+      item.hidden = !fits;
+      shown += fits;
+    }
+    box.querySelector("output").textContent = `${shown} of ${items.length}`;
+  };
+  search.addEventListener("input", update);
+  if (kind) kind.addEventListener("change", update);
+  order.addEventListener("change", () => {
+    const by = value[order.value];
+    list.append(...[...items].sort((a, b) => by(a) - by(b) || a.turn - b.turn).map(({ item }) => item));
+  });
+  box.querySelector(".controls").hidden = false;
+  update();
+}
+
 // Tips: where the pointer rests, where a finger touches, and what has the focus. Without this script the browser shows
 // them as titles, to a mouse only.
 const tip = document.createElement("div");

@@ -1,0 +1,65 @@
+"""Training curves of one run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+
+from pica.report.figures import INK, Sheet, figure, style
+
+HELD_OUT = "eval_loss"
+"""The column of loss_curve.csv with the loss on held-out examples, where it was measured while training went on."""
+
+
+def run_titles(models: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """What base, adapter and baseline of a run are called; no two alike."""
+    titles = {name: str(model.get("title", "before")) for name, model in models.items()}
+    if titles.get("baseline") == titles.get("adapter"):
+        titles |= {name: f"{titles[name]} ({name})" for name in ("adapter", "baseline") if name in titles}
+    return titles
+
+
+def loss_figure(rows: Iterable[Mapping[str, str]], titles: Mapping[str, str], *, caption: str) -> Markup:
+    """The losses of loss_curve.csv against steps, a curve for each training; held-out ones with marks.
+
+    Args:
+        rows: Of the file.
+        titles: What the trained models are called, by `run`.
+        caption: Below the figure.
+
+    Raises:
+        KeyError, ValueError: A column is missing, or a value is no number.
+    """
+    trained: dict[str, list[tuple[int, float]]] = {}
+    held_out: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        run = row["run"].removesuffix("-refit")
+        again = " (refit)" if "refit" in row["run"] else ""
+        label = f"{titles.get(run, row['method'])}, rate {float(row['peak_rate']):g}{again}"
+        for found, column in ((trained, "loss"), (held_out, HELD_OUT)):
+            if value := row.get(column):
+                found.setdefault(label, []).append((int(row["step"]), float(value)))
+
+    def draw(sheet: Sheet) -> None:
+        panel = sheet.figure.subplots()
+        names = list(dict.fromkeys([*trained, *held_out]))
+        for index, name in enumerate(names):
+            look = style(index)
+            if name in trained:
+                panel.plot(*_points(trained[name]), color=look.color, linestyle=look.linestyle, label=name)
+            if name in held_out:
+                label = f"{name}, held out"
+                panel.plot(*_points(held_out[name]), color=look.color, linestyle=":", marker=look.marker, label=label)
+        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if sheet.narrow else 10))
+        panel.set_xlabel("optimizer step", color=INK)
+        panel.set_ylabel("loss", color=INK)
+        panel.legend()
+
+    count = len(trained) + len(held_out)
+    alt = f"Loss against optimizer steps, {count} curve{'' if count == 1 else 's'}."
+    return figure("loss-plot", draw, caption=caption, alt=alt, height=3.6)
+
+
+def _points(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in pairs], [loss for _, loss in pairs]

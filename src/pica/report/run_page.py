@@ -1,0 +1,291 @@
+"""The page of one finished run on texts: the numbers before and after, the loss, the answers, and how to repeat it."""
+
+import csv
+import dataclasses
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from pica.documents import parse_json, parse_yaml, read_json
+from pica.errors import ConfigError
+from pica.experiments.evaluation import shown_score
+from pica.experiments.output import RESOLVED, json_text, write_text
+from pica.experiments.recipe import Recipe
+from pica.experiments.uncertainty import SHARES, shown
+from pica.foreign_code import FLAG
+from pica.report import page as html
+from pica.report.answers import Rows, answers_block
+from pica.report.curves import loss_figure, run_titles
+from pica.report.page import Cell, Column, Page
+
+PAGE = "report.html"
+_COMMON = {
+    "score",
+    "stderr",
+    "loss",
+    "loss_stderr",
+    "perplexity",
+    "learning_rate",
+    "validation_loss",
+    "validation_score",
+}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the output of `pica train`, finished or not."""
+    return (folder / RESOLVED).is_file() and not (folder / "comparison.yaml").exists()
+
+
+def write_run_page(folder: Path, *, page: Path | None = None) -> Path:
+    """Write the page of a finished run from what its folder holds.
+
+    Args:
+        folder: Output folder of `pica train`.
+        page: Where the page goes; report.html in the folder if None.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ConfigError: The run is not finished, or a file of it is missing or damaged.
+        OutputError: The page can't be written.
+    """
+    if not (folder / "metrics.json").is_file():
+        raise ConfigError(
+            f"The run in {str(folder)!r} is not finished, so there is nothing to report yet; go on with it: "
+            f"pica train --resume {shlex.quote(str(folder))}"
+        )
+    try:
+        metrics = read_json(folder / "metrics.json")
+        recipe = (folder / RESOLVED).read_text(encoding="utf-8")
+        with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
+            curve = list(csv.DictReader(file))
+        text = _page(metrics, recipe, parse_yaml(recipe), curve, _predictions(folder, metrics))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, IndexError) as error:
+        told = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"A file in {str(folder)!r} is missing or damaged ({told}); run pica train again.") from error
+    target = page or folder / PAGE
+    write_text(target, text)
+    return target
+
+
+def _predictions(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Rows]:
+    files = {"base": "base", "adapter": "adapter"}
+    if "baseline" in metrics:
+        files["baseline"] = f"baseline-{metrics['baseline']['method']}"
+    found: dict[str, Rows] = {}
+    for name, file in files.items():
+        if name in metrics:
+            text = (folder / f"predictions-{file}.jsonl").read_text(encoding="utf-8")
+            found[name] = [parse_json(line) for line in text.split("\n") if line]
+    return found
+
+
+def _page(
+    metrics: Mapping[str, Any],
+    text: str,
+    recipe: Mapping[str, Any],
+    curve: list[dict[str, str]],
+    predictions: Mapping[str, Rows],
+) -> str:
+    models = {name: metrics[name] for name in ("base", "adapter", "baseline") if name in metrics}
+    titles = run_titles(models) | ({"base": "base model"} if "base" in models else {})
+    adapter, counts = metrics["adapter"], metrics["problems"]
+    what = "conversations" if metrics["task"] == "chat" else "problems"
+    made = Page(
+        metrics["name"],
+        lead=f"{metrics['model']} on task {metrics['task']}, before and after training {adapter['title']}.",
+        facts={
+            "Model": metrics["model"],
+            "Method": adapter["title"],
+            "Trained parameters": f"{adapter['parameters']['trainable']:,} of {adapter['parameters']['total']:,}",
+            f"{what} learnt from".capitalize(): f"{counts['train']:,}",
+            f"{what} held out".capitalize(): f"{counts['test']:,}",
+            "Steps": f"{adapter['training']['steps']:,}",
+            "Learning rate": f"{adapter['learning_rate']:g}",
+            "Seed": metrics["seed"],
+        },
+    )
+    made.section("Before and after", *_measurements(metrics, models, titles, predictions))
+    if curve:
+        caption = "Training loss, the mean since the point before. The table above is of what was held out."
+        made.section("Loss", loss_figure(curve, titles, caption=caption), *_rates(metrics))
+    if predictions["adapter"]:
+        made.section("Answers", *answers_block(predictions, titles))
+    made.section("Repeat it", *_repeating(metrics, recipe, text))
+    made.download(RESOLVED, text, kind="text/yaml")
+    made.download("metrics.json", json_text(metrics, indent=2), kind="application/json")
+    return made.html()
+
+
+def _measurements(
+    metrics: Mapping[str, Any],
+    models: Mapping[str, Any],
+    titles: Mapping[str, str],
+    predictions: Mapping[str, Rows],
+) -> list[Markup | str]:
+    adapter = metrics["adapter"]
+    metric = adapter["metric"]
+    more = [key for key, value in adapter.items() if isinstance(value, float) and key not in {*_COMMON, metric}]
+    columns = [
+        Column("model", "model", numeric=False),
+        Column("score", metric.replace("_", " "), "± standard error; in brackets the 95% interval."),
+        Column("loss", "loss", "Held-out loss, in nats a token for tasks that write text.", lower_first=True),
+        *([Column("perplexity", "perplexity", "exp(loss).", lower_first=True)] if "perplexity" in adapter else []),
+        *(Column(key, key.replace("_", " ")) for key in more),
+        Column("parameters", "trained parameters", lower_first=True),
+    ]
+    rows = [
+        {
+            "model": titles[name],
+            "score": Cell(shown_score(metric, model["score"], model["stderr"], model["examples"]), model["score"]),
+            "loss": _with_error(model["loss"], model.get("loss_stderr"), 4),
+            "perplexity": _perplexity(model),
+            "parameters": model["parameters"]["trainable"] if "parameters" in model else 0,
+            **{
+                key: Cell(shown(metric if key not in SHARES else key, value), value)
+                for key in more
+                if (value := model.get(key)) is not None
+            },
+        }
+        for name, model in models.items()
+    ]
+    caption = f"Measured on the same {adapter['examples']:,} examples, from which nothing was learnt. One seed."
+    blocks: list[Markup | str] = [html.table(columns, rows, caption=caption, sortable=False)]
+    if "base" in predictions and metric == "token_accuracy":
+        blocks.append(paired_change(predictions["base"], predictions["adapter"]))
+    elif found := metrics.get("standing"):
+        blocks.append(found["statement"])
+    if "groups" in adapter:
+        blocks.append(_groups(models, titles))
+    return blocks
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> Cell:
+    if value is None or error is None:
+        return Cell("undefined" if value is None else f"{value:.{digits}f}", value)
+    return Cell(f"{value:.{digits}f} ± {error:.{digits}f}", value)
+
+
+def _perplexity(model: Mapping[str, Any]) -> Cell | None:
+    value, error = model.get("perplexity"), model.get("loss_stderr")
+    if value is None:
+        return None
+    digits = 2 if value < 100 else 0
+    around = "" if error is None else f" ± {value * error:,.{digits}f}"  # the error of a logarithm is a relative one
+    return Cell(f"{value:,.{digits}f}{around}", value)
+
+
+def paired_change(before: Rows, after: Rows) -> str:
+    """How loss and token accuracy changed on the same conversations, in one sentence, with standard errors.
+
+    Tokens of one conversation may depend on each other, conversations do not; since both models met the same ones, their
+    common ups and downs cancel out, and the change is surer than either number.
+    """
+    pairs = [(old, new) for old, new in zip(before, after) if None not in (old["loss"], new["loss"])]
+    if len(pairs) < 2:
+        return "Two or more conversations are needed to say how sure a change is."
+    tokens = [new["tokens"] for _, new in pairs]
+    loss = _mean_change([(new["loss"] - old["loss"]) * new["tokens"] for old, new in pairs], tokens)
+    hits = _mean_change([(new["token_accuracy"] - old["token_accuracy"]) * new["tokens"] for old, new in pairs], tokens)
+    lower = sum(new["loss"] < old["loss"] for old, new in pairs)
+    return (
+        f"On the same conversations the loss changes by {loss[0]:+.4f} ± {loss[1]:.4f} nats a token, token accuracy by "
+        f"{100 * hits[0]:+.1f} ± {100 * hits[1]:.1f} points; the loss is lower in {lower:,} of {len(pairs):,}."
+    )
+
+
+def _mean_change(sums: list[float], counts: list[int]) -> tuple[float, float]:
+    """sum(sums) / sum(counts) and its standard error over independent conversations."""
+    total, number = sum(counts), len(counts)
+    mean = sum(sums) / total
+    spread = sum((value - mean * count) ** 2 for value, count in zip(sums, counts))
+    return mean, math.sqrt(spread * number / (number - 1)) / total
+
+
+def _groups(models: Mapping[str, Any], titles: Mapping[str, str]) -> Markup:
+    names = list(models["adapter"]["groups"])
+    columns = [Column("set", "set", numeric=False), *(Column(name, titles[name]) for name in models)]
+    rows = []
+    for group in names:
+        row: dict[str, Any] = {"set": group}
+        for name, model in models.items():
+            found = model["groups"][group]
+            text = shown_score("accuracy", found["accuracy"], found["stderr"], int(found["examples"]))
+            row[name] = Cell(text, found["accuracy"])
+        rows.append(row)
+    return html.table(columns, rows, caption="Accuracy on each set; each counts the same.")
+
+
+def _rates(metrics: Mapping[str, Any]) -> list[Markup]:
+    """The learning rates that were tried, where there were several."""
+    tables = []
+    for name in ("adapter", "baseline"):
+        tried = metrics.get(name, {}).get("candidates", [])
+        if len(tried) < 2:
+            continue
+        columns = [
+            Column("rate", "learning rate", numeric=False),
+            Column("loss", "validation loss", lower_first=True),
+            Column("score", "validation score"),
+            Column("failed", "", numeric=False),
+        ]
+        rows = [
+            {
+                "rate": f"{one['learning_rate']:g}",
+                "loss": one.get("validation_loss"),
+                "score": one.get("validation_score"),
+                "failed": one.get("failed"),
+            }
+            for one in tried
+        ]
+        chosen = [place for place, one in enumerate(tried) if one["learning_rate"] == metrics[name]["learning_rate"]]
+        caption = (
+            f"Learning rates tried for {metrics[name]['title']}; the marked one was chosen on the validation part."
+        )
+        used = [column for column in columns if any(row[column.key] is not None for row in rows)]
+        tables.append(html.table(used, rows, caption=caption, marked=chosen))
+    return tables
+
+
+def _repeating(metrics: Mapping[str, Any], recipe: Mapping[str, Any], text: str) -> list[Markup | str]:
+    trust = f" {FLAG}" if recipe["model"]["trust_remote_code"] else ""
+    machine = {**metrics["versions"], **{key: value for key, value in metrics["machine"].items() if value}}
+    return [
+        f"With the recipe below, saved as `{RESOLVED}`:",
+        html.preformatted(f"pica train {RESOLVED} -o again{trust}"),
+        "Or with what differs from the defaults:",
+        html.preformatted(command_of(recipe)),
+        html.details("The whole recipe", html.preformatted(text)),
+        html.details("Versions and machine", html.preformatted("\n".join(f"{k}: {v}" for k, v in machine.items()))),
+    ]
+
+
+def command_of(recipe: Mapping[str, Any]) -> str:
+    """The `pica train` command for a recipe, given as its file holds it: the fields that differ from their defaults."""
+    usual = dataclasses.asdict(Recipe())
+    options = []
+    for name, value in recipe.items():
+        section = usual.get(name)
+        inner = value.items() if isinstance(section, dict) else [("", value)]
+        for field, given in inner:
+            key = f"{name}.{field}" if field else name
+            default = section.get(field) if isinstance(section, dict) else section
+            # without a model, the command would be that of the built-in recipe
+            if key == "model.path" or (given != default and key not in ("output", "model.trust_remote_code")):
+                text = _yaml(given)
+                options.append(f"--{key}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}")
+    trust = [FLAG] if recipe["model"]["trust_remote_code"] else []
+    return " \\\n  ".join(["pica train", *options, *trust, "-o again"])
+
+
+def _yaml(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).split("\n...")[0].strip()
