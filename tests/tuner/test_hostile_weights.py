@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from pica import PicaConfig, SvftConfig
@@ -48,12 +49,21 @@ def hostile(out: int, inn: int) -> dict[str, Tensor]:
     }
 
 
-def adapted(weight: Tensor, method: str) -> tuple[nn.Module, AdaptedLinear]:
+def base_of(weight: Tensor) -> Any:
     base = nn.Sequential(nn.Linear(*weight.T.shape, bias=False)).to(weight.dtype)
     base[0].weight.data = weight.clone()
-    model = get_peft_model(base, METHODS[method]())  # pyright: ignore[reportArgumentType]
+    return base
+
+
+def layer_of(model: nn.Module) -> AdaptedLinear:
     (layer,) = (module for module in model.modules() if isinstance(module, AdaptedLinear))
-    return model, layer
+    return layer
+
+
+def adapted(weight: Tensor, method: str) -> tuple[PeftModel, AdaptedLinear]:
+    model = get_peft_model(base_of(weight), METHODS[method]())
+    assert isinstance(model, PeftModel)
+    return model, layer_of(model)
 
 
 @pytest.mark.filterwarnings("ignore:PiCa")
@@ -79,16 +89,17 @@ def test_any_finite_weight_has_its_basis(shape: str, method: str, dtype: torch.d
         if left is not None:
             turned = left[:, :count].double().T @ exact @ rows.T
             assert (turned - torch.diag(values[:count])).norm() <= 3 * near * values[0], f"{name}: no singular vectors"
+        update = layer.get_delta_weight("default").double()
         x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
         with torch.no_grad():
             y, base = model(x).double(), layer.get_base_layer()(x).double()
         if not base.isfinite().all():
             continue  # the base model's own output overflows
-        update = x.double() @ layer.get_delta_weight("default").double().T
+        update = x.double() @ update.T
         rounding = 40 * torch.finfo(dtype).eps * (base.norm() + update.norm())
         assert (y - base - update).norm() <= near * update.norm() + rounding, f"{name}: the update is another"
-        model.merge_adapter()  # pyright: ignore[reportCallIssue]
-        model.unmerge_adapter()  # pyright: ignore[reportCallIssue]
+        model.merge_adapter()
+        model.unmerge_adapter()
         assert torch.equal(layer.raw_weight(), weight)
 
 
@@ -100,3 +111,18 @@ def test_a_weight_that_is_not_finite_is_refused_in_a_sentence(value: float, meth
     weight[-1, -1] = value
     with pytest.raises(BasisError, match=r"^0: the frozen weight holds NaN or infinity, so it has no basis\."):
         adapted(weight, method)
+
+
+@pytest.mark.filterwarnings("ignore:PiCa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", ["principal", "SVFT"])
+def test_an_adapter_on_any_finite_weight_loads_onto_it(method: str, dtype: torch.dtype, tmp_path: Path):
+    for name, wide in hostile(*SHAPES["wide"]).items():
+        weight = wide.to(dtype)
+        if not weight.isfinite().all():
+            continue
+        model, layer = adapted(weight, method)
+        model.save_pretrained(str(tmp_path))
+        again = layer_of(PeftModel.from_pretrained(base_of(weight), str(tmp_path)))
+        update = layer.get_delta_weight("default")
+        assert torch.allclose(again.get_delta_weight("default"), update, rtol=1e-3, atol=1e-6), name
