@@ -156,6 +156,9 @@ class PicaLinear(AdaptedLinear):
     def limit_basis(self, name: str, usable: int) -> None:
         self.pica_usable[name] = usable
 
+    def forget_choices(self, adapter_name: str) -> None:
+        self.pica_usable.pop(adapter_name, None)
+
     def drop_unused_bases(self) -> None:
         """Free what no adapter uses any more."""
         used = set(self.pica_projection.values())
