@@ -94,7 +94,7 @@ def test_half_precision_is_summed_in_float64_and_the_widest_dtype_is_kept(tiny_l
     assert {v.dtype for v in mean.values()} == {torch.float16, torch.uint8}
     for key, value in mean.items():
         if value.is_floating_point():
-            assert torch.equal(value, (sum(state[key].double() for state in half) / 3).half())
+            assert torch.equal(value, (torch.stack([state[key].double() for state in half]).sum(0) / 3).half())
     assert {v.dtype for v in pica.average_adapters([*half, states[0]]).values()} == {torch.float32, torch.uint8}
 
 

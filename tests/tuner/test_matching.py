@@ -141,7 +141,7 @@ def test_keys_of_rank_pattern_that_match_nothing_are_warned_of_as_peft_does(tiny
     with pytest.warns(RuntimeWarning, match=r"rank_pattern keys did not match .* ignored: \['k_proj'\]") as told:
         model = get_peft_model(tiny_llama(num_hidden_layers=1), config)
     assert len([w for w in told if "rank_pattern" in str(w.message)]) == 1
-    assert model.peft_config["default"].rank_pattern == ranks, "the configuration is as it was given"
+    assert config.rank_pattern == ranks, "the configuration is as it was given"
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         model.add_adapter("second", PicaConfig(r=2, target_modules=["q_proj"], rank_pattern={"q_proj": 4}))
