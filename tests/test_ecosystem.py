@@ -21,7 +21,7 @@ from tests.experiments.tiny import write_tiny_llama
 from tests.experiments.tiny_encoder import BAD, GOOD, write_tiny_bert
 
 PAGE = Path(__file__).parents[1] / "docs" / "ecosystem.md"
-NAMES = ["dpo", "dpo again", "reward", "grpo", "sentences", "mixed"]
+NAMES = ["dpo", "dpo again", "reward", "grpo", "sentences", "mixed", "federated"]
 PAIRS = [{"prompt": f"say {word}:", "chosen": " yes yes", "rejected": " no"} for word in ("a", "b", "c", "d")]
 
 
@@ -40,6 +40,8 @@ class Place:
         self.encoder = write_tiny_bert(folder / "bert")
         self.write("preferences.jsonl", PAIRS)
         self.write("prompts.jsonl", [{"prompt": row["prompt"]} for row in PAIRS])
+        for client, words in (("north", "abc"), ("south", "xyz")):
+            self.write(f"{client}.jsonl", [{"text": f"say {word}: yes {word} yes"} for word in words])
         pairs = [
             (f"the film is {one}", f"a {other} story") for side in (GOOD, BAD) for one, other in zip(side, side[1:])
         ]
@@ -256,3 +258,20 @@ def test_mixing_with_another_method_goes_through_the_exported_lora(dpo: dict[str
     base = AutoModelForCausalLM.from_pretrained(place.base)
     with pytest.raises(ValueError, match="'PICA' is not compatible with the `PeftMixedModel`"):
         peft.get_peft_model(base, pica.PicaConfig(r=4), mixed=True)
+
+
+def test_federated_clients_meet_in_the_weighted_mean_of_their_updates(dpo: dict[str, Any], place: Place):
+    place.run("federated")
+    folders = ["dpo", "north", "south", "round-2"]
+    start, north, south, mean = (peft.AutoPeftModelForCausalLM.from_pretrained(folder) for folder in folders)
+    updates = [
+        {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+        for model in (north, south, mean)
+    ]
+    assert updates[0]
+    for name in updates[0]:
+        torch.testing.assert_close(updates[2][name], 0.75 * updates[0][name] + 0.25 * updates[1][name])
+    assert not torch.allclose(logits(mean, place), logits(start, place), atol=1e-4)
+    state = pica.average_adapters([peft.get_peft_model_state_dict(m) for m in (north, south)], weights=[3, 1])
+    peft.set_peft_model_state_dict(start, state)
+    torch.testing.assert_close(logits(start, place), logits(mean, place))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pica._version import __version__
 
 if TYPE_CHECKING:
+    from pica.adapters.averaging import average_adapters
     from pica.adapters.hotswap import hotswap_adapter
     from pica.adapters.lora_export import export_lora
     from pica.adapters.pipelines import load_into_pipeline
@@ -34,6 +35,7 @@ __all__ = [
     "SvftConfig",
     "SvftModel",
     "__version__",
+    "average_adapters",
     "coverage",
     "export_lora",
     "hotswap_adapter",
@@ -51,6 +53,7 @@ _HOMES = {
     "PicaModel": "pica.tuner.model",
     "SvftConfig": "pica.svft.config",
     "SvftModel": "pica.svft.model",
+    "average_adapters": "pica.adapters.averaging",
     "coverage": "pica.tuner.coverage",
     "export_lora": "pica.adapters.lora_export",
     "hotswap_adapter": "pica.adapters.hotswap",

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pica import PicaConfig, SvftConfig
 from pica.errors import BasisMismatchError
 from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.layer import PicaLinear
 
 IDS = torch.arange(3, 11)[None]
 TARGETS = ["q_proj", "down_proj", "up_proj"]  # read from the input, and from the output
@@ -194,3 +195,87 @@ def test_what_leaves_a_weight_as_it_is_is_no_replacement(tmp_path: Path):
         logits(model)
         change(model)
         model.save_pretrained(str(tmp_path / name / method))
+
+
+def short_base(rank: int, noise: float = 0.0) -> LlamaForCausalLM:
+    """A base whose q_proj weights have `rank` directions, and beyond them only noise."""
+    model = base()
+    for index in range(2):
+        weight = model.get_parameter(f"model.layers.{index}.self_attn.q_proj.weight").data
+        left, values, right = torch.linalg.svd(weight)
+        more = noise * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+        weight.copy_((left[:, :rank] * values[:rank]) @ right[:rank] + more)
+    return model
+
+
+def usable(model: nn.Module, adapter: str = "default") -> set[int]:
+    return {
+        module.usable_directions(adapter)
+        for name, module in model.named_modules()
+        if isinstance(module, PicaLinear) and adapter in module.pica_group and name.endswith("q_proj")
+    }
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """A trained adapter that uses 2 of its 4 directions, since its base had no more."""
+    model = get_peft_model(short_base(2), PicaConfig(r=4, target_modules=["q_proj"]))
+    train(model)
+    model.save_pretrained(str(tmp_path / "short"))
+    return tmp_path / "short"
+
+
+NOISE = 1e-6  # gives the weights of a short base all their directions back, and leaves the first as they are
+
+
+def test_an_adapters_directions_go_with_it_and_a_new_one_of_its_name_has_its_own(short: Path, tmp_path: Path):
+    model = PeftModel.from_pretrained(short_base(2, NOISE), str(short))
+    assert usable(model) == {2}
+    expected = logits(model)
+    model.add_adapter("other", PicaConfig(r=4, target_modules=["q_proj"]))
+    assert usable(model, "other") == {4}
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert not any("default" in m.pica_usable for m in model.modules() if isinstance(m, PicaLinear))
+    model.add_adapter("default", PicaConfig(r=4, target_modules=["q_proj"]))
+    assert usable(model) == {4}
+    model.set_adapter("default")
+    train(model)
+    again = logits(model)
+    model.save_pretrained(str(tmp_path / "new"), selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(short_base(2, NOISE), str(tmp_path / "new"))
+    assert usable(loaded) == {4}
+    torch.testing.assert_close(logits(loaded), again)
+    model.delete_adapter("default")
+    model.load_adapter(str(short), "default")
+    model.set_adapter("default")
+    assert usable(model) == {2}
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_directions_of_an_untrained_adapter_are_those_of_weights_that_come_later(tmp_path: Path, assign: bool):
+    get_peft_model(short_base(2), PicaConfig(r=4, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "zero"))
+    model = PeftModel.from_pretrained(short_base(2, NOISE), str(tmp_path / "zero"), is_trainable=True)
+    assert usable(model) == {2}
+    inner = model.get_base_model()
+    inner.load_state_dict(checkpoint(inner, 1), strict=False, assign=assign)
+    train(model)
+    assert usable(model) == {4}
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "trained"))
+    loaded = PeftModel.from_pretrained(base(1), str(tmp_path / "trained"))
+    assert usable(loaded) == {4}
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_adapters_directions_are_the_trained_ones_whatever_weights_come(short: Path):
+    model = PeftModel.from_pretrained(short_base(2), str(short))
+    expected = logits(model)
+    inner, noisy = model.get_base_model(), short_base(2, NOISE).state_dict()
+    inner.load_state_dict({n: noisy[n.replace("base_layer.", "")] for n in checkpoint(inner, 0)}, strict=False)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    assert usable(model) == {2}
+    inner.load_state_dict(checkpoint(inner, 1), strict=False)
+    with pytest.raises(BasisMismatchError):
+        logits(model)

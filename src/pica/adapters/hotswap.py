@@ -42,18 +42,22 @@ def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str
     if any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear)):
         raise ConfigError("Adapters are merged into the model; call model.unmerge_adapter() before swapping one.")
     config = read_peft_config(Path(adapter_dir).expanduser())
-    differing = [n for n in _STRUCTURE if _plain(getattr(current, n, None)) != _plain(getattr(config, n, None))]
-    if differing:
-        shown = ", ".join(
-            f"{n}: {getattr(current, n, None)!r} here, {getattr(config, n, None)!r} there" for n in differing
-        )
+    if differing := differing_settings(current, config, "here", "there"):
         raise ConfigError(
-            f"{str(adapter_dir)!r} cannot take the place of {adapter_name!r}: {shown}. Load it beside it."
+            f"{str(adapter_dir)!r} cannot take the place of {adapter_name!r}: {differing}. Load it beside it."
         )
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     model.load_adapter(str(Path(adapter_dir).expanduser()), adapter_name, is_trainable=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = flags[name]
+
+
+def differing_settings(one: BankedConfig, other: BankedConfig, place: str, other_place: str) -> str:
+    """Settings that make two adapters' matrices different ones, each with its two values and where they are; or ""."""
+    differing = [n for n in _STRUCTURE if _plain(getattr(one, n, None)) != _plain(getattr(other, n, None))]
+    return ", ".join(
+        f"{n}: {getattr(one, n, None)!r} {place}, {getattr(other, n, None)!r} {other_place}" for n in differing
+    )
 
 
 def _plain(value: object) -> object:

@@ -30,6 +30,7 @@ LIMIT_SHARE = 0.02  # of the shared matrices' bytes in float32; the larger of th
 
 HEADER = struct.Struct("<4sBBBBI")  # magic, version, mode, probes a direction, zero, layers
 MOST_GAIN = 65504.0  # the largest float16
+MOST_FIRST_GAIN = 3.0e38  # of what float32 holds
 LAYER = struct.Struct("<8sIIHHBBBBf4e")  # path hash, out, in, rank, usable, dtype, solver, projection, origin, gains
 NARROW_PROBES = 16  # narrow mode keeps, of this many, the probe that a direction shows most strongly in
 NARROW_STEP = 0.04
@@ -156,6 +157,23 @@ def sampled_gains(projector: Tensor, weight: Tensor, side: str) -> tuple[float, 
     return float(gains[0]), np.minimum(gains[1:] / max(gains[0], 1e-300), MOST_GAIN)
 
 
+def _seen(projector: Tensor, weight: Tensor, side: str, count: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """`measure` and `sampled_gains`; where the weight's entries are so large that these overflow, made in other units."""
+    with np.errstate(invalid="ignore"):
+        measured, (gain, samples) = (
+            measure(projector, weight, side, count).numpy(),
+            sampled_gains(projector, weight, side),
+        )
+    if not (np.isfinite(measured).all() and np.isfinite(gain) and np.isfinite(samples).all()):
+        wide = weight.cpu().double()
+        peak = float(wide.abs().max())
+        rows = projector.cpu().double() * (peak if side == "out" else 1.0)
+        measured = measure(rows, wide / peak, side, count).numpy()
+        gain, samples = sampled_gains(rows, wide / peak, side)
+        gain *= peak
+    return measured, min(gain, MOST_FIRST_GAIN), samples
+
+
 def take_print(
     projector: Tensor,
     weight: Tensor,
@@ -172,15 +190,14 @@ def take_print(
     projector = projector[:rank]
     usable = projector.shape[0]
     if mode == "wide":
-        measured = measure(projector, weight, side, probes).numpy()
+        measured, gain, samples = _seen(projector, weight, side, probes)
         choice = np.tile(np.arange(probes), (usable, 1))
         values = np.clip(np.round(measured / WIDE_STEP), -32767, 32767) * WIDE_STEP
     else:
-        measured = measure(projector, weight, side, NARROW_PROBES).numpy()
+        measured, gain, samples = _seen(projector, weight, side, NARROW_PROBES)
         choice = np.abs(measured).argmax(axis=1)[:, None] if usable else np.zeros((0, 1), dtype=np.int64)
         strongest = np.take_along_axis(measured, choice, axis=1)
         values = np.sign(strongest) * np.clip(np.round(np.abs(strongest) / NARROW_STEP), 0, 127) * NARROW_STEP
-    gain, samples = sampled_gains(projector, weight, side)
     dtype = str(weight.dtype).removeprefix("torch.")
     return LayerPrint(
         weight.shape[0],
@@ -204,7 +221,7 @@ def encode(prints: Mapping[str, LayerPrint], mode: Mode, probes: int) -> bytes:
     for path in sorted(prints, key=path_hash):
         p = prints[path]
         codes = (DTYPES.index(p.dtype), SOLVERS.index(p.solver), PROJECTION_CODES.index(p.projection))
-        gains = (min(p.gain, 3.0e38), *(float(s) for s in p.samples))
+        gains = (p.gain, *(float(s) for s in p.samples))
         shape = (p.out_features, p.in_features, p.rank, p.usable)
         parts.append(LAYER.pack(path_hash(path), *shape, *codes, ORIGINS.index(p.origin), *gains))
         parts.append(_pack_wide(p, probes) if mode == "wide" else _pack_narrow(p))
@@ -342,7 +359,7 @@ def align(
     projector = projector[: trained.usable]
     if trained.usable == 0:
         return Alignment(None, 0.0, 0.0, 0.0)
-    everything = measure(projector, weight, side, trained.choice.max() + 1).numpy()
+    everything, gain, samples = _seen(projector, weight, side, trained.choice.max() + 1)
     now = np.take_along_axis(everything, trained.choice, axis=1)
     signs = np.where((now * trained.values).sum(axis=1) < 0, -1.0, 1.0)
     rotation = np.diag(signs)
@@ -351,7 +368,6 @@ def align(
     off = np.sqrt(((rotation @ now - trained.values) ** 2).mean(axis=1))  # (usable,)
     rounding = (NARROW_STEP if mode == "narrow" else WIDE_STEP) / math.sqrt(12)
     deviation = math.sqrt(max(0.0, float((off**2).mean()) - rounding**2))
-    gain, samples = sampled_gains(projector, weight, side)
     # Relative where a sample is above 1 (minor directions): float16 rounds it by more than any fixed difference.
     samples_off = np.abs(samples - trained.samples) / np.maximum(1.0, trained.samples)
     gain_error = max(abs(gain - trained.gain) / max(trained.gain, 1e-300), float(samples_off.max()))

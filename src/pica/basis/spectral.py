@@ -39,6 +39,9 @@ SLICE_ELEMENTS = 2**18
 SPARE_DIRECTIONS = 8
 # Rows of a solved basis whose inner products miss the identity by more than this are solved again, another way.
 ORTHOGONALITY_TOLERANCE = 1e-2
+# A Gram matrix squares the spectrum: in float64 it knows a direction this much shorter than the first to 1e-6 or better, and
+# 1e-8 not at all, where the weight itself knows it to 1e-15. (Of float32 weights directions below 1e-6 do not count.)
+SHORT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -269,11 +272,13 @@ def _from_gram(w: Tensor, rank: int, projection: str, side: str, dtype: torch.dt
     eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=w.device)
     if not float((rows @ rows.T - eye).abs().max()) <= ORTHOGONALITY_TOLERANCE:
         raise RuntimeError("the eigenvectors are not orthonormal")
-    return _finish(w, scale, rows, rank, solved_side, side, dtype, projection, solver)
+    basis = _finish(w, scale, rows, rank, solved_side, side, dtype, projection, solver)
+    short = dtype == torch.float64 and bool((basis.gains < SHORT * torch.linalg.matrix_norm(w)).any())
+    return _from_svd(w, rank, projection, side, dtype, scale) if short else basis
 
 
 def _from_svd(w: Tensor, rank: int, projection: str, side: str, dtype: torch.dtype, scale: float = 1.0) -> Basis:
-    solved_side = _smaller_side(w)
+    solved_side = "in" if dtype == torch.float64 else _smaller_side(w)  # S^-1 U^T W would lose what is short
     left, _, right = torch.linalg.svd(w.to(dtype), full_matrices=False)
     rows = right if solved_side == "in" else left.T
     rows = rows.flip(0) if projection == "minor" else rows[:rank]
@@ -299,7 +304,7 @@ def _finish(
     # |W v| and |W^T u| are accurate to eps * |W|, where the square root of an eigenvalue is only to sqrt(eps) * |W|.
     rows = _orthonormal(rows.double())
     image, products = _images(w, rows, solved_side, dtype)  # W v: (k, out), or W^T u: (k, in)
-    if projection == "principal":
+    if projection == "principal" and not (solver == "svd" and dtype == torch.float64):  # which has done that
         rows = _separate(rows, image, products)
     few = image.split(max(1, SLICE_ELEMENTS // image.shape[1]))  # a norm in another dtype copies what it is of
     gains = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=rows.dtype) for part in few])

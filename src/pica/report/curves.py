@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pica.report.figures import INK, Sheet, figure, style
 
-HELD_OUT = "eval_loss"
+HELD_OUT = "validation_loss"
 """The column of loss_curve.csv with the loss on held-out examples, where it was measured while training went on."""
 
 

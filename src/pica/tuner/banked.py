@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from pica.errors import ConfigError, ModuleError, PicaError, TargetError
@@ -21,7 +22,7 @@ from pica.tuner.adapted import AdaptedLinear
 from pica.tuner.arrival import verify_arrived
 from pica.tuner.bank import BANK_NAMES, EXPERT_ADAPTERS, Arrival, PicaBank, drop_bank, ensure_bank, get_bank, plain_name
 from pica.tuner.defaults import DEFAULT_TARGETS
-from pica.tuner.matching import resolved
+from pica.tuner.matching import resolved, start_counting, with_plain_targets
 from pica.tuner.meaning import new_fingerprint, room_for_fingerprint
 from pica.tuner.mixed import MixedBatch
 from pica.tuner.parallel import check_gradient_reduction
@@ -103,6 +104,9 @@ class BankedModel(BaseTuner):
             resolved(peft_config, key), key
         )
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        super()._check_tied_modules(model, with_plain_targets(peft_config, EMBEDDING_LAYER_NAMES))
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         defaults = peft_config.target_modules is None and DEFAULT_TARGETS.get(str(model_config.get("model_type")))  # pyright: ignore[reportAttributeAccessIssue]
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
@@ -132,6 +136,8 @@ class BankedModel(BaseTuner):
         further = further_modules(self.peft_config[adapter_name])
         check_further_modules(further, f"{self.bank_name}.{adapter_name}")
         self._plan = None
+        start_counting()
+        ranks = getattr(self.peft_config[adapter_name], "rank_pattern", None)
         active = active_adapters(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -148,6 +154,8 @@ class BankedModel(BaseTuner):
             ) from error
         finally:
             self._plan = self._tied = None
+            if ranks is not None:
+                _set_rank_pattern(self.peft_config[adapter_name], ranks)
         keep_differentiable(self.model)
         keep_from_bypassing(self.model)
         bank = get_bank(self.model, self.bank_name)
@@ -231,6 +239,9 @@ class BankedModel(BaseTuner):
             self._forget_stranded_adapters()
             keys = [g.key for g in self._plan.groups.values()]
             _check_name(adapter_name, keys, get_bank(self.model, self.bank_name))
+            if getattr(peft_config, "rank_pattern", None):
+                # PEFT's injection would match it once more, without a limit, to warn of what the plan has warned of
+                _set_rank_pattern(peft_config, {})
         return self._plan
 
     def _attach(self, peft_config: PeftConfig, adapter_name: str, layer: AdaptedLinear) -> None:
@@ -384,6 +395,10 @@ class BankedModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """DDP broadcasts buffers before each forward pass; bases are frozen and alike everywhere, and they are large."""
         return [f"base_model.{n}" for n, _ in self.named_buffers() if f".{self.prefix}basis_" in n]
+
+
+def _set_rank_pattern(config: Any, ranks: dict[str, int]) -> None:
+    config.rank_pattern = ranks
 
 
 def _check_name(adapter_name: str, groups: Sequence[str] = (), bank: PicaBank | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from pica.documents import read_json
 from pica.errors import AdapterFileError
 from pica.tuner.bank import BANK_NAMES
+from pica.tuner.matching import problem_of_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -177,11 +177,8 @@ def type_problems(config: object) -> list[str]:
 def pattern_problems(config: Any) -> list[str]:
     """Regular expressions of a configuration (of the right types) that are none."""
     patterns = [("rank_pattern", key) for key in getattr(config, "rank_pattern", None) or {}]
+    patterns += [("modules_to_save", name) for name in getattr(config, "modules_to_save", None) or ()]
     patterns += [(n, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(config, n), str)]
-    found = []
-    for name, pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            found.append(f"{name}={pattern!r} is not a regular expression ({error})")
-    return found
+    blocks = getattr(config, "layers_pattern", None) or ()
+    patterns += [("layers_pattern", pattern) for pattern in ([blocks] if isinstance(blocks, str) else blocks)]
+    return [problem for name, pattern in patterns if (problem := problem_of_pattern(pattern, name)) is not None]

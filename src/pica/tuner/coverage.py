@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from pica.errors import ConfigError
 from pica.tuner.adapted import AdaptedLinear
+from pica.tuner.matching import matches
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def coverage(model: nn.Module, adapter_name: str | None = None) -> Coverage:
 
 def _pattern_of(path: str, targets: object) -> str:
     if isinstance(targets, str):
-        return targets if re.fullmatch(targets, path) else path
+        return targets if matches(targets, path, what="target_modules") else path
     if isinstance(targets, (set, list, tuple)):
         hits = [t for t in targets if path == t or path.endswith(f".{t}")]
         if hits:

@@ -176,6 +176,9 @@ class PicaLinear(AdaptedLinear):
     def limit_basis(self, name: str, usable: int) -> None:
         self.pica_usable[name] = usable
 
+    def forget_choices(self, adapter_name: str) -> None:
+        self.pica_usable.pop(adapter_name, None)
+
     def drop_unused_bases(self) -> None:
         used = set(self.pica_projection.values())
         for key in [key for key in self.requests if key not in used]:

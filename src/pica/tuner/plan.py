@@ -16,7 +16,7 @@ from pica.tuner.bank import PicaBank, plain_name
 from pica.tuner.config import PicaConfig
 from pica.tuner.experts import ExpertView, PicaExpert, expert_layers, target_stacks
 from pica.tuner.layer import PicaLinear, features_of, projection_key
-from pica.tuner.matching import at_end
+from pica.tuner.matching import matches
 from pica.tuner.roles import Group, Member, plan_groups
 from pica.tuner.sharding import check_placement, describe, loads_in_one_process
 from pica.tuner.targets import target_layers
@@ -57,10 +57,12 @@ class Plan:
             layers.update(experts)
         members = []
         limited: list[str] = []
+        idle = set(config.rank_pattern)
         for path, module in layers.items():
             in_features, out_features = features_of(_base_of(module))
-            patterns = (p for p in config.rank_pattern if at_end(p, named[path], what="rank_pattern"))
-            wanted = config.rank_pattern.get(next(patterns, ""), config.r)
+            hits = [p for p in config.rank_pattern if matches(p, named[path], what="rank_pattern")]
+            idle.difference_update(hits)
+            wanted = config.rank_pattern[hits[0]] if hits else config.r
             rank = min(wanted, max_rank(out_features, in_features, config.projection))
             if rank < wanted:
                 limited.append(f"{path} ({out_features} x {in_features}: {rank})")
@@ -70,6 +72,12 @@ class Plan:
             warnings.warn(
                 f"PiCa: the rank asked for is larger than what some layers allow; they use all the directions they have: "
                 f"{limited[0]}{more}.",
+                stacklevel=2,
+            )
+        if idle:  # in PEFT's words, which does not get to see them
+            warnings.warn(
+                f"The following rank_pattern keys did not match any targeted module and were ignored: {sorted(idle)}.",
+                RuntimeWarning,
                 stacklevel=2,
             )
         self.groups: dict[str, Group] = {}

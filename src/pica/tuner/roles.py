@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pica.errors import ConfigError
-from pica.tuner.matching import at_end
+from pica.tuner.matching import matches, problem_of_pattern
 
 Share = str | int | Mapping[str, str]
 
@@ -72,10 +72,8 @@ def check_share(share: object) -> str | None:
                 return f"share: {pattern!r} must be a regular expression in quotes"
             if not isinstance(name, str) or not name:
                 return f"share: the group of {pattern!r} must be a non-empty name, got {name!r}"
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                return f"share: {pattern!r} is not a regular expression ({error})"
+            if problem := problem_of_pattern(pattern, "share"):
+                return problem
     return None
 
 
@@ -102,7 +100,7 @@ def plan_groups(members: Sequence[Member], share: Share) -> list[Group]:
             label = f"{label}@{position // share}"
         elif isinstance(share, Mapping):
             for pattern, name in share.items():
-                if at_end(pattern, member.path, what="share"):
+                if matches(pattern, member.path, what="share"):
                     label = name
                     used.add(pattern)
                     break
