@@ -46,7 +46,9 @@ def loss_figure(rows: Iterable[Mapping[str, str]], titles: Mapping[str, str], *,
         for index, name in enumerate(names):
             look = style(index)
             if name in trained:
-                panel.plot(*_points(trained[name]), color=look.color, linestyle=look.linestyle, label=name)
+                alone = look.marker if len(trained[name]) == 1 else ""  # one point makes no line
+                points = _points(trained[name])
+                panel.plot(*points, color=look.color, linestyle=look.linestyle, marker=alone, label=name)
             if name in held_out:
                 label = f"{name}, held out"
                 panel.plot(*_points(held_out[name]), color=look.color, linestyle=":", marker=look.marker, label=label)

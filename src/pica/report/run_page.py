@@ -16,7 +16,7 @@ from pica.errors import ConfigError
 from pica.experiments.evaluation import shown_score
 from pica.experiments.output import RESOLVED, json_text, write_text
 from pica.experiments.recipe import Recipe
-from pica.experiments.uncertainty import SHARES, shown
+from pica.experiments.uncertainty import shown
 from pica.foreign_code import FLAG
 from pica.report import page as html
 from pica.report.answers import Rows, answers_block
@@ -148,7 +148,7 @@ def _measurements(
             "perplexity": _perplexity(model),
             "parameters": model["parameters"]["trainable"] if "parameters" in model else 0,
             **{
-                key: Cell(shown(metric if key not in SHARES else key, value), value)
+                key: Cell(shown("accuracy" if key == "exact_match" else key, value), value)
                 for key in more
                 if (value := model.get(key)) is not None
             },
