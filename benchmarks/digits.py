@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 import pica.cli
 from benchmarks.comparisons import comparison_table, verdict
 from benchmarks.harness import copy_comparison, describe_machine, save
-from pica.experiments.output import write_json
+from pica.files.output import write_json
 from pica.report.summary import summarise
 
 SIZE = 32

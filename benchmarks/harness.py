@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pica.experiments.measuring import machine, versions
-from pica.experiments.output import write_json, write_text
+from pica.files.output import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -29,7 +29,7 @@ from peft import PeftModel, get_peft_model
 from benchmarks.harness import describe_machine, interleaved, ratios, save, table
 from benchmarks.methods import CONFIGS
 from benchmarks.models import load, title
-from pica.tuner.layer import PicaLinear
+from pica.tuners.pica.layer import PicaLinear
 
 COUNTS = [1, 4, 16, 64, 256]
 LORA_LIMIT = 16

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from benchmarks.harness import describe_machine, save, table
 from benchmarks.models import TARGETS
 from pica import PicaConfig
-from pica.experiments.output import write_json
+from pica.files.output import write_json
 from pica.tasks import get_task
 from pica.tasks.base import Example, Source
-from pica.tuner.quantised import keep_differentiable
+from pica.tuners.base.quantised import keep_differentiable
 
 RATES = (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 BATCH, VALIDATION, TEST = 4, 32, 64

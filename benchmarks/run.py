@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import RESULTS
-from pica.experiments.output import write_text
+from pica.files.output import write_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURES = PAGE.with_name("vision.md")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from pica.tuner.quantised import keep_differentiable
+from pica.tuners.base.quantised import keep_differentiable
 
 _BNB = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 _TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pica.documents import (
+from pica.files.documents import (
     MAX_DEPTH,
     DocumentError,
     parse_json,

@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pica
-from pica.adapters.lora_export import LoraExport, export_lora
-from pica.tuner.layer import PicaLinear
+from pica.adapters.export.lora import LoraExport, export_lora
+from pica.tuners.pica.layer import PicaLinear
 
 REAL = {
     "vllm": ("vllm.lora.peft_helper", "vllm.lora.lora_model", "vllm.lora.lora_weights", "vllm.lora.utils"),

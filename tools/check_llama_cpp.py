@@ -161,7 +161,7 @@ def write_base(model: Any, file: Path, dtype: str) -> None:
     import gguf
     import torch
 
-    from pica.adapters.gguf import ARCHITECTURES, pair_rows
+    from pica.adapters.export.gguf import ARCHITECTURES, pair_rows
 
     config = model.config
     name, permutes = ARCHITECTURES[config.model_type]
@@ -286,7 +286,7 @@ def _round_weights(model: Any, dtype: str) -> None:
     """Give transformers the very numbers that are in the base file; it computes with them in float32."""
     import torch
 
-    from pica.tuner.layer import PicaLinear
+    from pica.tuners.pica.layer import PicaLinear
 
     if dtype == "f16":
         inner = {id(m.base_layer.weight) for m in model.modules() if isinstance(m, PicaLinear)}
@@ -297,7 +297,7 @@ def _round_weights(model: Any, dtype: str) -> None:
 
 
 def _plain_state(model: Any) -> dict[str, Any]:
-    from pica.adapters.lora_check import plain_copy
+    from pica.adapters.export.check import plain_copy
 
     return {k: v.detach() for k, v in plain_copy(model).state_dict().items()}
 
@@ -305,7 +305,7 @@ def _plain_state(model: Any) -> dict[str, Any]:
 def _with_lora(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
-    from pica.adapters.lora_check import plain_copy
+    from pica.adapters.export.check import plain_copy
 
     return PeftModel.from_pretrained(plain_copy(model), str(folder)).eval()
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from pica.experiments.data import encode, take_out
 from pica.experiments.measuring import machine, versions
-from pica.experiments.output import atomic_folder, write_json
+from pica.files.output import atomic_folder, write_json
 from pica.tasks import Source, get_task
 
 HELD_OUT = 32  # arithmetic problems that are taken out of the training file to measure the loss on

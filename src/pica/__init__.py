@@ -16,18 +16,18 @@ from pica._version import __version__
 
 if TYPE_CHECKING:
     from pica.adapters.averaging import average_adapters
+    from pica.adapters.export.lora import export_lora
     from pica.adapters.hotswap import hotswap_adapter
-    from pica.adapters.lora_export import export_lora
     from pica.adapters.pipelines import load_into_pipeline
     from pica.adapters.reference import import_reference
     from pica.adapters.saving import save_adapter, save_whole
     from pica.adapters.verify import verify
     from pica.basis.cache import use_basis_cache
-    from pica.svft.config import SvftConfig
-    from pica.svft.model import SvftModel
-    from pica.tuner.config import PicaConfig
-    from pica.tuner.coverage import coverage
-    from pica.tuner.model import PicaModel
+    from pica.tuners.base.coverage import coverage
+    from pica.tuners.pica.config import PicaConfig
+    from pica.tuners.pica.model import PicaModel
+    from pica.tuners.svft.config import SvftConfig
+    from pica.tuners.svft.model import SvftModel
 
 __all__ = [
     "PicaConfig",
@@ -49,13 +49,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "PicaConfig": "pica.tuner.config",
-    "PicaModel": "pica.tuner.model",
-    "SvftConfig": "pica.svft.config",
-    "SvftModel": "pica.svft.model",
+    "PicaConfig": "pica.tuners.pica.config",
+    "PicaModel": "pica.tuners.pica.model",
+    "SvftConfig": "pica.tuners.svft.config",
+    "SvftModel": "pica.tuners.svft.model",
     "average_adapters": "pica.adapters.averaging",
-    "coverage": "pica.tuner.coverage",
-    "export_lora": "pica.adapters.lora_export",
+    "coverage": "pica.tuners.base.coverage",
+    "export_lora": "pica.adapters.export.lora",
     "hotswap_adapter": "pica.adapters.hotswap",
     "import_reference": "pica.adapters.reference",
     "load_into_pipeline": "pica.adapters.pipelines",
@@ -75,11 +75,11 @@ def register() -> None:
     from pica._versions import check_hosts
 
     check_hosts()
-    from pica.svft.config import SvftConfig
-    from pica.svft.model import SvftModel
-    from pica.tuner.config import PicaConfig
-    from pica.tuner.model import PicaModel
-    from pica.tuner.registration import hide_banks_from_base_state, register_method
+    from pica.tuners.base.registration import hide_banks_from_base_state, register_method
+    from pica.tuners.pica.config import PicaConfig
+    from pica.tuners.pica.model import PicaModel
+    from pica.tuners.svft.config import SvftConfig
+    from pica.tuners.svft.model import SvftModel
 
     register_method("PICA", PicaConfig, PicaModel)
     register_method("SVFT", SvftConfig, SvftModel)

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import pica
-from pica.tuner.bank import get_bank
+from pica.tuners.base.bank import get_bank
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pica import PicaConfig
 from pica.errors import PicaError
-from pica.tuner.bank import find_banks
+from pica.tuners.base.bank import find_banks
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -15,7 +15,7 @@ import pica
 from pica.adapters.reference import import_reference, read_reference
 from pica.basis import direction_signs
 from pica.errors import AdapterFileError, BasisError, ConfigError
-from pica.tuner.layer import PicaLinear
+from pica.tuners.pica.layer import PicaLinear
 
 RANK = 10
 

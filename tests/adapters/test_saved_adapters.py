@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pica
-from pica.tuner.adapted import AdaptedLinear
+from pica.tuners.base.layer import AdaptedLinear
 
 SAVED = Path(__file__).parent / "saved"
 FOLDERS = sorted(path.name for path in SAVED.iterdir() if path.is_dir())

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pica import PicaConfig, save_adapter, save_whole
-from pica.adapters import folders
 from pica.errors import AdapterFileError, ConfigError, OutputError
+from pica.files import folders
 
 KILLED = 9
 

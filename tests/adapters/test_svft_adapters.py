@@ -14,7 +14,7 @@ import pica
 from pica import SvftConfig
 from pica.cli import main
 from pica.errors import BasisMismatchError, ConfigError
-from pica.svft.layer import SvftLinear
+from pica.tuners.svft.layer import SvftLinear
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

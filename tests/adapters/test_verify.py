@@ -12,7 +12,7 @@ import pica
 from pica import PicaConfig
 from pica.cli import main
 from pica.errors import BasisMismatchError, ConfigError
-from pica.tuner.layer import PicaLinear
+from pica.tuners.pica.layer import PicaLinear
 
 IDS = torch.arange(3, 12).unsqueeze(0)
 

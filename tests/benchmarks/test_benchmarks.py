@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks import basis, gpu, harness, many_adapters, methods, models, run, step_time
-from pica.tuner.layer import PicaLinear
+from pica.tuners.pica.layer import PicaLinear
 
 TINY = LlamaConfig(
     vocab_size=1024,

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tests.report.browser import check_page
 
-from pica.experiments import analysis as engine
+from pica.experiments.analyze import analysis as engine
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tests.experiments.tiny_vision import write_pictures, write_tiny_vision
 
-from pica.experiments.comparison import builtin_comparisons
+from pica.experiments.compare.comparison import builtin_comparisons
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from pica.cli import COMMANDS
-from pica.experiments.comparison import builtin_comparisons, load_comparison
+from pica.experiments.compare.comparison import builtin_comparisons, load_comparison
 from pica.experiments.methods import METHODS
-from pica.experiments.parsing import builtin_recipes, option_parser
+from pica.experiments.recipes.parsing import builtin_recipes, option_parser
 from pica.tasks import TASKS, TEMPLATES
 
 DOCS = Path(__file__).parents[2] / "docs"

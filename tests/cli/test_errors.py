@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pica import cli
-from pica.experiments import run as runs
 from pica.experiments.interrupts import Interrupted
+from pica.experiments.train import run as runs
 
 ROW = {"instruction": "How many?", "input": "", "output": "The answer is 4.", "answer": "4"}
 

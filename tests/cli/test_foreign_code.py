@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import pica as package
 from pica.errors import ConfigError
-from pica.experiments.output import RESOLVED
+from pica.files.output import RESOLVED
 
 ROW = {"instruction": "How many?", "input": "", "output": "The answer is 4.", "answer": "4"}
 CODE = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pica.adapters.claims import claimed
+from pica.files.claims import claimed
 from pica.report.analysis_figures import Plate
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pica.experiments.models import load_model, load_tokenizer
-from pica.experiments.recipe import ModelSection
+from pica.experiments.recipes.recipe import ModelSection
 
 
 def test_a_quantised_run_from_training_to_the_merged_model(pica: Callable, quick: list[str], tmp_path: Path):

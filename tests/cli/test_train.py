@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pica.cli.train import _print_answers
-from pica.experiments.run import RunResult
+from pica.experiments.train.run import RunResult
 
 
 def write(file: Path, answer: str, count: int) -> None:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from pica.errors import BasisError, TargetError
-from pica.experiments.parsing import load_recipe
+from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import start
-from pica.tuner.sharding import in_parts, whole
+from pica.experiments.train.run import start
+from pica.tuners.base.sharding import in_parts, whole
 from tests.distributed import worker
 from tests.distributed.conftest import Results, run_jobs
 from tests.distributed.jobs import placed, recipe

@@ -20,9 +20,9 @@ from transformers import LlamaForCausalLM
 from pica.cli import main
 from pica.errors import LaunchError
 from pica.experiments import distributed
-from pica.experiments.parsing import load_recipe
+from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import start
+from pica.experiments.train.run import start
 from tests.distributed import worker
 from tests.distributed.conftest import Results, environment
 from tests.distributed.jobs import LAUNCHED, recipe

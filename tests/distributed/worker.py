@@ -41,11 +41,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import pica
 from pica.basis import _progress, _split
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.parsing import load_recipe
+from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import resume as resume_run
-from pica.experiments.run import start
-from pica.tuner.sharding import in_parts, is_dtensor
+from pica.experiments.train.run import resume as resume_run
+from pica.experiments.train.run import start
+from pica.tuners.base.sharding import in_parts, is_dtensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]

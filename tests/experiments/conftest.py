@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pica.experiments.parsing import load_recipe
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipes.parsing import load_recipe
+from pica.experiments.recipes.recipe import Recipe
 from tests.experiments.tiny import write_tiny_llama
 
 

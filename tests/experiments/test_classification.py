@@ -21,19 +21,19 @@ from transformers import (
 )
 
 from pica.errors import AdapterFileError, ConfigError, DataError
-from pica.experiments.assessing import Request, assess
 from pica.experiments.data import load_splits, with_classes
+from pica.experiments.evaluate.assessing import Request, assess
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.merging import merge
+from pica.experiments.merge.merging import merge
 from pica.experiments.models import load_classifier
-from pica.experiments.parsing import load_recipe
 from pica.experiments.pipelines import make_pipeline
-from pica.experiments.recipe import ModelSection, Recipe
+from pica.experiments.recipes.parsing import load_recipe
+from pica.experiments.recipes.recipe import ModelSection, Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import preference, resume, start
+from pica.experiments.train.run import preference, resume, start
 from pica.tasks import LabelledText, get_task
-from tests.experiments.test_run import Recorder
 from tests.experiments.tiny_encoder import reviews, write_tiny_bert
+from tests.experiments.train.test_run import Recorder
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from pica.errors import ConfigError, DataError
 from pica.experiments.data import IGNORED, encode, load_splits, take_out
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipes.recipe import Recipe
 from pica.tasks import Example, get_task
 
 ARITHMETIC = get_task("arithmetic")

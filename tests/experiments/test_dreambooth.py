@@ -17,23 +17,23 @@ import pica
 from pica.cli import main
 from pica.errors import BasisMismatchError, ConfigError, DataError, TargetError
 from pica.experiments.adapters import peft_config
-from pica.experiments.assessing import Request, assess
 from pica.experiments.data import load_splits
-from pica.experiments.diffusion.drawing import generator_of
-from pica.experiments.diffusion.families import Flow, Variance
+from pica.experiments.evaluate.assessing import Request, assess
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.merging import merge
-from pica.experiments.parsing import builtin_recipes, load_recipe
+from pica.experiments.merge.merging import merge
 from pica.experiments.pipelines import make_pipeline
-from pica.experiments.recipe import Recipe
+from pica.experiments.pipelines.diffusion.drawing import generator_of
+from pica.experiments.pipelines.diffusion.families import Flow, Variance
+from pica.experiments.recipes.parsing import builtin_recipes, load_recipe
+from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import resume, start
-from pica.experiments.training import save_adapter
+from pica.experiments.train.run import resume, start
+from pica.experiments.train.training import save_adapter
 from pica.report.pictures_page import write_picture_page
 from pica.tasks import get_task
 from pica.tasks.base import Source
-from tests.experiments.test_run import Recorder
 from tests.experiments.tiny_diffusion import WIDTH, WRITERS, write_subject
+from tests.experiments.train.test_run import Recorder
 
 
 @pytest.fixture(scope="session")

@@ -10,18 +10,18 @@ from transformers import AutoImageProcessor, PretrainedConfig, ViTForImageClassi
 
 import pica
 from pica.errors import ConfigError, DataError
-from pica.experiments.assessing import Request, assess
 from pica.experiments.data import load_splits, with_classes
+from pica.experiments.evaluate.assessing import Request, assess
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.merging import merge
-from pica.experiments.parsing import load_recipe
+from pica.experiments.merge.merging import merge
 from pica.experiments.pipelines import make_pipeline
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipes.parsing import load_recipe
+from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import resume, start
+from pica.experiments.train.run import resume, start
 from pica.tasks import get_task
-from tests.experiments.test_run import Recorder
 from tests.experiments.tiny_vision import CONVNEXT, SWIN, picture, write_pictures, write_tiny_vision
+from tests.experiments.train.test_run import Recorder
 
 
 @pytest.fixture(scope="session")

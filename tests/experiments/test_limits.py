@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from pica.errors import ConfigError, DataError
-from pica.experiments.evaluation import answers, completion_losses
+from pica.experiments.evaluate.evaluation import answers, completion_losses
 from pica.experiments.limits import Limits, limits_of, planned_limits
 from pica.experiments.pipelines import make_pipeline
-from pica.experiments.recipe import ModelSection, Recipe
+from pica.experiments.recipes.recipe import ModelSection, Recipe
 from pica.experiments.reporting import Silent
 from pica.tasks import Example, LabelledText, get_task
 

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from pica.errors import ConfigError, TargetError
 from pica.experiments.adapters import attach, parameter_counts, peft_config
-from pica.experiments.comparison import load_comparison
+from pica.experiments.compare.comparison import load_comparison
 from pica.experiments.methods import METHODS
 from pica.experiments.models import load_adapter, load_model
-from pica.experiments.recipe import AdapterSection, ModelSection
-from pica.experiments.training import save_adapter
+from pica.experiments.recipes.recipe import AdapterSection, ModelSection
+from pica.experiments.train.training import save_adapter
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 OPTIONS = {"vblora": {"vector_length": 8, "num_vectors": 16}}

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pica.errors import AdapterFileError, ConfigError, OutputError
 from pica.experiments.adapters import attach
-from pica.experiments.merging import merge
+from pica.experiments.merge.merging import merge
 from pica.experiments.models import base_of, load_adapter, load_model, load_tokenizer, locate
-from pica.experiments.recipe import AdapterSection, ModelSection, Recipe
-from pica.experiments.training import save_adapter
+from pica.experiments.recipes.recipe import AdapterSection, ModelSection, Recipe
+from pica.experiments.train.training import save_adapter
 from tests.experiments.tiny import write_tiny_llama
 
 IDS = torch.arange(2, 40)[None]

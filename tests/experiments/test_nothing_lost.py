@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from pica.errors import ConfigError, OutputError, TrainingError
-from pica.experiments import output as files
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import resume, start
-from tests.experiments.test_run import FILES, Recorder, listing
+from pica.experiments.train.run import resume, start
+from pica.files import output as files
+from tests.experiments.train.test_run import FILES, Recorder, listing
 
 
 def test_whoever_comes_second_refuses(recipe: Callable[..., Recipe], tmp_path: Path):

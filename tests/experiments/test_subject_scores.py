@@ -8,8 +8,8 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPConfig, CLIPModel, ViTImageProcessorPil, ViTModel
 
-from pica.experiments.diffusion.grid import picture_grid
-from pica.experiments.diffusion.scores import SubjectScores
+from pica.experiments.pipelines.diffusion.grid import picture_grid
+from pica.experiments.pipelines.diffusion.scores import SubjectScores
 from tests.experiments.tiny_diffusion import subject, tiny_tokenizer
 from tests.experiments.tiny_vision import write_tiny_vision
 

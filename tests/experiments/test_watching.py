@@ -14,10 +14,10 @@ import pytest
 
 from pica.errors import ConfigError
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.parsing import load_recipe
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipes.parsing import load_recipe
+from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.run import resume, start
+from pica.experiments.train.run import resume, start
 
 
 class CrashError(Exception):

@@ -6,13 +6,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tests.experiments.test_analysis import in_column_space, noise, variant
+from tests.experiments.analyze.test_analysis import in_column_space, noise, variant
 from tests.experiments.tiny import write_tiny_llama
 from tests.report.browser import check_page
 from transformers import AutoModelForCausalLM
 
 import pica
-from pica.experiments.analysis import Settings, analyse
+from pica.experiments.analyze.analysis import Settings, analyse
 from pica.experiments.reporting import Silent
 from pica.report.analysis_report import console_table, verdict, write
 

@@ -12,7 +12,7 @@ from tests.report.browser import check_page, document_after, needs_browser
 
 from pica import cli
 from pica.cli.train import split_arguments
-from pica.experiments.parsing import dump_recipe, load_recipe
+from pica.experiments.recipes.parsing import dump_recipe, load_recipe
 from pica.report.run_page import command_of, paired_change, write_run_page
 
 NASTY = "</p><script>alert(1)</script> & \x1b[31m"

@@ -50,7 +50,7 @@ EXCLUSIONS: dict[str, str] = {
     ),
 }
 
-_FULL_RANK = "converts at a low rank and bounds the error; SVFT's update has full rank, tests/svft converts it at that"
+_FULL_RANK = "converts at a low rank and bounds the error; SVFT's update has full rank, tests/tuners/svft converts it at that"
 
 # Of tests that fit PiCa, those that do not fit SVFT.
 SVFT_EXCLUSIONS: dict[str, str] = {
@@ -66,7 +66,7 @@ OTHER_FILES: dict[str, str] = {
     "test_adamss_asa.py": "AdaMSS",
     "test_adaption_prompt.py": "Adaption Prompt",
     "test_arrow.py": "Arrow routing of LoRA adapters",
-    "test_auto.py": _HUB + "; AutoPeftModel* is in tests/tuner/test_peft_integration.py",
+    "test_auto.py": _HUB + "; AutoPeftModel* is in tests/tuners/pica/test_peft_integration.py",
     "test_bdlora.py": "BD-LoRA",
     "test_boft.py": "BOFT",
     "test_bufferdict.py": "a container class of PEFT",
@@ -97,8 +97,8 @@ OTHER_FILES: dict[str, str] = {
     "test_shadow.py": "ShadowPEFT",
     "test_shira.py": "SHiRA",
     "test_supertuning.py": "Supertuning",
-    "test_target_parameters.py": "LoRA on bare parameters, by its class names; PiCa's are in tests/tuner/test_experts.py",
-    "test_torch_compile.py": _HUB + "; compilation is in tests/tuner/test_peft_integration.py",
+    "test_target_parameters.py": "LoRA on bare parameters, by its class names; PiCa's: tests/tuners/pica/test_experts.py",
+    "test_torch_compile.py": _HUB + "; compilation is in tests/tuners/pica/test_peft_integration.py",
     "test_unilora.py": "UniLoRA",
     "test_vblora.py": "VB-LoRA",
     "test_velora.py": "VeLoRA",

@@ -124,4 +124,6 @@ def _readable(pattern: str) -> str:
 
 
 def _plain(reason: str) -> str:
-    return reason.replace("<class 'pica.tuner.config.PicaConfig'>", "PicaConfig").replace("|", "\\|").split("\n")[0]
+    return (
+        reason.replace("<class 'pica.tuners.pica.config.PicaConfig'>", "PicaConfig").replace("|", "\\|").split("\n")[0]
+    )

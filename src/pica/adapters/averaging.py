@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pica.adapters.base_model import read_peft_config
-from pica.adapters.folders import new_folder
 from pica.adapters.hotswap import differing_settings
 from pica.adapters.saving import CONFIG, WEIGHTS
 from pica.errors import AdapterFileError, BasisMismatchError, ConfigError
-from pica.tuner.bank import BANK_NAMES
-from pica.tuner.meaning import BASIS_MARK
-from pica.tuner.state import FINGERPRINT
+from pica.files.folders import new_folder
+from pica.tuners.base.bank import BANK_NAMES
+from pica.tuners.base.state_dict import FINGERPRINT
+from pica.tuners.base.verification import BASIS_MARK
 
 Adapter = str | Path | Mapping[str, Tensor]
 

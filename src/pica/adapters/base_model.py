@@ -15,14 +15,14 @@ from torch import nn
 
 from pica.adapters.fitting import output_options, whole_shapes
 from pica.adapters.pipelines import part_name, stored_dtype
-from pica.documents import DocumentError, read_json
 from pica.errors import AdapterFileError, ConfigError
+from pica.files.documents import DocumentError, read_json
 from pica.foreign_code import code_options, code_refusal, wants_code
-from pica.svft.config import SvftConfig
 from pica.text import first_line
-from pica.tuner.base_config import BankedConfig
-from pica.tuner.config import PicaConfig
-from pica.tuner.quantised import tensors_of_states
+from pica.tuners.base.config import BankedConfig
+from pica.tuners.base.quantised import tensors_of_states
+from pica.tuners.pica.config import PicaConfig
+from pica.tuners.svft.config import SvftConfig
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 
 from pica._version import __version__
-from pica.documents import read_json
+from pica.files.documents import read_json
 from pica.text import visible
 
 CARD = "README.md"

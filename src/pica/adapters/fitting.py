@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pica.errors import AdapterFileError
 from pica.foreign_code import code_options
 from pica.text import first_line
-from pica.tuner.bank import BANK_NAMES
+from pica.tuners.base.bank import BANK_NAMES
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from peft import PeftModel
 
 from pica.adapters.base_model import read_peft_config
 from pica.errors import ConfigError
-from pica.tuner.adapted import AdaptedLinear
-from pica.tuner.base_config import BankedConfig
+from pica.tuners.base.config import BankedConfig
+from pica.tuners.base.layer import AdaptedLinear
 
 # What decides which layers, groups and bases there are; everything else may differ.
 _STRUCTURE = (

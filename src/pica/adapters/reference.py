@@ -20,15 +20,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pica.adapters.names import base_modules, plain_names
+from pica.adapters.export.names import base_modules, plain_names
 from pica.basis import Basis, full_precision
-from pica.documents import DocumentError, read_json
 from pica.errors import AdapterFileError, BasisError, ConfigError
+from pica.files.documents import DocumentError, read_json
 from pica.text import first_line
-from pica.tuner.bank import get_bank
-from pica.tuner.config import PicaConfig
-from pica.tuner.layer import PicaLinear
-from pica.tuner.meaning import take_fingerprint
+from pica.tuners.base.bank import get_bank
+from pica.tuners.base.verification import take_fingerprint
+from pica.tuners.pica.config import PicaConfig
+from pica.tuners.pica.layer import PicaLinear
 
 logger = logging.getLogger(__name__)
 

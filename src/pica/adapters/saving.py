@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pica.adapters.card import CARD, is_generated, write_card
-from pica.adapters.folders import atomic_folder, flush, new_folder, translated_write_errors
 from pica.errors import AdapterFileError, ConfigError, OutputError
-from pica.tuner.sharding import is_dtensor
+from pica.files.folders import atomic_folder, flush, new_folder, translated_write_errors
+from pica.tuners.base.sharding import is_dtensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONVERSION = "path_initial_model_for_weight_conversion"  # of PEFT's save_pretrained

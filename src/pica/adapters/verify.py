@@ -11,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pica.adapters.base_model import flags_kept, load_base_model, read_peft_config, share_tensors
+from pica.adapters.export.check import example_inputs, output_of
 from pica.adapters.fitting import fit_embeddings
-from pica.adapters.lora_check import example_inputs, output_of
 from pica.basis.fingerprint import decode
 from pica.errors import AdapterFileError, BasisMismatchError, PicaError
 from pica.text import first_line
-from pica.tuner.bank import BANK_NAMES, find_banks
-from pica.tuner.base_config import BankedConfig
-from pica.tuner.meaning import TOLERANCE, check_fingerprint
+from pica.tuners.base.bank import BANK_NAMES, find_banks
+from pica.tuners.base.config import BankedConfig
+from pica.tuners.base.verification import TOLERANCE, check_fingerprint
 
 _BANKS = tuple(f"{name}." for name in BANK_NAMES)
 _FINGERPRINTS = tuple(f"{bank}fingerprint" for bank in _BANKS)

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pica.documents import read_json
 from pica.errors import ConfigError
+from pica.files.documents import read_json
 from pica.text import first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

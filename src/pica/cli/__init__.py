@@ -21,7 +21,7 @@ from pica._versions import check_hosts
 from pica.cli.show import say, show
 from pica.errors import LaunchError, PicaError
 from pica.experiments.interrupts import Interrupted, StopRequest
-from pica.experiments.output import disk_is_full
+from pica.files.output import disk_is_full
 from pica.foreign_code import FLAG
 
 COMMANDS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pica.experiments.place import Place
+    from pica.files.place import Place
 
 from pica.cli.options import whole
 from pica.cli.show import show
@@ -64,10 +64,10 @@ def run(arguments: Sequence[str]) -> int:
 
     with loading() as shown:
         from pica.errors import ConfigError
-        from pica.experiments import output as files
-        from pica.experiments.analysis import Settings, analyse
-        from pica.experiments.ranks import recipe_text, suggest
-        from pica.experiments.weights import linear_weights, open_folder
+        from pica.experiments.analyze.analysis import Settings, analyse
+        from pica.experiments.analyze.ranks import recipe_text, suggest
+        from pica.experiments.analyze.weights import linear_weights, open_folder
+        from pica.files import output as files
         from pica.report.analysis_report import console_table, verdict, write
     settings = Settings(
         given.base,
@@ -109,9 +109,9 @@ def run(arguments: Sequence[str]) -> int:
 def _place(folder: Path, *, overwrite: bool) -> "Place":
     """Where to write, if the folder may be written to."""
     from pica.errors import OutputError
-    from pica.experiments import output as files
-    from pica.experiments.analysis import PROGRESS
-    from pica.experiments.place import Place
+    from pica.experiments.analyze.analysis import PROGRESS
+    from pica.files import output as files
+    from pica.files.place import Place
     from pica.report.analysis_report import DATA_FILE
 
     if folder.exists() and not folder.is_dir():

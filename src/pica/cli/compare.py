@@ -10,7 +10,7 @@ from pica.errors import ConfigError
 from pica.foreign_code import FLAG
 
 if TYPE_CHECKING:
-    from pica.experiments.cells import Cell
+    from pica.experiments.compare.cells import Cell
     from pica.report.comparison import Summary
 
 DEFAULT = "arithmetic-tiny"
@@ -49,7 +49,7 @@ The output folder gets report.html (one file, no network), results.csv, results.
 
 def run(arguments: Sequence[str]) -> int:
     """Parse, run the grid, write the report, and print the table."""
-    from pica.experiments.comparison import builtin_comparisons, load_comparison
+    from pica.experiments.compare.comparison import builtin_comparisons, load_comparison
 
     if {"-h", "--help"} & set(arguments):
         show(HELP.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT), end="")
@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     folder = Path(options.get("output") or f"pica-compare-{comparison.name}").expanduser()
 
-    from pica.experiments.grid import run_grid
+    from pica.experiments.compare.grid import run_grid
     from pica.report.comparison import write_report
 
     shown.say(

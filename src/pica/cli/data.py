@@ -100,8 +100,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _recipe(given: argparse.Namespace) -> Any:
-    from pica.experiments.parsing import builtin_recipes, load_recipe
-    from pica.experiments.recipe import DataSection, ModelSection, Recipe, TaskSection
+    from pica.experiments.recipes.parsing import builtin_recipes, load_recipe
+    from pica.experiments.recipes.recipe import DataSection, ModelSection, Recipe, TaskSection
 
     if Path(given.source).suffix in (".yaml", ".yml") or given.source in builtin_recipes():
         recipe = load_recipe(given.source, [("model.path", given.model)] if given.model else [])
@@ -150,7 +150,7 @@ def _print(found: "Preview", facts: dict[str, str]) -> None:
 def _write_page(path: Path, recipe: Any, found: "Preview", facts: dict[str, str]) -> None:
     from markupsafe import Markup
 
-    from pica.experiments.output import write_text
+    from pica.files.output import write_text
     from pica.report.page import Page, details
 
     page = Page(

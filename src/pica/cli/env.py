@@ -14,7 +14,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
 
     from pica.experiments.environment import environment
-    from pica.experiments.output import json_text
+    from pica.files.output import json_text
 
     found = environment()
     show(json_text(found, indent=2) if given.json else "\n".join(_lines(found)))

@@ -72,8 +72,8 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading() as shown:
-        from pica.experiments.assessing import Request, assess
-        from pica.experiments.output import json_text
+        from pica.experiments.evaluate.assessing import Request, assess
+        from pica.files.output import json_text
     options = {name: value for name, value in vars(given).items() if name != "json"}
     found = assess(Request(**options), reporter=shown)
     summary = {"model": found.model, "task": found.task, "data": found.data, **found.result.summary()}
@@ -115,7 +115,7 @@ def _shown(metric: str, value: float) -> str:
 def _mapping(text: str) -> dict[str, str | dict[str, str]]:
     import yaml
 
-    from pica.documents import parse_yaml
+    from pica.files.documents import parse_yaml
 
     try:
         value = parse_yaml(text)

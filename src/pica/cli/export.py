@@ -62,11 +62,11 @@ def run(arguments: Sequence[str]) -> int:
 
     with loading() as shown:
         import pica
-        from pica.adapters.claims import claimed
-        from pica.adapters.lora_export import ExportPlan, export_lora
-        from pica.adapters.lora_folder import error_table
-        from pica.experiments.assessing import require_adapter
+        from pica.adapters.export.folder import error_table
+        from pica.adapters.export.lora import ExportPlan, export_lora
+        from pica.experiments.evaluate.assessing import require_adapter
         from pica.experiments.models import base_of, locate
+        from pica.files.claims import claimed
 
         pica.register()
     adapter = require_adapter(given.adapter.expanduser())

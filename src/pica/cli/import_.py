@@ -47,11 +47,11 @@ def run(arguments: Sequence[str]) -> int:
     with loading() as shown:
         import pica
         from pica.adapters.base_model import load_base_model
-        from pica.adapters.claims import claimed
-        from pica.adapters.folders import check_replaceable, new_folder
         from pica.adapters.reference import import_reference, read_reference
         from pica.experiments.models import locate
-        from pica.tuner.config import PicaConfig
+        from pica.files.claims import claimed
+        from pica.files.folders import check_replaceable, new_folder
+        from pica.tuners.pica.config import PicaConfig
 
         pica.register()
     output = given.output.expanduser()

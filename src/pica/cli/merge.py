@@ -45,9 +45,9 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading() as shown:
-        from pica.adapters.claims import claimed
-        from pica.experiments.assessing import require_adapter
-        from pica.experiments.merging import merge
+        from pica.experiments.evaluate.assessing import require_adapter
+        from pica.experiments.merge.merging import merge
+        from pica.files.claims import claimed
     adapter = require_adapter(given.adapter.expanduser())
     output = given.output.expanduser()
     with shown.console.status("Merging"), claimed(output):

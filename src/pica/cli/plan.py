@@ -9,7 +9,7 @@ from pica.cli.options import add_trust, whole
 from pica.cli.show import show
 
 if TYPE_CHECKING:
-    from pica.experiments.planning import Estimate
+    from pica.experiments.plan.planning import Estimate
 
 EPILOG = """examples:
   pica plan embedded
@@ -85,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
 
     shown = reporter()
     with shown.console.status("Loading libraries") as status:
-        from pica.experiments.planning import Question, estimate
+        from pica.experiments.plan.planning import Question, estimate
 
         quiet_libraries()
         question = Question(
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.json:
         import dataclasses
 
-        from pica.experiments.output import json_text
+        from pica.files.output import json_text
 
         show(json_text(dataclasses.asdict(found), indent=2))
     else:

@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.output is None:
         return _write(given)
 
-    from pica.experiments.output import claimed_file
+    from pica.files.output import claimed_file
 
     with claimed_file(given.output, overwrite=given.overwrite):
         return _write(given)

@@ -14,7 +14,7 @@ from pica.foreign_code import FLAG
 from pica.text import shortened
 
 if TYPE_CHECKING:
-    from pica.experiments.run import RunResult
+    from pica.experiments.train.run import RunResult
 
 DEFAULT = "arithmetic-tiny"
 
@@ -43,7 +43,7 @@ In several processes: accelerate launch -m pica train ..., or torchrun; trainer.
 
 def run(arguments: Sequence[str]) -> int:
     """Parse, train, and print the comparison."""
-    from pica.experiments.parsing import load_recipe
+    from pica.experiments.recipes.parsing import load_recipe
 
     if {"-h", "--help"} & set(arguments):
         show(help_text())
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading() as shown:
-        from pica.experiments.run import default_output, resume, start
+        from pica.experiments.train.run import default_output, resume, start
     if recipe is None or options["resume"] is not None:
         folder = folder or default_output(recipe)  # pyright: ignore[reportArgumentType]
         shown.say(f"Resuming {folder}")
@@ -145,7 +145,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
 
 def help_text() -> str:
     """Help with every field of a recipe, its type and its default."""
-    from pica.experiments.parsing import builtin_recipes, option_parser, section_names
+    from pica.experiments.recipes.parsing import builtin_recipes, option_parser, section_names
 
     parser = option_parser("pica train")
     parser.usage = USAGE
@@ -261,7 +261,7 @@ def _print_answers(result: "RunResult", option: str) -> None:
 
 def _answers(folder: Path) -> list[tuple[str, str | None, str]]:
     """The first questions that were answered: what was asked, and the answers without (None: not asked) and with."""
-    from pica.documents import parse_json
+    from pica.files.documents import parse_json
 
     def rows(name: str) -> list[dict[str, Any]]:
         text = (folder / f"predictions-{name}.jsonl").read_text(encoding="utf-8")
@@ -274,14 +274,14 @@ def _answers(folder: Path) -> list[tuple[str, str | None, str]]:
 
 
 def _scores(row: dict[str, Any]) -> tuple[str, str]:
-    from pica.experiments.evaluation import shown_score
+    from pica.experiments.evaluate.evaluation import shown_score
 
     return shown_score(row["metric"], row["score"], row["stderr"], row["examples"]), f"{row['loss']:.4f}"
 
 
 def _brackets(metrics: dict[str, Any]) -> str:
     """What brackets hold, if a score has them."""
-    from pica.experiments.evaluation import near_the_end
+    from pica.experiments.evaluate.evaluation import near_the_end
 
     rows = [metrics[name] for name in ("base", "adapter", "baseline") if name in metrics]
     found = any(near_the_end(row["metric"], row["score"], row["examples"]) for row in rows)

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     with loading() as shown:
         import pica
         from pica.adapters.verify import verify
-        from pica.experiments.assessing import find_adapter
+        from pica.experiments.evaluate.assessing import find_adapter
         from pica.experiments.models import base_of, locate
 
         pica.register()

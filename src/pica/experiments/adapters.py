@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 import pica
 from pica.errors import PicaError, TargetError
 from pica.experiments.methods import METHODS, configuration
-from pica.experiments.recipe import AdapterSection, BaselineSection
+from pica.experiments.recipes.recipe import AdapterSection, BaselineSection
 
 _TOLD = ("projection", "share", "rank_pattern", "lora_alpha", "lora_dropout")  # by a title, where they are set
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pica.errors import DataError
 from pica.experiments.limits import Limits, check_tokens
-from pica.experiments.recipe import Recipe, columns_of
+from pica.experiments.recipes.recipe import Recipe, columns_of
 from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.base import Bar, LeftOut
 from pica.tasks.identity import same_problem

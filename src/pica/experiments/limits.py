@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pica.errors import ConfigError, DataError
 from pica.experiments.models import load_config
-from pica.experiments.recipe import ModelSection
+from pica.experiments.recipes.recipe import ModelSection
 from pica.foreign_code import code_options
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from pica.errors import ConfigError
-from pica.experiments.recipe import AdapterSection
+from pica.experiments.recipes.recipe import AdapterSection
 
 if TYPE_CHECKING:
     import peft
@@ -86,7 +86,7 @@ def _svft(section: AdapterSection) -> Values:
 
 
 def _adalora(section: AdapterSection) -> Values:
-    # PEFT asks for the number of steps when nobody knows it yet: `pica.experiments.allocation` sets it, tinit and tfinal.
+    # PEFT asks for the number of steps when nobody knows it yet: `experiments.train.allocation` sets it, tinit and tfinal.
     start = max(section.r + 1, round(1.5 * section.r))
     return {**_alpha(lambda r: 2 * r)(section), "init_r": start, "total_step": 1_000_000}
 

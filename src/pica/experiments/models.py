@@ -28,10 +28,10 @@ import pica
 from pica._devices import accelerator
 from pica.adapters.base_model import model_class_of
 from pica.adapters.fitting import fit_embeddings, has_tokenizer, output_options, whole_shapes
-from pica.documents import read_json
 from pica.errors import AdapterFileError, ConfigError, PicaError
-from pica.experiments.checks import model_problem
-from pica.experiments.recipe import ModelSection
+from pica.experiments.recipes.checks import model_problem
+from pica.experiments.recipes.recipe import ModelSection
+from pica.files.documents import read_json
 from pica.foreign_code import code_options, code_refusal, nothing_asked, wants_code
 from pica.text import first_line
 

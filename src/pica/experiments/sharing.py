@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from pica.adapters.card import CARD, PLACE, card_text, is_generated, is_local, write_card
-from pica.documents import read_json
 from pica.errors import AdapterFileError, ConfigError, OutputError
-from pica.experiments.assessing import find_adapter
-from pica.experiments.evaluation import shown_score
-from pica.experiments.recipe import Recipe
+from pica.experiments.evaluate.assessing import find_adapter
+from pica.experiments.evaluate.evaluation import shown_score
+from pica.experiments.recipes.recipe import Recipe
+from pica.files.documents import read_json
 
 CONFIG = "adapter_config.json"
 _ADAPTER = (CONFIG, "adapter_model.safetensors", CARD, "chat_template.jinja", "LICENSE*")

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from pica.errors import ConfigError
 from pica.experiments import distributed
 from pica.experiments.measuring import PeakMemory
-from pica.experiments.recipe import TrainerSection
+from pica.experiments.recipes.recipe import TrainerSection
 
 if TYPE_CHECKING:
     from pica.experiments.pipelines.base import HeldOut

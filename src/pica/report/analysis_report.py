@@ -7,8 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from pica.experiments import output as files
-from pica.experiments.analysis import (
+from pica.experiments.analyze.analysis import (
     NEAR_ZERO,
     PROGRESS,
     Analysis,
@@ -18,8 +17,9 @@ from pica.experiments.analysis import (
     short_names,
     summarise,
 )
+from pica.experiments.analyze.ranks import Suggestion
 from pica.experiments.measuring import versions
-from pica.experiments.ranks import Suggestion
+from pica.files import output as files
 from pica.report.analysis_figures import plates
 from pica.report.page import Cell, Column, Page, bullets, csv_text, notice, preformatted, table
 

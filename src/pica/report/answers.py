@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pica.experiments.output import json_text
+from pica.files.output import json_text
 from pica.report.page import entries
 
 MOST = 300

@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pica.experiments.output import json_text, write_text
 from pica.experiments.uncertainty import listed, shown, shown_interval
+from pica.files.output import json_text, write_text
 from pica.report import page as html
 from pica.report.comparison_figures import Looks, ablation_figure, against_figure, curves_figure, rates_figure
 from pica.report.page import Cell, Column, Page

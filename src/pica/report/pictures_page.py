@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pica.documents import read_json
 from pica.errors import ConfigError
-from pica.experiments.output import RESOLVED, json_text, write_text
+from pica.files.documents import read_json
+from pica.files.output import RESOLVED, json_text, write_text
 from pica.report import page as html
 from pica.report.curves import loss_figure, run_titles
 from pica.report.page import Column, Page

@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from pica.documents import parse_json, parse_yaml, read_json
 from pica.errors import ConfigError
-from pica.experiments.evaluation import shown_score
-from pica.experiments.output import RESOLVED, json_text, write_text
-from pica.experiments.recipe import Recipe
+from pica.experiments.evaluate.evaluation import shown_score
+from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.uncertainty import shown
+from pica.files.documents import parse_json, parse_yaml, read_json
+from pica.files.output import RESOLVED, json_text, write_text
 from pica.foreign_code import FLAG
 from pica.report import page as html
 from pica.report.answers import Rows, answers_block

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pica.documents import read_json, read_yaml
 from pica.errors import ConfigError
 from pica.experiments.uncertainty import (
     Contender,
@@ -20,6 +19,7 @@ from pica.experiments.uncertainty import (
     shown_interval,
     standing,
 )
+from pica.files.documents import read_json, read_yaml
 
 COMPARISON, INDEX = "comparison.yaml", "cells.json"
 WITHOUT_TRAINING = "the model without training"

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pica.documents import read_json, read_yaml
 from pica.errors import ConfigError
-from pica.experiments import output as files
 from pica.experiments.methods import METHODS
 from pica.experiments.standings import read_outcomes
 from pica.experiments.uncertainty import Contender, Outcomes, Standing, score_interval, standing
+from pica.files import output as files
+from pica.files.documents import read_json, read_yaml
 from pica.report.summary import COMPARISON, Stat, summarise
 from pica.tasks.vtab import GROUPS, VtabTask, group_means
 

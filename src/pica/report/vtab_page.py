@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pica.experiments.output import write_text
 from pica.experiments.uncertainty import standing
+from pica.files.output import write_text
 from pica.report import page as html
 from pica.report.comparison_figures import Drawn, Looks, legend, metric_axis, side_by_side
 from pica.report.figures import MUTED, Sheet, figure, quantity

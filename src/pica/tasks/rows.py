@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pica.documents import parse_json, parse_json_at
 from pica.errors import ConfigError, DataError
+from pica.files.documents import parse_json, parse_json_at
 from pica.foreign_code import code_options
 from pica.tasks.base import Split
 from pica.tasks.places import (

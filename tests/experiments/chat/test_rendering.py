@@ -15,7 +15,7 @@ from pica.errors import DataError
 from pica.experiments.chat.rendering import Renderer
 from pica.experiments.chat.templates import named_templates
 from pica.experiments.models import load_tokenizer
-from pica.experiments.recipe import ModelSection
+from pica.experiments.recipes.recipe import ModelSection
 from pica.tasks.chat import Conversation
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

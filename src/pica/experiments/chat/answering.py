@@ -9,8 +9,8 @@ from typing import Any
 
 from pica.errors import DataError, OutputError
 from pica.experiments.chat.loading import BASE, Talker
-from pica.experiments.output import translated_write_errors
 from pica.experiments.reporting import Reporter
+from pica.files.output import translated_write_errors
 from pica.tasks.chat import Conversation, Message, form_of, with_system
 from pica.tasks.records import read_records
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from pica.errors import ConfigError
-from pica.experiments.assessing import find_adapter, run_of
 from pica.experiments.chat.rendering import Renderer
 from pica.experiments.chat.talking import Speaker
 from pica.experiments.chat.templates import set_template
+from pica.experiments.evaluate.assessing import find_adapter, run_of
 from pica.experiments.models import base_of, device, load_adapter, load_model, load_tokenizer
-from pica.experiments.recipe import ModelSection
+from pica.experiments.recipes.recipe import ModelSection
 
 BASE = "base"
 """What the model without an adapter is called."""

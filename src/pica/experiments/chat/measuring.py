@@ -9,7 +9,7 @@ import torch
 
 from pica.experiments.chat.rendering import Rows
 from pica.experiments.data import IGNORED
-from pica.experiments.evaluation import length_batches
+from pica.experiments.evaluate.evaluation import length_batches
 from pica.experiments.reporting import Advance
 
 

@@ -13,7 +13,7 @@ from pica.experiments.pipelines.chat import ChatPipeline
 from pica.experiments.pipelines.classification import text_classification
 from pica.experiments.pipelines.generation import GenerationPipeline
 from pica.experiments.pipelines.images import image_classification
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipes.recipe import Recipe
 from pica.tasks import get_task
 
 

@@ -9,8 +9,8 @@ import datasets
 import peft
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from pica.experiments.evaluation import Evaluation
-from pica.experiments.recipe import AdapterSection, TrainerSection
+from pica.experiments.evaluate.evaluation import Evaluation
+from pica.experiments.recipes.recipe import AdapterSection, TrainerSection
 from pica.experiments.reporting import Reporter
 
 

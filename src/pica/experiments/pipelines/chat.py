@@ -16,14 +16,14 @@ from pica.experiments.chat.rendering import Renderer, Rows
 from pica.experiments.chat.talking import Speaker
 from pica.experiments.chat.templates import FILE, set_template
 from pica.experiments.data import IGNORED, special_ids
-from pica.experiments.evaluation import Evaluation
+from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
-from pica.experiments.output import write_text
 from pica.experiments.pipelines.base import HeldOut
-from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter, Silent
-from pica.experiments.trainers import generation_trainer
+from pica.experiments.train.trainers import generation_trainer
+from pica.files.output import write_text
 from pica.tasks.chat import Conversation, described, with_system
 
 logger = logging.getLogger(__name__)

@@ -20,13 +20,13 @@ from transformers import (
 from pica.errors import ConfigError
 from pica.experiments.adapters import attach, head_parameters
 from pica.experiments.data import target_of
-from pica.experiments.evaluation import Evaluation, length_batches
+from pica.experiments.evaluate.evaluation import Evaluation, length_batches
 from pica.experiments.limits import check_tokens, fit_padding, limits_of, longest, planned_limits
 from pica.experiments.models import load_adapter, load_classifier, load_config, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut
-from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter, Silent
-from pica.experiments.trainers import classification_trainer
+from pica.experiments.train.trainers import classification_trainer
 from pica.tasks import ClassificationTask, LabelledText, Target
 from pica.tasks.metrics import class_metrics, class_stderr, regression_metrics, regression_stderr
 

@@ -20,7 +20,11 @@ from transformers import Trainer, TrainerCallback
 from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders
 from pica.errors import AdapterFileError, ConfigError, DataError, TargetError
 from pica.experiments.adapters import attach
-from pica.experiments.diffusion.drawing import (
+from pica.experiments.evaluate.evaluation import Evaluation
+from pica.experiments.methods import changes_base
+from pica.experiments.models import load_adapter, locate
+from pica.experiments.pipelines.base import HeldOut
+from pica.experiments.pipelines.diffusion.drawing import (
     complete_class_pictures,
     draw,
     fitted,
@@ -30,16 +34,12 @@ from pica.experiments.diffusion.drawing import (
     rest,
     write_picture,
 )
-from pica.experiments.diffusion.grid import picture_grid
-from pica.experiments.diffusion.loading import load_pipeline, local_folder, read_index
-from pica.experiments.diffusion.scores import SCORES, SubjectScores
-from pica.experiments.diffusion.subject import SubjectModel, latents_of
-from pica.experiments.diffusion.trainer import subject_trainer
-from pica.experiments.evaluation import Evaluation
-from pica.experiments.methods import changes_base
-from pica.experiments.models import load_adapter, locate
-from pica.experiments.pipelines.base import HeldOut
-from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.pipelines.diffusion.grid import picture_grid
+from pica.experiments.pipelines.diffusion.loading import load_pipeline, local_folder, read_index
+from pica.experiments.pipelines.diffusion.scores import SCORES, SubjectScores
+from pica.experiments.pipelines.diffusion.subject import SubjectModel, latents_of
+from pica.experiments.pipelines.diffusion.trainer import subject_trainer
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter, Silent
 from pica.tasks import LabelledPicture
 from pica.tasks.dreambooth import read_folder

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 from pica.errors import ConfigError
 from pica.experiments.adapters import attach
 from pica.experiments.data import encode
-from pica.experiments.evaluation import Evaluation, evaluate, held_out_loss
+from pica.experiments.evaluate.evaluation import Evaluation, evaluate, held_out_loss
 from pica.experiments.limits import fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut
-from pica.experiments.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter
-from pica.experiments.trainers import generation_trainer
+from pica.experiments.train.trainers import generation_trainer
 from pica.tasks import Example, GenerationTask
 
 

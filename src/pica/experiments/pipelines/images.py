@@ -12,7 +12,7 @@ from pica.errors import DataError
 from pica.experiments.data import target_of
 from pica.experiments.models import load_image_processor
 from pica.experiments.pipelines.classification import ClassificationPipeline
-from pica.experiments.recipe import Recipe
+from pica.experiments.recipes.recipe import Recipe
 from pica.tasks import ClassificationTask, LabelledPicture
 from pica.tasks.pictures import decode
 

@@ -1,0 +1,1 @@
+"""A PiCa adapter as a LoRA that engines load."""

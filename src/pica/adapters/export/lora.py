@@ -1,0 +1,457 @@
+"""`export_lora`: an adapter as a plain PEFT LoRA folder, which every serving engine reads and no pica is needed for."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pica.adapters.base_model import flags_kept, load_base_model, read_peft_config, share_tensors
+from pica.adapters.export.check import CheckResult, check_folder
+from pica.adapters.export.engines import Engine, EngineName, find_engine
+from pica.adapters.export.expert_factors import adapted_experts, parameter_paths, stack_paths, stack_tensors
+from pica.adapters.export.factors import GroupRow, SharedSpectrum, choose_rank, layer_factors, shared_spectra
+from pica.adapters.export.folder import PREFIX, LoraFolder, write_lora_folder
+from pica.adapters.export.names import (
+    LinearShape,
+    base_modules,
+    incomplete_roles,
+    linear_shapes,
+    missing_members,
+    plain_names,
+)
+from pica.adapters.fitting import copy_tokenizer, fit_embeddings, whole_tensors
+from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders, denoiser_name, text_encoder_tensors
+from pica.errors import ConfigError, ExportError
+from pica.files.folders import check_replaceable, new_folder
+from pica.tuners.base.bank import find_banks, verify_loaded
+from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.pica.experts import PicaExpert
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export will write, known before anything is written.
+
+    Attributes:
+        adapter: Name of the adapter in its model.
+        rank: Uniform rank of the LoRA, zero columns included.
+        dtype: Precision of the file.
+        rows: The known error of each group; `exact` where all are zero.
+        filled: Layers that get a zero adapter, for the engine's sake.
+        target_modules, target_parameters: As written to adapter_config.json.
+        notes: What the user should know, one sentence each.
+        engine: The engine that it is for.
+    """
+
+    adapter: str
+    rank: int
+    dtype: torch.dtype
+    rows: tuple[GroupRow, ...]
+    filled: tuple[LinearShape, ...]
+    target_modules: tuple[str, ...]
+    notes: tuple[str, ...]
+    engine: Engine | None
+    target_parameters: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        return all(row.kept == row.rank for row in self.rows)
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote.
+
+    Attributes:
+        folder: The LoRA folder.
+        plan: Rank, precision and known errors.
+        layers: Number of layers with a LoRA, zero adapters included.
+        bytes: Size of the tensors' file.
+        check: What reloading it with plain PEFT measured; None where `check` was off.
+        command: How the engine serves it; empty without one.
+    """
+
+    folder: Path
+    plan: ExportPlan
+    layers: int
+    bytes: int
+    check: CheckResult | None
+    command: str
+
+    @property
+    def max_logit_difference(self) -> float | None:
+        """Largest |difference| between the adapted model's output and the reloaded LoRA's; None where not checked."""
+        return self.check.logits if self.check else None
+
+
+def export_lora(
+    adapter: nn.Module | str | Path,
+    output_dir: str | Path,
+    base_model: nn.Module | str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: torch.dtype | str | None = None,
+    engine: EngineName | str | None = None,
+    fill_siblings: bool = False,
+    base_model_name: str | None = None,
+    revision: str | None = None,
+    check: bool = True,
+    check_inputs: Mapping[str, Tensor] | None = None,
+    overwrite: bool = False,
+    adapter_name: str | None = None,
+    trust_remote_code: bool = False,
+    on_plan: Callable[[ExportPlan], None] | None = None,
+) -> LoraExport:
+    """Write a PiCa adapter as a LoRA: A = P, B = M, alpha = r, exactly; or smaller, with a known error.
+
+    Likewise an SVFT adapter: A = V^T, B = U T. That is exact at rank n = min(out, in) only, twice the weight's size and
+    more than engines serve, so it usually goes with `rank` or `energy`.
+
+    The folder (adapter_config.json, adapter_model.safetensors, README.md) follows the rules of all known engines:
+    one rank, scale baked in, no patterns, plain names. It appears whole or not at all, and only after it was reloaded
+    with plain PEFT and compared. The model that is passed in is not changed.
+
+    Args:
+        adapter: A model with a PiCa adapter (a `PeftModel`, or a base model with an injected adapter), or a saved folder.
+        output_dir: Folder to make.
+        base_model: For a saved folder: its base model, or where to load it from; by default what the adapter records.
+        rank: Truncate to this rank: the best LoRA of that rank for every layer. The rank is rounded up to the engine's
+            next legal one and all of it is used.
+        energy: Truncate to the smallest rank that keeps this share of every group's squared norm, e.g. 0.99.
+        dtype: float32, float16 or bfloat16 (or their names). Default: the base model's; an engine that computes adapters
+            in half precision gets bfloat16 for a float32 base.
+        engine: "vllm", "sglang", "lorax", "llama.cpp", "diffusers" or "peft": follow its rules (see `engines`).
+        fill_siblings: Write zero adapters for the members of q/k/v and gate/up that the adapter leaves out, and for
+            blocks it leaves out. Engines that need it get it without asking.
+        base_model_name, revision: What to record as the base model; by default what the adapter records. A base model
+            that is loaded by name is loaded at `revision`.
+        check: Reload the folder with plain PEFT and compare each layer and the model's output.
+        check_inputs: Keyword arguments of the forward pass to compare on; by default random tokens or pixels.
+        overwrite: Replace an adapter that is in `output_dir`.
+        adapter_name: Which adapter of the model; by default the active one.
+        trust_remote_code: Run the Python code that comes with a base model that is loaded by name, if it has some.
+        on_plan: Called with the plan, known errors included, before anything is written.
+
+    Raises:
+        AdapterFileError: the adapter cannot be read, or holds values that cannot be exported.
+        ConfigError, RankError: an argument is wrong, or the engine has no rank that is large enough.
+        ExportError: the adapter has parts that a LoRA of this engine cannot express, or the result fails the check.
+        OutputError: `output_dir` cannot be written.
+    """
+    rules = find_engine(engine)
+    target = Path(output_dir)
+    size = {"rank": rank, "energy": energy, "dtype": dtype}
+    others = _other_parts(adapter, rules, base_model, size, revision, check)
+    check_replaceable(target.expanduser(), overwrite=overwrite)
+    with flags_kept(base_model):
+        root, config, name = _find_adapter(
+            adapter, base_model, adapter_name, revision, trust_remote_code=trust_remote_code
+        )
+    for bank in (b for _, b in find_banks(root) if b.unverified):
+        verify_loaded(bank)  # weights that transformers loaded are held against their fingerprint on first use
+    layers: dict[str, AdaptedLinear] = {
+        p: m
+        for p, m in base_modules(root).items()
+        if isinstance(m, AdaptedLinear) and not isinstance(m, PicaExpert) and name in m.pica_group
+    }
+    layers.update(adapted_experts(root, name))
+    _check_exportable(root, config, layers, rules)
+    spectra = shared_spectra(layers, name)
+    plan = _plan(root, name, layers, spectra, rules, rank, energy, dtype, fill_siblings)
+    for note in plan.notes:
+        logger.warning("%s", note)
+    if on_plan is not None:
+        on_plan(plan)
+    place = None if isinstance(adapter, nn.Module) else Path(adapter).expanduser()
+    resized = {} if place is None else whole_tensors(root, place)
+    if rules and rules.modules_to_save is not None and resized:
+        raise ExportError(
+            f"The adapter brings {next(iter(resized))}, resized for new tokens, and {rules.name} cannot load that. Merge "
+            "the adapter into its base model instead (pica merge)."
+        )
+    recorded = base_model_name or config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
+    tensors = {
+        **_tensors(layers, name, spectra, plan),
+        **stack_tensors(root, name, spectra, plan.rank, plan.dtype),
+        **_extra_tensors(root, name, plan.dtype),
+        **{key: value.detach().cpu().to(plan.dtype).clone() for key, value in resized.items()},
+    }
+    if rules and rules.name == "diffusers":
+        others = {f"{denoiser_name(type(root).__name__)}.{k}": v for k, v in tensors.items()} | others
+    contents = LoraFolder(
+        method=next(iter(layers.values())).method,
+        tensors=tensors,
+        config=_lora_config(config, plan, layers, recorded, revision),
+        title=target.name,
+        rows=plan.rows,
+        exact=plan.exact,
+        base=recorded or "BASE_MODEL",
+        command=_command(plan, recorded, target),
+        pipeline_tensors=others or None,
+        gguf_base=getattr(root, "config", None) if rules and rules.name == "llama.cpp" else None,
+    )
+    with new_folder(target, overwrite=overwrite) as work:
+        size = write_lora_folder(contents, work)
+        if place is not None:
+            copy_tokenizer(place, work)  # its new tokens belong to the adapter
+        filled = {shape.path for shape in plan.filled}
+        result = check_folder(root, name, work, spectra, filled, plan.rank, plan.dtype, check_inputs) if check else None
+    return LoraExport(target, plan, len(layers) + len(filled), size, result, contents.command)
+
+
+def _find_adapter(
+    adapter: nn.Module | str | Path,
+    base_model: nn.Module | str | None,
+    name: str | None,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, PeftConfig, str]:
+    """(base model with adapted layers, the adapter's configuration, its name)."""
+    if not isinstance(adapter, nn.Module):
+        folder = Path(adapter).expanduser()
+        config = read_peft_config(folder)
+        base = base_model
+        if not isinstance(base, nn.Module):
+            base = load_base_model(base, config, revision=revision, folder=folder, trust_remote_code=trust_remote_code)
+        # on a copy of the module tree, so that a model that was passed in stays as it is
+        base = share_tensors(base)
+        fit_embeddings(base, folder, config)
+        adapter = PeftModel.from_pretrained(base, str(folder))
+        return adapter.get_base_model(), config, "default"
+    if base_model is not None:
+        raise ConfigError("base_model goes with a saved adapter; this model has its base model inside.")
+    root = adapter.get_base_model() if isinstance(adapter, PeftModel) else adapter
+    layers = [m for m in root.modules() if isinstance(m, AdaptedLinear)]
+    known = sorted({n for m in layers for n in m.pica_group})
+    active = sorted({n for m in layers for n in m.active_adapters if n in known})
+    if name is None and len(active) == 1:
+        name = active[0]
+    if name is None or name not in known:
+        there = f"it has {', '.join(known)}" if known else "it has none"
+        asked = f"adapter {name!r}" if name else "one active adapter (pass adapter_name)"
+        raise ConfigError(f"An export needs {asked} of method PiCa or SVFT in the model; {there}.")
+    configs: Any = getattr(adapter, "peft_config", {})
+    return root, configs[name], name
+
+
+def _check_exportable(
+    root: nn.Module, config: PeftConfig, layers: Mapping[str, AdaptedLinear], engine: Engine | None
+) -> None:
+    """Refuse what a LoRA, or a LoRA of this engine, cannot express."""
+    ways_out = "Merge the adapter into its base model instead (pica merge)."
+    if any(layer.merged for layer in layers.values()):
+        raise ExportError("The model has merged adapters; call unmerge_adapter() before the export.")
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ExportError(f"The adapter trained biases too (bias={bias!r}), which engines ignore or refuse. {ways_out}")
+    if getattr(config, "trainable_token_indices", None):
+        raise ExportError(f"The adapter trained token embeddings too, which a LoRA cannot hold. {ways_out}")
+    if engine and engine.name != "peft" and (stacks := stack_paths(layers)):
+        raise ExportError(f"{engine.name} cannot load a LoRA on experts' parameters such as {stacks[0]}. {ways_out}")
+    embeddings = [path for path, layer in layers.items() if isinstance(layer.get_base_layer(), nn.Embedding)]
+    if engine and engine.name != "peft" and embeddings:
+        raise ExportError(f"{engine.name} cannot load a LoRA on an embedding such as {embeddings[0]}. {ways_out}")
+    saved = getattr(config, "modules_to_save", None) or []
+    if engine and engine.modules_to_save is not None and (odd := [m for m in saved if m not in engine.modules_to_save]):
+        raise ExportError(
+            f"The adapter trained {', '.join(odd)} in full, and {engine.name} cannot load that. {ways_out}"
+        )
+    if engine and engine.modules is not None:
+        names = sorted({path.rpartition(".")[2] for path in layers} - set(engine.modules))
+        if names:
+            raise ExportError(
+                f"{engine.name} adapts no layers named {', '.join(names)}; it knows {', '.join(engine.modules)}."
+            )
+    if engine and engine.name == "llama.cpp" and any(path.rpartition(".")[2] == "lm_head" for path in layers):
+        tied = getattr(getattr(root, "config", None), "tie_word_embeddings", False)
+        if tied:
+            raise ExportError(f"llama.cpp cannot adapt an lm_head that is tied to the embeddings. {ways_out}")
+
+
+def _plan(
+    root: nn.Module,
+    name: str,
+    layers: Mapping[str, AdaptedLinear],
+    spectra: Mapping[str, SharedSpectrum],
+    engine: Engine | None,
+    rank: int | None,
+    energy: float | None,
+    dtype: torch.dtype | str | None,
+    fill: bool,
+) -> ExportPlan:
+    unique = list({id(s): s for s in spectra.values()}.values())
+    chosen = choose_rank(unique, rank, energy)
+    notes = []
+    if engine is not None:
+        chosen = engine.legal_rank(chosen)
+        if engine.fast_rank is not None and chosen > engine.fast_rank:
+            notes.append(
+                f"{engine.name} is fast up to rank {engine.fast_rank}; rank {chosen} leaves that path, and "
+                f"rank={engine.fast_rank} would stay on it."
+            )
+    filled: list[LinearShape] = []
+    siblings = fill or bool(engine and engine.complete_groups)
+    if siblings or (engine and engine.every_layer):
+        filled = missing_members(set(layers), linear_shapes(root), siblings=siblings)
+    modules = base_modules(root)
+    all_paths = [p for p, layer in layers.items() if not isinstance(layer, PicaExpert)]
+    all_paths += [shape.path for shape in filled]
+    if engine and engine.every_layer and (gaps := incomplete_roles(all_paths, modules)):
+        role, number = next(iter(gaps.items()))
+        raise ExportError(
+            f"{engine.name} drops a module type that is missing in any block without a word, and {role} does not exist in "
+            f"{number} of the model's blocks. Leave it out of target_modules, or merge the adapter (pica merge)."
+        )
+    names = plain_names(all_paths, modules)
+    if engine and engine.plain_names and (long := [n for n in names if "." in n]):
+        raise ExportError(
+            f"{engine.name} takes bare module names only, and {long[0].rpartition('.')[2]!r} also names modules that the "
+            f"adapter leaves alone, so it would need {long[0]!r}. Merge the adapter instead (pica merge)."
+        )
+    return ExportPlan(
+        adapter=name,
+        rank=chosen,
+        dtype=_choose_dtype(dtype, layers, engine),
+        rows=tuple(s.row(chosen) for s in unique),
+        filled=tuple(filled),
+        target_modules=tuple(names),
+        target_parameters=tuple(plain_names(stack_paths(layers), parameter_paths(root))),
+        notes=tuple(notes),
+        engine=engine,
+    )
+
+
+def _choose_dtype(
+    dtype: torch.dtype | str | None, layers: Mapping[str, AdaptedLinear], engine: Engine | None
+) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    half = (torch.float16, torch.bfloat16)
+    if dtype is None:
+        dtype = next(iter(layers.values())).compute_device_and_dtype()[1]
+        if dtype not in half:
+            dtype = torch.bfloat16 if engine and engine.half_only else torch.float32
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype={dtype} is no precision of a LoRA; use one of {', '.join(DTYPES)}.")
+    if engine and engine.half_only and dtype not in half:
+        raise ConfigError(
+            f"{engine.name} computes adapters in float16 or bfloat16; dtype={dtype} would be rounded there."
+        )
+    return dtype
+
+
+def _tensors(
+    layers: Mapping[str, AdaptedLinear], name: str, spectra: Mapping[str, SharedSpectrum], plan: ExportPlan
+) -> dict[str, Tensor]:
+    """{path: ...} of every LoRA tensor under PEFT's names. Nothing is shared, as safetensors demands."""
+    tensors = {}
+    for path, layer in layers.items():
+        if isinstance(layer, PicaExpert):
+            continue
+        a, b = layer_factors(layer, name, spectra[path], plan.rank, plan.dtype)
+        if isinstance(layer.get_base_layer(), nn.Embedding):
+            tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"] = a, b
+            continue
+        ones = (1,) * layer.kernel_dims  # of a convolution both factors are convolutions too
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = (
+            a.view(*a.shape, *ones),
+            b.view(*b.shape, *ones),
+        )
+    for shape in plan.filled:
+        ones = (1,) * shape.kernel_dims
+        tensors[f"{shape.path}.lora_A.weight"] = torch.zeros(plan.rank, shape.in_features, *ones, dtype=plan.dtype)
+        tensors[f"{shape.path}.lora_B.weight"] = torch.zeros(shape.out_features, plan.rank, *ones, dtype=plan.dtype)
+    return tensors
+
+
+def _extra_tensors(root: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Fully trained modules (`modules_to_save`) of the adapter, under the names that PEFT saves them with."""
+    extra = {}
+    for path, module in root.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrapper: Any = module  # PEFT declares the method without the state dict that every subclass takes
+            for key, value in wrapper.adapter_state_dict(name, wrapper.state_dict()).items():
+                value = value.detach().cpu()
+                extra[f"{path}.{key}"] = (value.to(dtype) if value.is_floating_point() else value).clone()
+    return extra
+
+
+def _lora_config(
+    config: PeftConfig, plan: ExportPlan, layers: Mapping[str, AdaptedLinear], base: str | None, revision: str | None
+) -> dict[str, Any]:
+    """adapter_config.json: the fields that engines read, and no newer ones, which older readers would stumble over."""
+    task = getattr(config.task_type, "value", config.task_type)
+    linear = [layer for layer in layers.values() if not isinstance(layer.get_base_layer(), nn.Embedding)]
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": config.auto_mapping,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": bool(linear) and all(layer.is_transposed for layer in linear),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": plan.rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": sorted(getattr(config, "modules_to_save", None) or []) or None,
+        "peft_type": "LORA",
+        "r": plan.rank,
+        "rank_pattern": {},
+        "revision": revision or config.revision,
+        "target_modules": list(plan.target_modules),
+        **({"target_parameters": list(plan.target_parameters)} if plan.target_parameters else {}),
+        "task_type": task,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _command(plan: ExportPlan, base: str | None, target: Path) -> str:
+    if plan.engine is None:
+        return ""
+    name = target.name or "adapter"
+    return plan.engine.command(base=base or "BASE_MODEL", folder=str(target), name=name, rank=plan.rank)
+
+
+def _other_parts(
+    adapter: nn.Module | str | Path,
+    engine: Engine | None,
+    base_model: nn.Module | str | None,
+    size: Mapping[str, Any],
+    revision: str | None,
+    check: bool,
+) -> dict[str, Tensor]:
+    """What else of a pipeline a saved adapter holds: its text encoder's LoRA, under the names that diffusers reads."""
+    place = None if isinstance(adapter, nn.Module) else adapter_folders(Path(adapter).expanduser()).get(TEXT_ENCODER)
+    if place is None:
+        return {}
+    if engine is None or engine.name != "diffusers":
+        logger.warning("The adapter of the text encoder is left out: only engine diffusers takes it (--for diffusers).")
+        return {}
+    config = read_peft_config(place)
+    pipeline = None if isinstance(base_model, nn.Module) else base_model
+    encoder = load_base_model(pipeline, config, revision=revision, folder=place)
+    with tempfile.TemporaryDirectory() as work:
+        made = export_lora(place, Path(work) / "lora", encoder, revision=revision, check=check, **size)
+        tensors = load_file(made.folder / "adapter_model.safetensors")
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return text_encoder_tensors(plain, type(encoder).__name__, nested=hasattr(encoder, "text_model"))

@@ -1,0 +1,1 @@
+"""What `pica analyze` does."""

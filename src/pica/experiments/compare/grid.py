@@ -1,0 +1,350 @@
+"""All cells of a comparison, each in a process of its own, several at a time; finished ones are not run again."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from pica.errors import OutputError
+from pica.experiments.compare.cells import Cell, failed_record, make_cell, read_record, record_path, run_cell, tail
+from pica.experiments.compare.comparison import Comparison, Row, dump_comparison
+from pica.experiments.interrupts import Interrupted
+from pica.files import output as files
+from pica.files.documents import read_yaml
+
+COMPARISON = "comparison.yaml"
+"""File that marks a folder as a comparison's."""
+
+INDEX = "cells.json"
+"""File that lists the comparison's cells as far as they have ended."""
+
+_SECONDS_TO_STOP = 90.0  # a cell finishes its optimizer step and writes a checkpoint
+
+
+class Watcher(Protocol):
+    """Is told how the grid goes."""
+
+    def begun(self, worker: int, cell: Cell) -> None:
+        """A worker has taken a cell."""
+        ...
+
+    def progress(self, worker: int, label: str, done: int, total: int, note: str) -> None:
+        """A step of a worker's cell, such as a training, has got this far."""
+        ...
+
+    def ended(self, worker: int, cell: Cell, record: dict[str, Any]) -> None:
+        """A cell is done or has failed."""
+        ...
+
+    def grid(self, done: int, failed: int, total: int) -> None:
+        """So many of all cells are finished, of which some have failed."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """Something that a person should know."""
+        ...
+
+
+@dataclass
+class _Worker:
+    number: int
+    cell: Cell
+    process: Any
+    connection: connection.Connection
+    stop: str | None = None
+
+
+@dataclass
+class _RowState:
+    """How far a row is."""
+
+    row: Row
+    runs: bool  # else only what earlier runs left of it is taken
+    chosen: float | None = None
+    failed: str | None = None
+    waiting: list[int] = field(default_factory=list)  # seeds that nobody has begun
+
+
+def run_grid(
+    comparison: Comparison,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    workers: int,
+    watcher: Watcher,
+    retry_failed: bool = False,
+) -> list[dict[str, Any]]:
+    """Run what is not finished yet and return the records of all cells that there are, row by row.
+
+    The first seed tries each learning rate of the row's grid and keeps the best on the validation problems; the other
+    seeds take that one.
+
+    Args:
+        comparison: What to compare.
+        rows: Which of its rows to run; of the others, what earlier runs left is taken.
+        folder: Where the records are; another run of the same comparison may have left some.
+        workers: Cells at a time; each gets its share of the cores as threads unless the comparison sets trainer.threads.
+        watcher: Is told how it goes.
+        retry_failed: Run failed cells again.
+
+    Raises:
+        OutputError: The folder is another comparison's, is in use, or can't be written.
+        Interrupted: The user stopped; finished cells are kept, those under way go on from their last checkpoint.
+    """
+    with files.claimed(folder), _sigterm_as_interrupt():
+        prepare(comparison, folder)
+        grid = _Grid(comparison, rows, folder, workers, watcher, retry_failed)
+        try:
+            grid.run()
+        except KeyboardInterrupt:
+            raise Interrupted(folder=folder) from None
+        finally:
+            grid.stop()
+    return grid.in_order()
+
+
+def prepare(comparison: Comparison, folder: Path) -> None:
+    """Make the folder, or check that it holds the same comparison.
+
+    Raises:
+        OutputError: It is a file or holds something else.
+    """
+    marker = folder / COMPARISON
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"Output folder {str(folder)!r} is a file; choose another name with --output.")
+    if not files.is_empty(folder) and not marker.is_file():
+        raise OutputError(
+            f"Output folder {str(folder)!r} is not empty and holds no comparison; choose another with --output."
+        )
+    if (other := _name_in(marker)) not in (None, comparison.name):
+        raise OutputError(
+            f"Output folder {str(folder)!r} holds the comparison {other!r}, whose page would be replaced; choose another "
+            "with --output."
+        )
+    files.write_text(marker, dump_comparison(comparison))
+
+
+def _name_in(marker: Path) -> Any:
+    """Name of the comparison that a folder is of; None if there is none that can be read."""
+    try:
+        content = read_yaml(marker)
+    except (OSError, ValueError):
+        return None
+    return content.get("name") if isinstance(content, dict) else None
+
+
+class _Grid:
+    def __init__(
+        self, comparison: Comparison, rows: Sequence[Row], folder: Path, workers: int, watcher: Watcher, retry: bool
+    ) -> None:
+        self._comparison, self._folder, self._watcher, self._retry = comparison, folder, watcher, retry
+        self._size, self._context = workers, _context()
+        self._threads = max(1, _cores() // workers)
+        self._workers: dict[int, _Worker] = {}
+        self._rows = [_RowState(row, row in rows, waiting=list(comparison.seeds)) for row in comparison.rows]
+        self._warned = set[str]()
+        self.records: dict[tuple[str, int], dict[str, Any]] = {}
+        self._total = len(rows) * len(comparison.seeds)
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        self._tell()
+        while True:
+            self._fill()
+            if not self._workers:
+                break
+            self._listen()
+        self._write_index()
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """The records, row by row and seed by seed."""
+        order = [(state.row.label, seed) for state in self._rows for seed in self._comparison.seeds]
+        return [self.records[key] for key in order if key in self.records]
+
+    def stop(self) -> None:
+        """Ask the cells under way to stop in good order, and see that they do."""
+        for worker in self._workers.values():
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(worker.process.pid, signal.SIGTERM)
+        until = time.monotonic() + _SECONDS_TO_STOP
+        try:
+            for worker in self._workers.values():
+                while worker.process.is_alive() and time.monotonic() < until:
+                    with contextlib.suppress(EOFError, OSError):  # a full pipe would hold it up
+                        while worker.connection.poll(0.05):
+                            worker.connection.recv()
+                    worker.process.join(0.05)
+        finally:  # also on a second Ctrl-C
+            for worker in self._workers.values():
+                worker.process.kill()
+                worker.process.join()
+            self._workers.clear()
+
+    def _fill(self) -> None:
+        """Give every free worker a cell, and take over the records that are there."""
+        while len(self._workers) < self._size:
+            cell = self._next()
+            if cell is None:
+                return
+            self._start(cell)
+
+    def _next(self) -> Cell | None:
+        """The next cell to run. Rows' first seeds go first: the others wait for their learning rate."""
+        while True:
+            found = self._take()
+            if found is None:
+                return None
+            state, cell = found
+            if state.failed:
+                reason = f"Not run: {state.failed}"
+                self._ended(state, cell, failed_record(cell, reason))
+                continue
+            record = read_record(self._folder, cell.key) or read_record(self._folder, cell.earlier_key)
+            if record is not None and not (record["status"] == "failed" and self._retry and state.runs):
+                self._ended(state, cell, record | {"label": cell.row.label})  # the label is no part of the key
+            elif state.runs:
+                return cell
+            else:
+                state.waiting.clear()
+
+    def _take(self) -> tuple[_RowState, Cell] | None:
+        first = self._comparison.seeds[0]
+        for state in self._rows:
+            if first in state.waiting:
+                state.waiting.remove(first)
+                return state, make_cell(self._comparison, state.row, first, state.row.learning_rates)
+        for state in self._rows:
+            rate = state.chosen or (state.row.learning_rates[0] if state.failed else None)
+            if state.waiting and rate is not None:
+                return state, make_cell(self._comparison, state.row, state.waiting.pop(0), (rate,))
+        return None
+
+    def _start(self, cell: Cell) -> None:
+        if cell.recipe.trainer.threads is None:
+            trainer = dataclasses.replace(cell.recipe.trainer, threads=self._threads)
+            cell = dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, trainer=trainer))
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=run_cell, args=(cell, self._folder, theirs), daemon=False)
+        process.start()
+        theirs.close()
+        number = next(n for n in range(self._size) if n not in self._workers)
+        self._workers[number] = _Worker(number, cell, process, ours)
+        self._watcher.begun(number, cell)
+
+    def _listen(self) -> None:
+        """Wait for news from any worker."""
+        sources = {worker.connection: worker for worker in self._workers.values()}
+        for ready in connection.wait(list(sources), timeout=1.0):
+            worker = sources[ready]  # pyright: ignore[reportArgumentType]
+            try:
+                message = worker.connection.recv()
+            except (EOFError, OSError):
+                self._left(worker)
+                continue
+            if message[0] == "progress":
+                self._watcher.progress(worker.number, *message[1:])
+            elif message[0] == "warning" and message[1] not in self._warned:
+                self._warned.add(message[1])
+                self._watcher.warn(f"{worker.cell.label}: {message[1]}")
+            elif message[0] == "stop":
+                worker.stop = message[1]
+
+    def _left(self, worker: _Worker) -> None:
+        """A cell's process is over."""
+        worker.process.join()
+        del self._workers[worker.number]
+        cell, status = worker.cell, worker.process.exitcode
+        if worker.stop:
+            raise OutputError(worker.stop)
+        if status == 130:  # somebody stopped this process alone
+            raise KeyboardInterrupt
+        record = read_record(self._folder, cell.key) if status == 0 else None
+        if record is None:
+            log = self._folder / "work" / cell.key / "log.txt"
+            record = failed_record(cell, _death(status), log=tail(log))
+            files.write_json(record_path(self._folder, cell.key), record)
+        self._watcher.ended(worker.number, cell, record)
+        state = next(state for state in self._rows if state.row is cell.row)
+        self._ended(state, cell, record)
+
+    def _ended(self, state: _RowState, cell: Cell, record: dict[str, Any]) -> None:
+        self.records[cell.row.label, cell.seed] = record
+        if cell.seed == self._comparison.seeds[0]:
+            if record["status"] == "done":
+                state.chosen = record["result"]["learning_rate"]
+            else:
+                state.failed = f"the cell that chooses the learning rate failed ({record['error']})"
+        self._tell()
+
+        self._write_index()
+
+    def _write_index(self) -> None:
+        """Which cells the report is made of: the folder may hold others, of recipes since changed."""
+        shown = ("label", "seed", "key", "status", "error")
+        cells = [{name: record[name] for name in shown if name in record} for record in self.in_order()]
+        files.write_json(self._folder / INDEX, {"workers": self._size, "cells": cells})
+
+    def _tell(self) -> None:
+        wanted = {state.row.label for state in self._rows if state.runs}
+        ended = [record["status"] for (label, _), record in self.records.items() if label in wanted]
+        self._watcher.grid(len(ended), ended.count("failed"), self._total)
+
+
+def _context() -> Any:
+    """How processes are made.
+
+    A server process with the libraries loaded forks one for each cell, which begins in an instant and has memory of its
+    own. Where there is a GPU, or no fork, each starts anew: a CUDA context does not survive a fork.
+    """
+    gpu = any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd"))
+    if gpu or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pica.experiments.train.run"])
+    return context
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _death(status: int | None) -> str:
+    if status is not None and status < 0:
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        hint = "; the system does that when memory runs out" if name == "SIGKILL" else ""
+        return f"The process was ended by {name}{hint}."
+    return f"The process ended with status {status} and left no record."
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM stop the grid like Ctrl-C, also for callers other than the command line.
+
+    Only the first does anything: who ends a process group, such as timeout(1), sends two, and the second must not keep the
+    cells from stopping in good order.
+    """
+    stopping = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,439 @@
+"""What an adapter would cost on a model of any size, from its configuration alone: nothing is loaded or allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedConfig
+
+from pica._devices import accelerator
+from pica.basis import max_rank, solve_basis
+from pica.basis.cache import SMALLEST_ELEMENTS
+from pica.basis.fingerprint import choose_mode, encoded_size
+from pica.errors import ConfigError, PicaError
+from pica.experiments.models import DTYPES, load_config, quantisation
+from pica.experiments.plan.layout import adapt, build
+from pica.experiments.plan.packing import resting_bytes
+from pica.experiments.plan.tracing import StepTracer, TraceError, positions
+from pica.experiments.recipes.recipe import ModelSection
+from pica.tuners.base.bank import BANK_NAME, AdapterSlot, get_bank
+from pica.tuners.pica.config import PicaConfig
+from pica.tuners.pica.layer import PicaLinear
+
+ADAPTER = "default"
+MOMENTS = 2  # AdamW's, each in the parameter's own dtype
+TRIAL_WIDTH = 768  # of the weights that the solver is timed on
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to plan.
+
+    Attributes:
+        model: Folder with config.json, hub name, or "embedded".
+        r: Rank; with `budget` the largest one that fits is looked for instead.
+        budget: Trained parameters at most, or bytes of the adapter's file where `budget_in_bytes`.
+        target_modules: As PicaConfig's; None: the model family's default.
+        target_parameters: As PicaConfig's: stacks of experts' weights.
+        share: As PicaConfig's.
+        lora_rank: Of the LoRA that is shown beside the one with as many parameters.
+        batches, lengths: Of the training steps; all combinations. Lengths None: 512 tokens, or what positions there are.
+        dtype: Of the frozen weights: float32, bfloat16, float16, or auto for the configuration's.
+        quantization: nf4, fp4 or int8, as a recipe's `model.quantization`; None: not quantised.
+        checkpointing: Whether activations are computed again in the backward pass.
+        revision: Branch, tag or commit of a model on the hub.
+        trust_remote_code: Run the Python code that comes with the model, if it has some.
+    """
+
+    model: str
+    r: int = 32
+    budget: int | None = None
+    budget_in_bytes: bool = False
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    share: Any = "role"
+    lora_rank: int = 16
+    batches: Sequence[int] = (1, 8)
+    lengths: Sequence[int] | None = None
+    dtype: str = "auto"
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    checkpointing: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Layers that share one matrix M (out_features, rank). `in_features` lists the widths that occur.
+
+    `layers` counts each expert of a stack, since each has a basis of its own.
+    """
+
+    name: str
+    layers: int
+    in_features: list[int]
+    out_features: int
+    rank: int
+    parameters: int
+    basis_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step: `activations` (gradients included, at the peak) and `total` bytes; None where not to be found."""
+
+    batch: int
+    length: int
+    activations: int | None
+    total: int | None
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one method's training, by part.
+
+    Attributes:
+        weights: The base model's parameters and buffers, quantised where they are.
+        basis: Projectors, in the dtype that the layers compute in.
+        adapter, optimizer: Trained parameters, and AdamW's two moments of them.
+        steps: By batch and length.
+    """
+
+    method: str
+    rank: int
+    parameters: int
+    weights: int
+    basis: int
+    adapter: int
+    optimizer: int
+    steps: list[Step]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The whole plan.
+
+    Attributes:
+        kind: Class of the model.
+        dtype: Of its weights, before they are quantised.
+        quantization: How they are quantised, if they are.
+        model_parameters: Of the base model.
+        groups: What shares a matrix.
+        parameters, adapter_bytes: Trained, and the size of adapter_model.safetensors, to the byte.
+        basis_bytes: In memory.
+        cache_bytes: On disk, in the cache of solved bases (without its files' headers).
+        basis_seconds: To solve all bases once on this machine; an extrapolation from three timed solves.
+        memory: PiCa's first, then LoRA's.
+        notes: What a reader should know.
+    """
+
+    model: str
+    kind: str
+    dtype: str
+    quantization: str | None
+    model_parameters: int
+    r: int
+    groups: list[GroupRow]
+    parameters: int
+    adapter_bytes: int
+    basis_bytes: int
+    cache_bytes: int
+    basis_seconds: float
+    memory: list[TrainingMemory]
+    notes: list[str] = field(default_factory=list)
+
+
+def estimate(question: Question, *, progress: Callable[[str], None] = lambda text: None) -> Estimate:
+    """Work out a plan.
+
+    Raises:
+        ConfigError: The model's configuration is not to be had or of no kind that can be built, a value is out of
+            range, or no rank fits the budget.
+        PicaError: PiCa refuses the targets.
+    """
+    _check(question)
+    config = load_config(
+        ModelSection(path=question.model, revision=question.revision, trust_remote_code=question.trust_remote_code)
+    )
+    if question.lengths is None:
+        question = dataclasses.replace(question, lengths=[min(512, positions(config) or 512)])
+    for length in question.lengths or ():
+        if length > (positions(config) or length):
+            raise ConfigError(f"--length {length} is more than the {positions(config)} positions that the model has.")
+    dtype = _dtype(config, question.dtype)
+    notes: list[str] = []
+    if getattr(config, "quantization_config", None) is not None:
+        counted = question.quantization or _name(dtype)
+        notes.append(f"The model's own quantisation is left aside: weights are counted in {counted}.")
+        delattr(config, "quantization_config")
+    progress("Laying out the model")
+    packing = None
+    if question.quantization is not None:
+        packing = quantisation(ModelSection(quantization=question.quantization, dtype=cast(Any, question.dtype)))
+    lay_out = partial(build, config, dtype, packing, trust_remote_code=question.trust_remote_code)
+    base = lay_out()
+    kind, base_parameters, weights = type(base).__name__, _elements(base.parameters()), resting_bytes(base)
+    r = question.r
+    if question.budget is not None:
+        r = _rank_within(question, adapt(lay_out(), _pica(question, 1), notes))
+    adapted = adapt(base, _pica(question, r), notes)
+    layers = _layers(adapted)
+    groups = _groups(adapted, layers)
+    parameters = sum(group.parameters for group in groups)
+    basis_bytes = sum(group.basis_bytes for group in groups)
+    progress("Timing the solver")
+    seconds = sum(basis_seconds(layer.out_features, layer.in_features) for layer in layers)
+    shapes = {group.name: (group.out_features, group.rank) for group in groups}
+    m_dtype = next(iter(_slot(adapted).values())).dtype
+    adapter_bytes = file_bytes(shapes, [layer.r[ADAPTER] for layer in layers], m_dtype)
+    memory = [_memory("PiCa", r, adapted, question, weights, basis_bytes, notes, progress)]
+    widths = sum(layer.in_features + layer.out_features for layer in layers)
+    for rank in dict.fromkeys((max(1, round(parameters / widths)), question.lora_rank)):
+        lora = LoraConfig(r=rank, **_targets(adapted))
+        try:
+            model = adapt(lay_out(), lora, notes)
+        except PicaError as error:
+            notes.append(f"There is no LoRA beside it: {error}")
+            break
+        memory.append(_memory("LoRA", rank, model, question, weights, 0, notes, progress))
+    return Estimate(
+        model=question.model,
+        kind=kind,
+        dtype=_name(dtype),
+        quantization=question.quantization,
+        model_parameters=base_parameters,
+        r=r,
+        groups=groups,
+        parameters=parameters,
+        adapter_bytes=adapter_bytes,
+        basis_bytes=basis_bytes,
+        cache_bytes=_cache_bytes(layers, dtype),
+        basis_seconds=seconds,
+        memory=memory,
+        notes=list(dict.fromkeys(notes)),
+    )
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------------
+
+
+def _pica(question: Question, r: int) -> PicaConfig:
+    return PicaConfig(
+        r=r, target_modules=question.target_modules, target_parameters=question.target_parameters, share=question.share
+    )
+
+
+def _targets(adapted: PeftModel) -> dict[str, Any]:
+    """What another method has to be told to adapt the same."""
+    config: Any = adapted.peft_config[ADAPTER]
+    names = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    return {"target_modules": names, "target_parameters": config.target_parameters}
+
+
+def _layers(model: nn.Module) -> list[PicaLinear]:
+    return [module for module in model.modules() if isinstance(module, PicaLinear)]
+
+
+def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _elements(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def _groups(model: PeftModel, layers: Sequence[PicaLinear]) -> list[GroupRow]:
+    rows = []
+    for key, matrix in _slot(model).items():
+        members = [layer for layer in layers if layer.pica_group[ADAPTER] == key]
+        rows.append(
+            GroupRow(
+                name=key,
+                layers=len(members),
+                in_features=sorted({layer.in_features for layer in members}),
+                out_features=matrix.shape[0],
+                rank=matrix.shape[1],
+                parameters=matrix.numel(),
+                basis_bytes=sum(_projector(layer).nbytes for layer in members),
+            )
+        )
+    return rows
+
+
+def _projector(layer: PicaLinear) -> torch.Tensor:
+    found = layer.projector(layer.pica_projection[ADAPTER])
+    assert found is not None
+    return found
+
+
+def _slot(model: PeftModel) -> AdapterSlot:
+    bank = get_bank(cast(nn.Module, model.base_model.model))
+    assert bank is not None
+    return bank.matrices(ADAPTER)
+
+
+def file_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """Size of adapter_model.safetensors: its header, the matrices and the fingerprint of their bases.
+
+    Args:
+        shapes: Of each group's M, by the group's name.
+        ranks: Of each layer.
+        dtype: Of M.
+    """
+    elements = sum(rows * columns for rows, columns in shapes.values())
+    fingerprint = encoded_size(ranks, *choose_mode(ranks, elements))
+    entries = [(key, dtype, list(shape), dtype.itemsize * shape[0] * shape[1]) for key, shape in sorted(shapes.items())]
+    entries.append(("fingerprint", torch.uint8, [fingerprint], fingerprint))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, kind, shape, size in entries:
+        name = {torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8"}[kind]
+        offsets = [end, end := end + size]
+        header[f"base_model.model.{BANK_NAME}.{key}"] = {"dtype": name, "shape": shape, "data_offsets": offsets}
+    text = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-text // 8) * 8 + end
+
+
+def _cache_bytes(layers: Sequence[PicaLinear], dtype: torch.dtype) -> int:
+    """Projectors and gains, in float32 or better, of the weights that are large enough to be kept."""
+    size = torch.promote_types(dtype, torch.float32).itemsize
+    kept = [layer for layer in layers if layer.in_features * layer.out_features >= SMALLEST_ELEMENTS]
+    return sum(size * layer.r[ADAPTER] * (_projector(layer).shape[1] + 1) for layer in kept)
+
+
+def _rank_within(question: Question, model: PeftModel) -> int:
+    """The largest rank whose adapter fits the budget; `model` has one of rank 1.
+
+    Raises:
+        ConfigError: Not even rank 1 fits.
+    """
+    assert question.budget is not None
+    layers, slot = _layers(model), _slot(model)
+    limits = [max_rank(layer.out_features, layer.in_features) for layer in layers]
+    of_group: dict[str, int] = {}
+    for layer, limit in zip(layers, limits):
+        key = layer.pica_group[ADAPTER]
+        of_group[key] = max(of_group.get(key, 0), limit)
+    dtype = next(iter(slot.values())).dtype
+
+    def size(r: int) -> int:
+        shapes = {key: (matrix.shape[0], min(r, of_group[key])) for key, matrix in slot.items()}
+        if question.budget_in_bytes:
+            return file_bytes(shapes, [min(r, limit) for limit in limits], dtype)
+        return sum(rows * columns for rows, columns in shapes.values())
+
+    # A file grows with r but for small steps where its fingerprint takes a tighter form, so the last that fits counts.
+    best, r = 0, 1
+    fewest = sum(matrix.shape[0] for matrix in slot.values()) * (dtype.itemsize if question.budget_in_bytes else 1)
+    while r <= max(limits) and (r == 1 or min(r, min(limits)) * fewest <= question.budget):
+        best = r if size(r) <= question.budget else best
+        r += 1
+    if not best:
+        unit = "bytes" if question.budget_in_bytes else "parameters"
+        raise ConfigError(
+            f"--budget {question.budget:,} {unit} is too small: already r=1 takes {size(1):,}. Allow more, or name fewer "
+            "layers with --target-modules."
+        )
+    return best
+
+
+# ---- time --------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def solver_rates() -> tuple[float, float, float]:
+    """(seconds a weight, a multiply-add of the Gram matrix, a cube of its width) of the solver, on this machine.
+
+    From the best of two solves each of a small, a square and a tall random weight.
+    """
+    device = accelerator() or torch.device("cpu")
+    n = TRIAL_WIDTH
+
+    def seconds(rows: int, columns: int) -> float:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(rows, columns, generator=generator).to(device)
+        taken = []
+        for _ in range(2):
+            begun = time.perf_counter()
+            solve_basis(weight, min(32, columns))
+            taken.append(time.perf_counter() - begun)
+        return min(taken)
+
+    each = seconds(32, 32)
+    square, tall = seconds(n, n) - each, seconds(4 * n, n) - each
+    gram = max(0.0, (tall - square) / (3 * n**3))
+    return each, gram, max(0.0, square / n**3 - gram)
+
+
+def basis_seconds(out_features: int, in_features: int) -> float:
+    """Estimated time to solve the basis of one weight here: the Gram matrix of its smaller side, and its eigenvectors."""
+    each, gram, eigen = solver_rates()
+    n = min(out_features, in_features)
+    return each + gram * out_features * in_features * n + eigen * n**3
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _memory(
+    method: str,
+    rank: int,
+    model: PeftModel,
+    question: Question,
+    weights: int,
+    basis: int,
+    notes: list[str],
+    progress: Callable[[str], None],
+) -> TrainingMemory:
+    progress(f"Running a training step of {method} r={rank} without content")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapter = sum(p.nbytes for p in trained)
+    optimizer = MOMENTS * adapter
+    fixed = weights + basis + adapter + optimizer
+    steps = _steps(model, question, fixed, f"{method} r={rank}", notes)
+    return TrainingMemory(method, rank, _elements(trained), weights, basis, adapter, optimizer, steps)
+
+
+def _steps(model: PeftModel, question: Question, fixed: int, label: str, notes: list[str]) -> list[Step]:
+    lengths = question.lengths or ()
+    tracer = StepTracer(model, checkpointing=question.checkpointing)
+    steps = []
+    for length in lengths:
+        for batch in question.batches:
+            try:
+                found = tracer.peak(batch, length)
+            except TraceError as error:
+                notes.append(f"{label}: no estimate of activations, since the step cannot run without values: {error}")
+                return [Step(b, n, None, None) for n in lengths for b in question.batches]
+            steps.append(Step(batch, length, found, fixed + found))
+    return steps
+
+
+def _check(question: Question) -> None:
+    values = {"--r": [question.r], "--lora-rank": [question.lora_rank], "--batch": question.batches}
+    values |= {
+        "--length": [1] if question.lengths is None else question.lengths,
+        "--budget": [1 if question.budget is None else question.budget],
+    }
+    for name, given in values.items():
+        if not given or min(given) < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {', '.join(map(str, given)) or 'nothing'}.")

@@ -1,0 +1,311 @@
+"""One training: a model with an adapter, data and settings in; a trained adapter folder and its measurements out."""
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import peft
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from pica.adapters import saving
+from pica.basis import process_count
+from pica.errors import ConfigError, TrainingError
+from pica.experiments.distributed import in_any, leads, load_whole, wait
+from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
+from pica.experiments.measuring import PeakMemory
+from pica.experiments.recipes.recipe import TrainerSection
+from pica.experiments.reporting import Advance, Reporter
+from pica.experiments.train.allocation import RankAllocation
+from pica.experiments.watching import Watch, Watching, add_reports, best_point, samples
+from pica.files.output import atomic_folder, write_json
+
+if TYPE_CHECKING:
+    from pica.experiments.pipelines import Pipeline
+
+_STATE = "trainer_state.json"  # the last file that the trainer writes into a checkpoint
+_TIMES = "step_times.json"  # and what is added to it
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training measured.
+
+    Attributes:
+        steps: Optimizer steps.
+        seconds: Wall time of the steps, those before a resume included, and of nothing else; processor time where there is
+            one thread and no accelerator, so that it does not depend on what else the machine does.
+        step_seconds: Median time of a step, the first two left out; None for fewer than three steps.
+        peak_memory: Highest memory use in MiB, see `PeakMemory`.
+        curve: Points with step, epoch, and loss, learning_rate, grad_norm (each `log_steps`) or validation_loss (each
+            `eval_steps`) or both.
+        sharded: Whether the model was left split between processes, so that none can use it alone.
+        best: Step, validation_loss, and validation_score where there is one, of the adapter that was written, where that is
+            the best of several.
+        stopped_early: Whether `patience` ran out.
+        samples: Answers as training went on.
+    """
+
+    steps: int
+    seconds: float
+    step_seconds: float | None
+    peak_memory: dict[str, float]
+    curve: list[dict[str, float]]
+    sharded: bool = False
+    best: dict[str, float] | None = None
+    stopped_early: bool = False
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: peft.PeftModel,
+    pipeline: "Pipeline",
+    dataset: datasets.Dataset,
+    section: TrainerSection,
+    *,
+    learning_rate: float,
+    checkpoints: Path,
+    adapter: Path,
+    reporter: Reporter,
+    label: str,
+    watch: Watch | None = None,
+) -> Training:
+    """Train an adapter and write it to `adapter`, going on from the last checkpoint in `checkpoints` if there is one.
+
+    Args:
+        model: Base model with a fresh adapter; trained in place.
+        pipeline: Makes the trainer.
+        dataset: What the pipeline's `encode` gave.
+        section: Settings.
+        learning_rate: Peak rate (`section` may list several).
+        checkpoints: Folder for checkpoints; created when the first one is written.
+        adapter: Folder to write the trained adapter to, whole or not at all.
+        reporter: Is shown a bar with the loss.
+        label: What the bar is called.
+        watch: What else is looked at as training goes on.
+
+    Raises:
+        ConfigError: What is to be watched needs a whole model in each process, and there is none.
+        TrainingError: The loss or a trained parameter is not finite.
+        OutputError: A checkpoint or the adapter can't be written.
+        Interrupted: A signal asked to stop; a checkpoint has been written.
+    """
+    resume_from = last_checkpoint(checkpoints)
+    with stop_on_signal() as stop:
+        watch, memory = watch or Watch(), PeakMemory()
+        watching = Watching(
+            watch, section, folder=checkpoints, memory=memory, save=lambda folder: save_adapter(model, folder)
+        )
+        watcher = _Watcher(stop, [] if resume_from is None else _times_until(resume_from), watching, memory)
+        trainer = pipeline.trainer(
+            model,
+            dataset,
+            section,
+            learning_rate=learning_rate,
+            checkpoints=checkpoints,
+            callbacks=[watcher, watching, *_method_callbacks(model)],
+        )
+        if is_sharded(trainer) and (watch.measure or watch.sample):
+            raise ConfigError(
+                "trainer.eval_steps and trainer.sample_steps need the whole model in each process, which FSDP and DeepSpeed "
+                "split; leave them out."
+            )
+        watching.trainer = trainer
+        trainer.heard = watcher.heard  # pyright: ignore[reportAttributeAccessIssue] -- all of ours are `Guards`
+        add_reports(trainer, section.report_to, watch)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        try:
+            with reporter.bar(label, _total_steps(section, len(dataset))) as watcher.advance:
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        finally:
+            load_whole()
+        if stop.made and trainer.state.global_step < trainer.state.max_steps and not watching.ended:
+            raise Interrupted(checkpoint=last_checkpoint(checkpoints))
+        measured = Training(
+            steps=trainer.state.global_step,
+            seconds=round(sum(watcher.times), 3),
+            step_seconds=round(statistics.median(watcher.times[2:]), 5) if len(watcher.times) > 2 else None,
+            peak_memory=memory.read(),
+            curve=_curve(trainer.state.log_history),
+            sharded=is_sharded(trainer),
+            best=_best(trainer.state.log_history) if watching.keeps else None,
+            stopped_early=watching.ended,
+            samples=samples(trainer.state.log_history),
+        )
+        if best := watching.best_folder(trainer.state):
+            if leads():
+                with atomic_folder(adapter) as partial:
+                    shutil.copytree(best, partial, dirs_exist_ok=True)
+            wait()
+        else:
+            save_adapter(model, adapter, state=_gathered(trainer))
+    if stop.made:  # the signal came with the last step: this training is complete, the run is not
+        raise KeyboardInterrupt
+    return measured
+
+
+def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a finite adapter, whole or not at all; several where a model has `peft_models`. One process writes.
+
+    Args:
+        model: The trained model.
+        folder: Where to write.
+        state: The model's state dict where its parameters are split between processes.
+    Raises:
+        TrainingError: A trained parameter is not finite.
+        OutputError: Writing failed.
+    """
+    wrong = next((name for name, values in _trained(model) if not torch.isfinite(values).all()), None)
+    if in_any(wrong is not None):
+        raise TrainingError(
+            f"Parameter {wrong or 'of another process'} is not finite after training, so no adapter was written; lower the "
+            "learning rate."
+        )
+    if leads():
+        # Embeddings are only ever trained through modules_to_save, so that none are saved as such: whether they have
+        # changed PEFT would ask the hub about the base model.
+        if hasattr(model, "peft_models"):
+            saving.save_adapters(model.peft_models(), folder)
+        else:
+            saving.save_adapter(model, folder, save_embedding_layers=False, state_dict=state)
+    wait()
+
+
+def _trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, values) of the trained parameters, of split ones this process's part."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values: Any = parameter.detach()
+            yield name, values.to_local() if hasattr(values, "to_local") else values
+
+
+def _gathered(trainer: Trainer) -> Any:
+    """The model's whole state in the first process, where FSDP or DeepSpeed has split it; None where nothing has."""
+    if not is_sharded(trainer):
+        return None
+    wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
+    return trainer.accelerator.get_state_dict(wrapped)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the trained model's parameters are split between processes."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the most steps, or None."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{_STATE}") if _readable(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _readable(state: Path) -> bool:
+    try:
+        return isinstance(json.loads(state.read_text(encoding="utf-8"))["global_step"], int)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _times_until(checkpoint: Path) -> list[float]:
+    """Seconds of each step before a checkpoint; none where it was stopped while they were written."""
+    try:
+        return [float(seconds) for seconds in json.loads((checkpoint / _TIMES).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+class _Watcher(TrainerCallback):
+    """Times the steps, moves the bar, says how they go, and stops training with a checkpoint when asked to."""
+
+    def __init__(self, stop: StopRequest, times: list[float], watching: Watching, memory: PeakMemory) -> None:
+        self.stop, self.times, self.advance, self._watching, self._memory = stop, times, _no_bar, watching, memory
+        self._begun = self._wall = self._loss = 0.0
+        self._tokens = 0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # tokens and seconds of the last steps
+        # One thread on a processor: its own time is the step's, whatever else the machine does meanwhile.
+        alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
+        self._clock = time.process_time if alone else time.perf_counter
+
+    advance: Advance
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self.advance(state.global_step, "resumed")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._loss, self._tokens, self._wall = 0.0, 0, time.perf_counter()
+        self._begun = self._clock()
+
+    def heard(self, loss: float, tokens: int) -> None:
+        """One batch of the step is done."""
+        self._loss += loss
+        self._tokens += tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(self._clock() - self._begun)
+        self._recent.append((self._tokens, time.perf_counter() - self._wall))
+        self.advance(1, self._note(kwargs.get("lr_scheduler")))
+        if in_any(self.stop.made):  # a signal reaches the processes at different steps
+            self.stop.made = True
+        if self.stop.made and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if leads():
+            write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", _TIMES), self.times)
+
+    def _note(self, schedule: Any) -> str:
+        """How the step went, in a line."""
+        parts = [f"loss {self._loss:.4f}"]
+        if self._watching.latest is not None:
+            parts.append(f"held out {self._watching.latest:.4f}")
+        if schedule is not None:
+            parts.append(f"rate {schedule.get_last_lr()[0]:.2e}")
+        if tokens := sum(count for count, _ in self._recent):
+            speed = process_count() * tokens / max(sum(seconds for _, seconds in self._recent), 1e-9)
+            parts.append(f"{speed:,.0f} tokens/s")
+        peaks = self._memory.read()
+        return ", ".join([*parts, f"{peaks.get('gpu', peaks['host']):,.0f} MiB"])
+
+
+def _method_callbacks(model: peft.PeftModel) -> list[TrainerCallback]:
+    """What a method needs from the training loop."""
+    return [RankAllocation()] if model.peft_type == peft.PeftType.ADALORA else []
+
+
+def _no_bar(count: int = 1, note: str = "") -> None: ...
+
+
+def _total_steps(section: TrainerSection, rows: int) -> int:
+    if section.max_steps:
+        return section.max_steps
+    batches = math.ceil(rows / section.batch_size / process_count())
+    return max(1, math.ceil(section.epochs * math.ceil(batches / section.accumulation)))
+
+
+def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    points: dict[int, dict[str, float]] = {}
+    for entry in history:
+        if "loss" in entry or "eval_loss" in entry:
+            point = points.setdefault(entry["step"], {})
+            point |= {name: entry[name] for name in columns if name in entry}
+            if "eval_loss" in entry:
+                point["validation_loss"] = entry["eval_loss"]
+    return list(points.values())
+
+
+def _best(history: list[dict[str, Any]]) -> dict[str, float] | None:
+    point = best_point(history)
+    if point is None:
+        return None
+    names = {"step": "step", "eval_loss": "validation_loss", "eval_score": "validation_score"}
+    return {new: point[old] for old, new in names.items() if old in point}

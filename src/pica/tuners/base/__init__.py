@@ -1,0 +1,1 @@
+"""What both methods are made of: tuner, layer, bank of shared matrices, configuration, verification, mixed batches."""

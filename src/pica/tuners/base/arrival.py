@@ -1,0 +1,94 @@
+"""Adapters that a loader wrote straight into the model: held against their fingerprint before they are used, or taken out.
+
+PEFT asks the method when it loads an adapter's file. transformers' own loaders (and sentence-transformers', which calls
+them), Accelerate's and torch's do not: they write into the bank, and leave out what they find no place for, such as a
+stored basis or a stranger's matrix. So the bases are the base model's own here, and the fingerprint says whether they do.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pica.basis import process_count
+from pica.errors import AdapterFileError
+from pica.tuners.base.bank import AdapterSlot, Arrival, PicaBank
+from pica.tuners.base.sharding import is_dtensor
+from pica.tuners.base.state_dict import check_matrices, no_fingerprint, take_out
+from pica.tuners.base.verification import establish_meaning, siblings, take_fingerprint
+
+
+def verify_arrived(bank: PicaBank) -> None:
+    """Hold each unverified adapter of a bank against its fingerprint; what fails is taken out of the model.
+
+    Raises:
+        AdapterFileError: a matrix is missing, not finite or of another shape, or the fingerprint is missing or damaged.
+        BasisMismatchError: the adapter was trained with another basis.
+    """
+    for name in list(bank):
+        slot = bank.matrices(name)
+        if not slot.unverified:
+            continue
+        try:
+            _verify(bank, slot, name)
+        except BaseException:
+            tuner = bank.tuner[0] if bank.tuner else None
+            waits = any(layer.is_deferred() for layer in slot.layers.values())
+            # A PeftModel's adapter stays, and stays refused: the right state may still be loaded into it.
+            if tuner is not None and not tuner.serves_peft_model and not waits:
+                take_out(tuner, name, slot.arrival)
+            raise
+    bank.refresh_unverified()
+
+
+def _verify(bank: PicaBank, slot: AdapterSlot, name: str) -> None:
+    if any(matrix.is_meta for matrix in slot.values()):
+        return  # still to be written
+    written = slot.written()
+    if not written and not slot.has_fingerprint():  # a new adapter, made from a saved adapter's configuration
+        if (own := take_fingerprint(slot, name)) is not None:
+            slot.set_fingerprint(own)
+            slot.settle()
+        return
+    arrival = slot.arrival or Arrival()
+    found = {group: _as_checked(slot, group) for group in written}
+    check_matrices(slot, found, _bank_name(slot))
+    for key in slot.checks:
+        if problem := slot.buffer_problem(key, slot.get_buffer(key), f"{key} of adapter {name!r}"):
+            raise AdapterFileError(f"The adapter file is damaged: {problem}.")
+    if not slot.has_fingerprint():
+        if (twin := _twin(bank, slot, name)) is None:
+            raise AdapterFileError(no_fingerprint(name))
+        slot.set_fingerprint(cast(Tensor, twin.fingerprint), taken_here=twin.taken_here)
+        slot.settle()
+        return
+    establish_meaning(bank, slot, name, cast(Tensor, slot.fingerprint), arrival.base_name)
+
+
+def _twin(bank: PicaBank, slot: AdapterSlot, name: str) -> AdapterSlot | None:
+    """A verified adapter on the same bases with the same matrices: what was copied from it means what it means.
+
+    TRL makes the reference of a preference training in this way, matrix by matrix.
+    """
+    for _, other in siblings(bank, slot, name):
+        if other.keys() == slot.keys() and all(
+            slot[group].shape == other[group].shape and torch.equal(slot[group].detach(), other[group].detach())
+            for group in slot
+        ):
+            return other
+    return None
+
+
+def _bank_name(slot: AdapterSlot) -> str:
+    return next((layer.adapter_layer_names[0] for layer in slot.layers.values()), "")
+
+
+def _as_checked(slot: AdapterSlot, group: str) -> Tensor:
+    """What is here of a written matrix; where processes share it, no more than its shape can be checked."""
+    matrix = slot[group].detach()
+    shape = slot.shapes.get(group) or matrix.shape
+    if is_dtensor(matrix) or (process_count() > 1 and matrix.shape != shape):
+        return torch.empty(tuple(shape), dtype=matrix.dtype, device="meta")
+    return matrix

@@ -1,0 +1,58 @@
+"""An adapter goes onto a model as a whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from pica.tuners.base.bank import PicaBank
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that a model's layers use now."""
+    return next((list(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Whatever ends the block early leaves `model` as it was: its modules, active adapters and `requires_grad` flags.
+
+    PEFT adds what `modules_to_save` and `trainable_token_indices` name once the method's layers are in the model, and
+    takes nothing back when that fails.
+
+    Args:
+        model: Base model, perhaps with adapters.
+        adapter_name: The adapter that the block adds. Where one of that name is there already, nothing is taken back.
+    """
+    banks = [m for m in model.modules() if isinstance(m, PicaBank)]
+    if any(adapter_name in bank for bank in banks):
+        yield
+        return
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    carriers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    active = [list(carrier.active_adapters) for carrier in carriers]
+    try:
+        yield
+    except BaseException:
+        for carrier, names in zip(carriers, active):
+            carrier.set_adapter(names)
+            if isinstance(carrier, AuxiliaryTrainingWrapper):
+                carrier.delete_adapter(adapter_name, new_active_adapters=names)
+            else:
+                carrier.delete_adapter(adapter_name)
+        for bank in banks:
+            if adapter_name in bank:
+                del bank[adapter_name]
+            bank.refresh_unverified()
+        for module, found in children:
+            if module._modules.keys() != found.keys() or any(module._modules[n] is not m for n, m in found.items()):
+                module._modules.clear()
+                module._modules.update(found)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise

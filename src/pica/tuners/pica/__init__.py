@@ -1,0 +1,1 @@
+"""PiCa: configuration, layer, model, experts."""

@@ -1,0 +1,96 @@
+"""`PicaConfig`: what a PiCa adapter is, in PEFT's form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pica.basis import PROJECTIONS
+from pica.tuners.base.config import BankedConfig
+
+
+@dataclass
+class PicaConfig(BankedConfig):
+    """Configuration of PiCa: a frozen weight W (out, in) becomes W + M P.
+
+    P (r, in) holds the top-r right singular directions of W, belongs to the layer and stays frozen; M (out, r) starts at
+    zero, is all that is trained, and is shared by the layers of a group. Trainable parameters: the sum of r * out over
+    groups. Fields not listed here are PEFT's own; each field's help text is in its metadata.
+
+    Raises:
+        ConfigError: a value is out of range; the message lists every such value.
+    """
+
+    method: ClassVar[str] = "PICA"
+
+    r: int = field(
+        default=32,
+        metadata={
+            "help": "Rank: directions of each layer's input space that the update may use. Parameters grow with it "
+            "linearly; 32 is about a third of a rank-1 LoRA's size on many models, 256 matches full fine-tuning in the "
+            "paper. A layer with fewer usable directions uses those it has."
+        },
+    )
+    projection: Literal["principal", "minor", "random"] = field(
+        default="principal",
+        metadata={
+            "help": "Which directions: 'principal' (the paper), or for ablations 'minor' (the last singular directions) "
+            "and 'random' (seeded orthonormal directions)."
+        },
+    )
+    projection_seed: int = field(default=0, metadata={"help": "Seed of projection='random'; no effect otherwise."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Ranks that differ from r: a mapping from layer name or regular expression to rank, e.g. "
+            "{'down_proj': 64}. Layers of a group with a smaller rank use the first columns of its matrix."
+        },
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Stacks of experts' weights to adapt, as ends of parameter paths, e.g. ['experts.down_proj']. Each "
+            "expert has its own basis; all experts of all blocks share one matrix."
+        },
+    )
+    save_basis: bool = field(
+        default=False,
+        metadata={
+            "help": "Store the basis with the adapter. The file grows from megabytes to the size of a LoRA of rank r; "
+            "loading then needs no decomposition."
+        },
+    )
+
+    basis_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name ('name' or 'name@revision') of an unquantised checkpoint of the same model, whose "
+            "weights the bases are taken from, read one tensor at a time. For a quantised base model; by default its "
+            "basis comes from its dequantised weights. On that checkpoint itself, unquantised, it changes nothing; "
+            "nor for the stacks of target_parameters, which nothing quantises."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.basis_from is not None and Path(self.basis_from).expanduser().is_dir():
+            self.basis_from = str(Path(self.basis_from).expanduser().resolve())  # found from anywhere
+
+    def size_text(self) -> str:
+        return f"r={self.r}"
+
+    def _own_problems(self) -> list[str]:
+        found: list[str] = []
+        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}}
+        for what, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                found.append(f"{what}={rank!r} must be a whole number of at least 1")
+        if self.basis_from is not None and (not isinstance(self.basis_from, str) or not self.basis_from.strip()):
+            found.append(f"basis_from={self.basis_from!r} must be a folder or the name of a model on the hub")
+        names = self.target_parameters
+        if names is not None and not (isinstance(names, (list, set, tuple)) and all(isinstance(n, str) for n in names)):
+            found.append(f"target_parameters={names!r} must be a list of names")
+        if self.projection not in PROJECTIONS:
+            found.append(f"projection={self.projection!r} is unknown; use one of {', '.join(PROJECTIONS)}")
+        return found
