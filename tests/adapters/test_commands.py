@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,16 @@ def test_export_mistakes_are_one_line(saved: Path, capsys: pytest.CaptureFixture
         assert "Traceback" not in error
     assert main(["export", str(saved / "run"), "-o", "x", "--rank", "2", "--energy", "0.5"]) == 2
     assert not (saved / "x").exists()
+
+
+def test_a_merge_in_a_process_of_its_own_knows_the_methods(saved: Path) -> None:
+    """There nobody has imported the package before the command does."""
+    command = [sys.executable, "-m", "pica", "merge", str(saved / "run"), "-o", str(saved / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    merged = LlamaForCausalLM.from_pretrained(saved / "merged")
+    base = LlamaForCausalLM.from_pretrained(saved / "base")
+    assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
 
 
 def test_import_survives_saving_and_loading(

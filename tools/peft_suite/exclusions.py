@@ -50,7 +50,9 @@ EXCLUSIONS: dict[str, str] = {
     ),
 }
 
-_FULL_RANK = "converts at a low rank and bounds the error; SVFT's update has full rank, tests/tuners/svft converts it at that"
+_FULL_RANK = (
+    "converts at a low rank and bounds the error; SVFT's update has full rank, tests/tuners/svft converts it at that"
+)
 
 # Of tests that fit PiCa, those that do not fit SVFT.
 SVFT_EXCLUSIONS: dict[str, str] = {

@@ -150,8 +150,15 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def loading() -> Iterator[ConsoleReporter]:
-    """A reporter for a command, which shows that the libraries imported in the block take their seconds."""
+    """A reporter for a command, which shows that the libraries imported in the block take their seconds.
+
+    Where PEFT is among them, it knows the package's methods from then on: the command line's start has left that out.
+    """
     made = reporter()
     with made.console.status("Loading libraries"):
         yield made
         quiet_libraries()
+        if "peft" in sys.modules:
+            import pica
+
+            pica.register()
