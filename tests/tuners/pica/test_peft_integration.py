@@ -372,6 +372,7 @@ class Logits(nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits
 
 
+@pytest.mark.usefixtures("traceable")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_is_traced_for_any_length_and_saved(tiny_llama, tmp_path: Path, grad: bool):
