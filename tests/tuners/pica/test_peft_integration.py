@@ -324,20 +324,32 @@ def test_compiles_without_graph_breaks_and_once(tiny_llama):
 
 @pytest.mark.parametrize("method", [config(), pica.SvftConfig(init_weights=False)], ids=["PiCa", "SVFT"])
 @pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj"]}, {"share": 2}])
-def test_a_second_get_peft_model_leaves_the_first_as_it_was(tiny_llama, tmp_path: Path, method, settings):
+def test_a_second_get_peft_model_begins_anew_or_is_refused(tiny_llama, tmp_path: Path, method, settings):
     base = tiny_llama()
     model = get_peft_model(base, copy.deepcopy(method))
     expected = logits(model)
     again = copy.deepcopy(method)
     for name, value in settings.items():
         setattr(again, name, value)
-    for target, name in ((base, "default"), (model, "default"), (model, "other")):
+    for name in ("default", "other"):  # a PeftModel within a PeftModel
         with pytest.raises(ConfigError, match=r"already.*model\.add_adapter\(name, config\).*model\.unload\(\)"):
-            get_peft_model(cast(Any, target), again, adapter_name=name)
+            get_peft_model(cast(Any, model), copy.deepcopy(again), adapter_name=name)
         torch.testing.assert_close(logits(model), expected)
-    model.save_pretrained(str(tmp_path))
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_llama(), str(tmp_path))), expected)
-    get_peft_model(cast(Any, model.unload()), again)
+    with pytest.warns(UserWarning, match="has an adapter 'default' already.*a new one takes its place"):
+        second = get_peft_model(base, again)
+    fresh = get_peft_model(tiny_llama(), copy.deepcopy(again))
+    ours, theirs = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in (second, fresh))
+    assert {n: p.shape for n, p in ours.items()} == {n: p.shape for n, p in theirs.items()}
+    with torch.no_grad():
+        for one, other in zip(ours.values(), theirs.values()):
+            one.copy_(torch.randn(one.shape, generator=torch.Generator().manual_seed(3)))
+            other.copy_(one)
+    torch.testing.assert_close(logits(second), logits(fresh))
+    second.save_pretrained(str(tmp_path))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_llama(), str(tmp_path))), logits(second))
+    second.merge_adapter()
+    with pytest.raises(ConfigError, match="which is merged into it. Unmerge that"):
+        get_peft_model(base, copy.deepcopy(again))
 
 
 @pytest.mark.parametrize("method", [config(), pica.SvftConfig(init_weights=False)], ids=["PiCa", "SVFT"])

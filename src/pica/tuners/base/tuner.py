@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,6 @@ class BankedModel(BaseTuner):
     ) -> None:
         """PEFT's injection, with the bank's `requires_grad` flags kept. `state_dict` is not needed: the config decides."""
         _check_name(adapter_name)
-        self._check_new(adapter_name)
         if not self.peft_config[adapter_name].inference_mode:
             check_differentiable(model)
         further = further_modules(self.peft_config[adapter_name])
@@ -190,19 +190,32 @@ class BankedModel(BaseTuner):
                 slot.expect(Arrival(base_name, from_zero, active, trainable))
             bank.refresh_unverified()
 
-    def _check_new(self, adapter_name: str) -> None:
-        """Raise `ConfigError` where the model has an adapter of that name already, and change neither.
+    def _replace_earlier(self, adapter_name: str) -> None:
+        """Take out what the model has of that name, which another tuner put on it, as PEFT's own methods begin anew there.
 
-        `get_peft_model` a second time, as when a notebook's cell is run again, would put the new one's layers and ranks on
-        the old one's matrices.
+        `get_peft_model` a second time, as when a notebook's cell is run again, would else put the new one's layers and
+        ranks on the old one's matrices.
         """
         bank = get_bank(self.model, self.bank_name)
-        if bank is not None and adapter_name in bank and any(adapter_name in m.pica_group for m in self._layers()):
+        layers = [layer for layer in self._layers() if adapter_name in layer.pica_group]
+        if bank is None or not layers:
+            return
+        if any(adapter_name in layer.merged_adapters for layer in layers):
             raise ConfigError(
-                f"The model has an adapter {adapter_name!r} of {self.layer_class.method} already, from an earlier "
-                "get_peft_model or from_pretrained, and it stays as it is. Add another one under a name of its own "
-                "(model.add_adapter(name, config)), or take the first one out before (base = model.unload())."
+                f"The model has an adapter {adapter_name!r} of {self.layer_class.method} already, which is merged into it. "
+                "Unmerge that (model.unmerge_adapter()), or take it out (base = model.unload()), before another one of its "
+                "name is added."
             )
+        warnings.warn(
+            f"{self.layer_class.method}: the model has an adapter {adapter_name!r} already, from an earlier get_peft_model "
+            "or from_pretrained; a new one takes its place. To keep it, add the new one under a name of its own "
+            "(model.add_adapter(name, config)).",
+            stacklevel=2,
+        )
+        for layer in layers:
+            layer.delete_adapter(adapter_name)
+        if adapter_name in bank:
+            del bank[adapter_name]
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.
@@ -245,6 +258,7 @@ class BankedModel(BaseTuner):
                     rebase(layer)
                 layer.solve_again()
             self._plan = self._make_plan(peft_config)
+            self._replace_earlier(adapter_name)
             self._forget_stranded_adapters()
             keys = [g.key for g in self._plan.groups.values()]
             _check_name(adapter_name, keys, get_bank(self.model, self.bank_name))
