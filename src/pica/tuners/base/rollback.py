@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from pica.errors import ConfigError
 from pica.tuners.base.bank import PicaBank
+from pica.tuners.base.protocols import AdaptedLayer
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -56,3 +59,32 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+def replace_earlier(layers: Sequence[AdaptedLayer], bank: PicaBank | None, adapter_name: str) -> None:
+    """Take out what a model has of this name, which another tuner put on it, as PEFT's own methods begin anew there.
+
+    `get_peft_model` a second time, as when a notebook's cell is run again, would else put the new one's layers and ranks
+    on the old one's matrices.
+
+    Raises:
+        ConfigError: the earlier adapter is merged into the model.
+    """
+    layers = [layer for layer in layers if adapter_name in layer.pica_group]
+    if bank is None or not layers:
+        return
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ConfigError(
+            f"The model has an adapter {adapter_name!r} of {layers[0].method} already, which is merged into it. Unmerge "
+            "that (model.unmerge_adapter()), or take it out (base = model.unload()), before another of its name is added."
+        )
+    warnings.warn(
+        f"{layers[0].method}: the model has an adapter {adapter_name!r} already, from an earlier get_peft_model or "
+        "from_pretrained; a new one takes its place. To keep it, add the new one under a name of its own "
+        "(model.add_adapter(name, config)).",
+        stacklevel=2,
+    )
+    for layer in layers:
+        layer.delete_adapter(adapter_name)
+    if adapter_name in bank:
+        del bank[adapter_name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from pica.tuners.base.parallel import check_gradient_reduction
 from pica.tuners.base.quantised import check_differentiable, keep_differentiable
 from pica.tuners.base.replaced_weight import SAME_WEIGHT
 from pica.tuners.base.roles import Group
-from pica.tuners.base.rollback import active_adapters, all_or_nothing
+from pica.tuners.base.rollback import active_adapters, all_or_nothing, replace_earlier
 from pica.tuners.base.sharding import from_first_process, loads_in_one_process
 from pica.tuners.base.state_dict import remap_state, select_state, slots_of, withdraw
 from pica.tuners.base.targets import (
@@ -190,33 +189,6 @@ class BankedModel(BaseTuner):
                 slot.expect(Arrival(base_name, from_zero, active, trainable))
             bank.refresh_unverified()
 
-    def _replace_earlier(self, adapter_name: str) -> None:
-        """Take out what the model has of that name, which another tuner put on it, as PEFT's own methods begin anew there.
-
-        `get_peft_model` a second time, as when a notebook's cell is run again, would else put the new one's layers and
-        ranks on the old one's matrices.
-        """
-        bank = get_bank(self.model, self.bank_name)
-        layers = [layer for layer in self._layers() if adapter_name in layer.pica_group]
-        if bank is None or not layers:
-            return
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ConfigError(
-                f"The model has an adapter {adapter_name!r} of {self.layer_class.method} already, which is merged into it. "
-                "Unmerge that (model.unmerge_adapter()), or take it out (base = model.unload()), before another one of its "
-                "name is added."
-            )
-        warnings.warn(
-            f"{self.layer_class.method}: the model has an adapter {adapter_name!r} already, from an earlier get_peft_model "
-            "or from_pretrained; a new one takes its place. To keep it, add the new one under a name of its own "
-            "(model.add_adapter(name, config)).",
-            stacklevel=2,
-        )
-        for layer in layers:
-            layer.delete_adapter(adapter_name)
-        if adapter_name in bank:
-            del bank[adapter_name]
-
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.
         bank = get_bank(self.model, self.bank_name)
@@ -258,7 +230,7 @@ class BankedModel(BaseTuner):
                     rebase(layer)
                 layer.solve_again()
             self._plan = self._make_plan(peft_config)
-            self._replace_earlier(adapter_name)
+            replace_earlier(list(self._layers()), get_bank(self.model, self.bank_name), adapter_name)
             self._forget_stranded_adapters()
             keys = [g.key for g in self._plan.groups.values()]
             _check_name(adapter_name, keys, get_bank(self.model, self.bank_name))
