@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from pica.errors import ConfigError
+from pica.experiments.chat.measuring import pooled_mean
 from pica.experiments.evaluate.evaluation import shown_score
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.uncertainty import shown
@@ -191,21 +192,13 @@ def paired_change(before: Rows, after: Rows) -> str:
     if len(pairs) < 2:
         return "Two or more conversations are needed to say how sure a change is."
     tokens = [new["tokens"] for _, new in pairs]
-    loss = _mean_change([(new["loss"] - old["loss"]) * new["tokens"] for old, new in pairs], tokens)
-    hits = _mean_change([(new["token_accuracy"] - old["token_accuracy"]) * new["tokens"] for old, new in pairs], tokens)
+    loss = pooled_mean([(new["loss"] - old["loss"]) * new["tokens"] for old, new in pairs], tokens)
+    hits = pooled_mean([(new["token_accuracy"] - old["token_accuracy"]) * new["tokens"] for old, new in pairs], tokens)
     lower = sum(new["loss"] < old["loss"] for old, new in pairs)
     return (
         f"On the same conversations the loss changes by {loss[0]:+.4f} ± {loss[1]:.4f} nats a token, token accuracy by "
         f"{100 * hits[0]:+.1f} ± {100 * hits[1]:.1f} points; the loss is lower in {lower:,} of {len(pairs):,}."
     )
-
-
-def _mean_change(sums: list[float], counts: list[int]) -> tuple[float, float]:
-    """sum(sums) / sum(counts) and its standard error over independent conversations."""
-    total, number = sum(counts), len(counts)
-    mean = sum(sums) / total
-    spread = sum((value - mean * count) ** 2 for value, count in zip(sums, counts))
-    return mean, math.sqrt(spread * number / (number - 1)) / total
 
 
 def _groups(models: Mapping[str, Any], titles: Mapping[str, str]) -> Markup:

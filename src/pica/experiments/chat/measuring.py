@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from pica.experiments.batches import guesses
 from pica.experiments.chat.rendering import Rows
-from pica.experiments.data import IGNORED
-from pica.experiments.evaluate.evaluation import length_batches
 from pica.experiments.reporting import Advance
 
 
@@ -44,7 +41,6 @@ class HeldOutWords:
         return math.exp(min(self.loss, 700.0))
 
 
-@torch.inference_mode()
 def measure_rows(
     model: Any, rows: Rows, padding: int, *, batch_size: int, advance: Advance | None = None
 ) -> dict[int, Measured]:
@@ -57,44 +53,26 @@ def measure_rows(
         batch_size: Rows in one forward pass.
         advance: Is told the rows that are done.
     """
-    model.eval()
-    lengths = [len(ids) for ids in rows.input_ids]
     found: dict[int, Measured] = {}
-    for indices in length_batches(lengths, batch_size):
-        width = max(lengths[index] for index in indices)
-        ids = torch.full((len(indices), width), padding)
-        target = torch.full((len(indices), width), IGNORED)
-        mask = torch.zeros((len(indices), width), dtype=torch.long)
-        for at, index in enumerate(indices):
-            ids[at, : lengths[index]] = torch.tensor(rows.input_ids[index])
-            target[at, : lengths[index]] = torch.tensor(rows.labels[index])
-            mask[at, : lengths[index]] = 1
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        target = target[:, 1:].to(logits.device)
-        counted = target != IGNORED  # (rows, width - 1)
-        scores = logits[:, :-1][counted].float()  # (tokens, vocabulary): only what counts is upcast
-        losses = torch.nn.functional.cross_entropy(scores, target[counted], reduction="none").double().cpu()
-        right = (scores.argmax(dim=1) == target[counted]).cpu()
-        counts = counted.sum(1).tolist()
-        for index, some, hits in zip(indices, losses.split(counts), right.split(counts)):
+    for batch in guesses(model, rows.input_ids, rows.labels, padding, batch_size=batch_size, advance=advance):
+        right = (batch.scores.argmax(dim=1) == batch.gold).cpu()
+        for index, losses, hits in zip(batch.indices, batch.losses().split(batch.counts), right.split(batch.counts)):
             before = found.get(rows.owners[index], Measured(0.0, 0, 0))
             found[rows.owners[index]] = Measured(
-                before.loss + some.sum().item(), before.right + int(hits.sum()), before.tokens + len(some)
+                before.loss + losses.sum().item(), before.right + int(hits.sum()), before.tokens + len(losses)
             )
-        if advance is not None:
-            advance(len(indices))
     return found
 
 
 def summed_up(measured: Sequence[Measured]) -> HeldOutWords:
     """The mean over all tokens of one or more conversations."""
     tokens = [one.tokens for one in measured]
-    loss, loss_stderr = _ratio([one.loss for one in measured], tokens)
-    accuracy, accuracy_stderr = _ratio([float(one.right) for one in measured], tokens)
+    loss, loss_stderr = pooled_mean([one.loss for one in measured], tokens)
+    accuracy, accuracy_stderr = pooled_mean([float(one.right) for one in measured], tokens)
     return HeldOutWords(loss, loss_stderr, accuracy, accuracy_stderr, sum(tokens))
 
 
-def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+def pooled_mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
     """sum(sums) / sum(counts), and its standard error over independent conversations (of one: 0)."""
     total, number = sum(counts), len(counts)
     mean = sum(sums) / total

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
+from pica.experiments.batches import left_padded, length_batches
 from pica.experiments.chat.rendering import Renderer
 from pica.experiments.data import special_ids
 from pica.experiments.reporting import Advance
@@ -63,15 +64,13 @@ class Speaker:
             advance: Is told the questions that are done.
         """
         prompts = [self.renderer.prompt(messages, tools) for messages, tools in asked]
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         texts = [""] * len(prompts)
         settings = self._settings(Sampling(max_new_tokens=max_new_tokens))
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            ids, mask = self._left_padded([prompts[index] for index in indices])
+        for indices in length_batches([len(prompt) for prompt in prompts], batch_size):
+            batch = self._batch([prompts[index] for index in indices])
             with torch.inference_mode():
-                written = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            for index, row in zip(indices, written[:, ids.shape[1] :]):
+                written = self.model.generate(**batch, generation_config=settings)
+            for index, row in zip(indices, written[:, batch["input_ids"].shape[1] :]):
                 texts[index] = self.tokenizer.decode(row, skip_special_tokens=True).strip()  # pyright: ignore[reportAttributeAccessIssue]
             if advance is not None:
                 advance(len(indices))
@@ -79,7 +78,7 @@ class Speaker:
 
     def stream(self, messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Iterator[str]:
         """The answer in pieces, as it is written. Closing the iterator (as Ctrl-C does) stops the writing."""
-        ids, mask = self._left_padded([self.renderer.prompt(messages, tools)])
+        question = self._batch([self.renderer.prompt(messages, tools)])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         stopped, failed = _Stopped(), list[BaseException]()
 
@@ -88,8 +87,7 @@ class Speaker:
                 with torch.inference_mode():
                     torch.manual_seed(sampling.seed)
                     self.model.generate(
-                        input_ids=ids,
-                        attention_mask=mask,
+                        **question,
                         generation_config=self._settings(sampling),
                         streamer=streamer,
                         stopping_criteria=[stopped],
@@ -122,12 +120,6 @@ class Speaker:
             max_new_tokens=sampling.max_new_tokens, eos_token_id=sorted(stops), pad_token_id=padding, **chosen
         )
 
-    def _left_padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        _, padding = special_ids(self.tokenizer)
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), padding)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for at, row in enumerate(rows):
-            ids[at, width - len(row) :] = torch.tensor(row)
-            mask[at, width - len(row) :] = 1
-        return ids.to(self.model.device), mask.to(self.model.device)
+    def _batch(self, prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        ids, mask = left_padded(prompts, special_ids(self.tokenizer)[1])
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}

@@ -4,13 +4,13 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pica.experiments.data import IGNORED, encode, prompt_ids, special_ids
+from pica.experiments.batches import guesses, left_padded, length_batches
+from pica.experiments.data import encode, prompt_ids, special_ids
 from pica.experiments.limits import limits_of, takes_positions
 from pica.experiments.reporting import Advance, Reporter
 from pica.experiments.uncertainty import near_the_end, score_interval, shown, shown_interval
@@ -197,7 +197,7 @@ def answers(
         # Padded on the left, a prompt begins at a later position: a model without `position_ids` cannot be told otherwise.
         alike = limits.positions is not None and not takes_positions(model)
         for indices in length_batches([len(ids) for ids in prompts], batch_size, alike=alike):
-            ids, mask = _left_padded([prompts[index] for index in indices], padding)
+            ids, mask = left_padded([prompts[index] for index in indices], padding)
             ids, mask = ids.to(model.device), mask.to(model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
@@ -246,7 +246,6 @@ def held_out_loss(
     return sum(loss for loss, _ in losses) / tokens, tokens
 
 
-@torch.inference_mode()
 def completion_losses(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -256,50 +255,11 @@ def completion_losses(
     advance: Advance | None = None,
 ) -> list[tuple[float, int]]:
     """Negative log-likelihood in nats of each example's completion, end-of-text token included, and its tokens."""
-    model.eval()
     rows = encode(examples, tokenizer, limits=limits_of(model), whole=True)
     ids, labels = rows["input_ids"], rows["labels"]
-    lengths = [len(row) for row in ids]
     _, padding = special_ids(tokenizer)
-    losses = [(0.0, 0)] * len(lengths)
-    for indices in length_batches(lengths, batch_size):
-        width = max(lengths[index] for index in indices)
-        batch = torch.full((len(indices), width), padding)
-        target = torch.full((len(indices), width), IGNORED)
-        mask = torch.zeros((len(indices), width), dtype=torch.long)
-        for row, index in enumerate(indices):
-            batch[row, : lengths[index]] = torch.tensor(ids[index])
-            target[row, : lengths[index]] = torch.tensor(labels[index])
-            mask[row, : lengths[index]] = 1
-        logits = model(input_ids=batch.to(model.device), attention_mask=mask.to(model.device)).logits
-        target = target[:, 1:].to(logits.device)
-        counted = target != IGNORED  # (batch, width - 1)
-        # Only completion positions are upcast: all of them in float32 are the largest tensor of the whole run.
-        scores = logits[:, :-1][counted].float()  # (tokens, vocabulary)
-        each = torch.nn.functional.cross_entropy(scores, target[counted], reduction="none").double().cpu()
-        counts = counted.sum(1).tolist()
-        for index, part in zip(indices, each.split(counts)):
+    losses = [(0.0, 0)] * len(ids)
+    for batch in guesses(model, ids, labels, padding, batch_size=batch_size, advance=advance):
+        for index, part in zip(batch.indices, batch.losses().split(batch.counts)):
             losses[index] = part.sum().item(), len(part)
-        if advance is not None:
-            advance(len(indices))
     return losses
-
-
-def length_batches(lengths: Sequence[int], size: int, *, alike: bool = False) -> Iterator[list[int]]:
-    """Indices in batches of similar length (if `alike` the same), longest first: memory runs out at once or never."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)] if alike else [order]
-    for group in groups:
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _left_padded(rows: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (rows, longest); generation continues at the right edge."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), padding)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
-    return ids, mask

@@ -19,8 +19,9 @@ from transformers import (
 
 from pica.errors import ConfigError
 from pica.experiments.adapters import attach, head_parameters
+from pica.experiments.batches import length_batches
 from pica.experiments.data import target_of
-from pica.experiments.evaluate.evaluation import Evaluation, length_batches
+from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, limits_of, longest, planned_limits
 from pica.experiments.models import load_adapter, load_classifier, load_config, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut

@@ -1,0 +1,91 @@
+"""Rows of token ids as batches: similar lengths together, filled up at one end, and what a model makes of labelled ones."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from pica.experiments.data import IGNORED
+from pica.experiments.reporting import Advance
+
+
+def length_batches(lengths: Sequence[int], size: int, *, alike: bool = False) -> Iterator[list[int]]:
+    """Indices in batches of similar length (if `alike` the same), longest first: memory runs out at once or never."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)] if alike else [order]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def left_padded(rows: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (rows, longest); generation continues at the right edge."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), padding)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What a model makes of a batch's labelled tokens, row by row in the batch's order.
+
+    Attributes:
+        indices: The rows of the batch.
+        counts: Labelled tokens of each.
+        scores: float32 logits, (sum of counts, vocabulary), on the model's device.
+        gold: The labels, (sum of counts).
+    """
+
+    indices: list[int]
+    counts: list[int]
+    scores: torch.Tensor
+    gold: torch.Tensor
+
+    def losses(self) -> torch.Tensor:
+        """Negative log-likelihoods in nats, float64 (sum of counts), on the CPU."""
+        return torch.nn.functional.cross_entropy(self.scores, self.gold, reduction="none").double().cpu()
+
+
+@torch.inference_mode()
+def guesses(
+    model: Any,
+    input_ids: Sequence[list[int]],
+    labels: Sequence[list[int]],
+    padding: int,
+    *,
+    batch_size: int,
+    advance: Advance | None = None,
+) -> Iterator[Guesses]:
+    """Run a causal language model over all rows, and keep what it makes of the labelled tokens.
+
+    Args:
+        model: On the device to use; is put into evaluation mode.
+        input_ids, labels: Of each row, of the same length; labels are -100 where nothing is asked.
+        padding: Id that shorter rows are filled up with.
+        batch_size: Rows in one forward pass.
+        advance: Is told the rows that are done.
+    """
+    model.eval()
+    lengths = [len(row) for row in input_ids]
+    for indices in length_batches(lengths, batch_size):
+        width = max(lengths[index] for index in indices)
+        batch = torch.full((len(indices), width), padding)
+        target = torch.full((len(indices), width), IGNORED)
+        mask = torch.zeros((len(indices), width), dtype=torch.long)
+        for row, index in enumerate(indices):
+            batch[row, : lengths[index]] = torch.tensor(input_ids[index])
+            target[row, : lengths[index]] = torch.tensor(labels[index])
+            mask[row, : lengths[index]] = 1
+        logits = model(input_ids=batch.to(model.device), attention_mask=mask.to(model.device)).logits
+        target = target[:, 1:].to(logits.device)
+        counted = target != IGNORED  # (batch, width - 1)
+        # Only labelled positions are upcast: all of them in float32 are the largest tensor of the whole run.
+        yield Guesses(indices, counted.sum(1).tolist(), logits[:, :-1][counted].float(), target[counted])
+        if advance is not None:
+            advance(len(indices))
