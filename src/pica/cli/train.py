@@ -261,14 +261,11 @@ def _print_answers(result: "RunResult", option: str) -> None:
 
 def _answers(folder: Path) -> list[tuple[str, str | None, str]]:
     """The first questions that were answered: what was asked, and the answers without (None: not asked) and with."""
-    from pica.files.documents import parse_json
+    from pica.experiments.standings import predictions_file
+    from pica.report.run_files import read_rows
 
-    def rows(name: str) -> list[dict[str, Any]]:
-        text = (folder / f"predictions-{name}.jsonl").read_text(encoding="utf-8")
-        return [parse_json(line) for line in text.split("\n") if line]
-
-    adapted = rows("adapter")
-    base = rows("base") if (folder / "predictions-base.jsonl").is_file() else [{}] * len(adapted)
+    adapted, before = read_rows(folder / predictions_file("adapter")), folder / predictions_file("base")
+    base = read_rows(before) if before.is_file() else [{}] * len(adapted)
     answered = [pair for pair in zip(adapted, base) if "answer" in pair[0]][:_SHOWN]
     return [(row["messages"][-2]["content"], other.get("answer"), row["answer"]) for row, other in answered]
 

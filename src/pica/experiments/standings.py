@@ -11,6 +11,19 @@ BASE = "base model"
 """What the model without training is called."""
 
 
+def predictions_file(kind: str, method: str | None = None) -> str:
+    """Name of the file with the predictions of a run's base, adapter or baseline (which is named with its method)."""
+    return f"predictions-{kind}-{method}.jsonl" if kind == "baseline" else f"predictions-{kind}.jsonl"
+
+
+def prediction_files(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The `predictions_file` of each of base, adapter and baseline that a run has measured."""
+    names = {kind: predictions_file(kind) for kind in ("base", "adapter") if kind in metrics}
+    if "baseline" in metrics:
+        names["baseline"] = predictions_file("baseline", metrics["baseline"]["method"])
+    return names
+
+
 def run_standing(folder: Path, metrics: Mapping[str, Any]) -> Standing | None:
     """Hold base model, adapter and baseline of a run against each other, on the problems that all of them answered.
 
@@ -37,13 +50,10 @@ def contender(label: str, result: Mapping[str, Any], kept: Mapping[str, Any] | N
 
 def read_outcomes(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """`kept_outcomes` of base, adapter and baseline, from the predictions files of a run; without those that have none."""
-    names = {"base": "base", "adapter": "adapter"}
-    if "baseline" in metrics:
-        names["baseline"] = f"baseline-{metrics['baseline']['method']}"
     found = {}
-    for kind, name in names.items():
-        file = folder / f"predictions-{name}.jsonl"
-        if kind in metrics and file.is_file():
+    for kind, name in prediction_files(metrics).items():
+        file = folder / name
+        if file.is_file():
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
             if kept := kept_outcomes(metrics[kind].get("metric", "accuracy"), rows):
                 found[kind] = kept

@@ -1,7 +1,6 @@
 """The page of one DreamBooth run: pictures before and after, what was measured, the loss, and the recipe."""
 
 import base64
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pica.files.output import RESOLVED, json_text, write_text
 from pica.report import page as html
 from pica.report.curves import loss_figure, run_titles
 from pica.report.page import Column, Page
+from pica.report.run_files import read_run
 
 GRID, PAGE = "grid.png", "report.html"
 _CAPTION = (
@@ -52,12 +52,9 @@ def write_picture_page(folder: Path, *, page: Path | None = None) -> Path:
         OutputError: The page can't be written.
     """
     try:
-        metrics = read_json(folder / "metrics.json")
-        recipe = (folder / RESOLVED).read_text(encoding="utf-8")
-        with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
-            curve = list(csv.DictReader(file))
+        run = read_run(folder)
         picture = (folder / GRID).read_bytes() if (folder / GRID).is_file() else None
-        text = _page(metrics, recipe, curve, picture)
+        text = _page(run.metrics, run.recipe, run.curve, picture)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"A file in {str(folder)!r} is missing or damaged ({error}); run pica train again."

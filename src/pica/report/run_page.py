@@ -1,6 +1,5 @@
 """The page of one finished run on texts: the numbers before and after, the loss, the answers, and how to repeat it."""
 
-import csv
 import dataclasses
 import math
 import shlex
@@ -16,13 +15,14 @@ from pica.experiments.chat.measuring import pooled_mean
 from pica.experiments.evaluate.evaluation import shown_score
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.uncertainty import shown
-from pica.files.documents import parse_json, parse_yaml, read_json
+from pica.files.documents import parse_yaml
 from pica.files.output import RESOLVED, json_text, write_text
 from pica.foreign_code import FLAG
 from pica.report import page as html
 from pica.report.answers import Rows, answers_block
 from pica.report.curves import loss_figure, run_titles
 from pica.report.page import Cell, Column, Page
+from pica.report.run_files import read_predictions, read_run
 
 PAGE = "report.html"
 _COMMON = {
@@ -62,29 +62,15 @@ def write_run_page(folder: Path, *, page: Path | None = None) -> Path:
             f"pica train --resume {shlex.quote(str(folder))}"
         )
     try:
-        metrics = read_json(folder / "metrics.json")
-        recipe = (folder / RESOLVED).read_text(encoding="utf-8")
-        with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
-            curve = list(csv.DictReader(file))
-        text = _page(metrics, recipe, parse_yaml(recipe), curve, _predictions(folder, metrics))
+        run = read_run(folder)
+        predictions = read_predictions(folder, run.metrics)
+        text = _page(run.metrics, run.recipe, parse_yaml(run.recipe), run.curve, predictions)
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, IndexError) as error:
         told = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"A file in {str(folder)!r} is missing or damaged ({told}); run pica train again.") from error
     target = page or folder / PAGE
     write_text(target, text)
     return target
-
-
-def _predictions(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Rows]:
-    files = {"base": "base", "adapter": "adapter"}
-    if "baseline" in metrics:
-        files["baseline"] = f"baseline-{metrics['baseline']['method']}"
-    found: dict[str, Rows] = {}
-    for name, file in files.items():
-        if name in metrics:
-            text = (folder / f"predictions-{file}.jsonl").read_text(encoding="utf-8")
-            found[name] = [parse_json(line) for line in text.split("\n") if line]
-    return found
 
 
 def _page(

@@ -33,7 +33,7 @@ from pica.experiments.recipes.parsing import dump_recipe, load_recipe
 from pica.experiments.recipes.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
 from pica.experiments.sharing import write_run_card
-from pica.experiments.standings import run_standing
+from pica.experiments.standings import prediction_files, predictions_file, run_standing
 from pica.experiments.train.origins import changes, origin
 from pica.experiments.train.phases import Phases
 from pica.experiments.train.trainers import check_optimizer
@@ -293,7 +293,7 @@ class _Run:
                 f"The base model's loss on the test problems is {found.loss}, so there is nothing to train; check its "
                 "weights and model.dtype."
             )
-        self._report("Base model", found, "predictions-base.jsonl")
+        self._report("Base model", found, predictions_file("base"))
         return found.summary()
 
     def _fit(
@@ -356,8 +356,7 @@ class _Run:
                 f"{title}: the trained model's loss on the test problems is {found.loss}, so no adapter was written; lower "
                 "the learning rate."
             )
-        suffix = "adapter" if name == "adapter" else f"baseline-{section.method}"
-        self._report(title, found, f"predictions-{suffix}.jsonl")
+        self._report(title, found, predictions_file(name, section.method))
         with files.atomic_folder(self.folder / name) as partial:
             shutil.copytree(written, partial, dirs_exist_ok=True)
             self.pipeline.accompany(partial)
@@ -486,11 +485,9 @@ class _Run:
 
     def _finish_pictures(self, pipeline: PicturePipeline, metrics: dict[str, Any]) -> None:
         """Pictures side by side, and what was not measured."""
-        titles = {_pictures_of("predictions-base.jsonl"): "before"} if "base" in metrics else {}
-        for name in ("adapter", "baseline"):
-            if name in metrics:
-                suffix = name if name == "adapter" else f"{name}-{metrics[name]['method']}"
-                titles[_pictures_of(f"predictions-{suffix}.jsonl")] = metrics[name]["title"]
+        titles = {
+            _pictures_of(file): metrics[kind].get("title", "before") for kind, file in prediction_files(metrics).items()
+        }
         pipeline.finish(self.folder, self.splits.train, titles)
         metrics["not_measured"] = dict(pipeline.missing_scores)
         for score, reason in pipeline.missing_scores.items():

@@ -1,0 +1,52 @@
+"""What the folder of a finished run holds, read for its page."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pica.experiments.standings import prediction_files
+from pica.files.documents import parse_json, read_json
+from pica.files.output import RESOLVED
+from pica.report.answers import Rows
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files that every finished run has.
+
+    Attributes:
+        metrics: Content of metrics.json.
+        recipe: Text of the whole recipe.
+        curve: Rows of loss_curve.csv.
+    """
+
+    metrics: dict[str, Any]
+    recipe: str
+    curve: list[dict[str, str]]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read the files of a run.
+
+    Raises:
+        OSError, ValueError: One is missing or damaged.
+    """
+    with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
+        curve = list(csv.DictReader(file))
+    return RunFiles(read_json(folder / "metrics.json"), (folder / RESOLVED).read_text(encoding="utf-8"), curve)
+
+
+def read_predictions(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Rows]:
+    """The lines of the predictions files by "base", "adapter" and "baseline", of those that were measured.
+
+    Raises:
+        OSError, ValueError: One is missing or damaged.
+    """
+    return {kind: read_rows(folder / name) for kind, name in prediction_files(metrics).items()}
+
+
+def read_rows(file: Path) -> Rows:
+    """The lines of one predictions file; raises as `read_predictions`."""
+    return [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
