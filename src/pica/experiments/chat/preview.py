@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pica.experiments.chat.rendering import Overflow, Renderer, Rows
+from pica.experiments.chat.rendering import Overflow, Renderer, Rows, cut_rows
 from pica.experiments.data import IGNORED
 from pica.tasks.chat import Conversation, with_system
 
@@ -87,11 +87,7 @@ def preview(
         DataError: The template refuses one, or nothing is left to learn.
     """
     given = [with_system(conversation, system) for conversation in train]
-    lengths, learnt = [], []
-    for conversation in given:
-        ids, labels = renderer.tokens(conversation)
-        lengths.append(len(ids))
-        learnt.append(sum(label != IGNORED for label in labels))
+    tokens = [renderer.tokens(conversation) for conversation in given]
     first: dict[str, str] = {}
     duplicates = []
     for conversation in train:
@@ -100,9 +96,9 @@ def preview(
             duplicates.append((conversation.place, before))
     tested = {conversation.identity for conversation in test}
     return Preview(
-        lengths,
-        learnt,
-        renderer.rows(given, max_length=max_length, overflow=overflow),
+        [len(ids) for ids, _ in tokens],
+        [sum(label != IGNORED for label in labels) for _, labels in tokens],
+        cut_rows(tokens, max_length=max_length, overflow=overflow),
         duplicates,
         [conversation.place for conversation in train if conversation.identity in tested],
         [(conversation.place, stretches(renderer, conversation)) for conversation in given[:examples]],

@@ -7,7 +7,7 @@ trim, that move the system prompt, or that drop the reasoning of earlier turns.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -143,30 +143,7 @@ class Renderer:
         Raises:
             DataError: As `render`, or nothing is left to learn.
         """
-        rows = Rows()
-        for owner, conversation in enumerate(conversations):
-            ids, labels = self.tokens(conversation)
-            too_long = max_length is not None and len(ids) > max_length
-            if too_long and overflow == "drop":
-                rows.dropped += 1
-                continue
-            step = max_length or max(1, len(ids))
-            starts = range(0, len(ids), step) if too_long and overflow == "split" else (0,)
-            parts = [(ids[at : at + step], labels[at : at + step]) for at in starts]
-            parts = [(i, [IGNORED, *lab[1:]]) for i, lab in parts if any(one != IGNORED for one in lab[1:])]
-            rows.cut += too_long and overflow == "cut"
-            rows.split += too_long and overflow == "split"
-            rows.empty += not parts
-            for some_ids, some_labels in parts:
-                rows.input_ids.append(some_ids)
-                rows.labels.append(some_labels)
-                rows.owners.append(owner)
-        if not rows.input_ids:
-            raise DataError(
-                f"None of the {len(conversations)} conversations has anything to learn within trainer.max_length = "
-                f"{max_length} tokens; raise it, or set trainer.overflow to split."
-            )
-        return rows
+        return cut_rows(map(self.tokens, conversations), max_length=max_length, overflow=overflow)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Ids of what comes before the assistant's answer to `messages`."""
@@ -280,6 +257,39 @@ class Renderer:
         end = self.tokenizer.eos_token
         self._stops = tuple(dict.fromkeys([*found, *([end] if isinstance(end, str) and found else [])]))
         return self._stops
+
+
+def cut_rows(
+    tokens: Iterable[tuple[list[int], list[int]]], *, max_length: int | None = None, overflow: Overflow = "cut"
+) -> Rows:
+    """`Renderer.rows` of conversations whose `Renderer.tokens` are there already.
+
+    Raises:
+        DataError: Nothing is left to learn.
+    """
+    rows, owner = Rows(), -1
+    for owner, (ids, labels) in enumerate(tokens):
+        too_long = max_length is not None and len(ids) > max_length
+        if too_long and overflow == "drop":
+            rows.dropped += 1
+            continue
+        step = max_length or max(1, len(ids))
+        starts = range(0, len(ids), step) if too_long and overflow == "split" else (0,)
+        parts = [(ids[at : at + step], labels[at : at + step]) for at in starts]
+        parts = [(i, [IGNORED, *lab[1:]]) for i, lab in parts if any(one != IGNORED for one in lab[1:])]
+        rows.cut += too_long and overflow == "cut"
+        rows.split += too_long and overflow == "split"
+        rows.empty += not parts
+        for some_ids, some_labels in parts:
+            rows.input_ids.append(some_ids)
+            rows.labels.append(some_labels)
+            rows.owners.append(owner)
+    if not rows.input_ids:
+        raise DataError(
+            f"None of the {owner + 1} conversations has anything to learn within trainer.max_length = "
+            f"{max_length} tokens; raise it, or set trainer.overflow to split."
+        )
+    return rows
 
 
 def _arguments_as_text(messages: Sequence[Message]) -> list[Message] | None:
