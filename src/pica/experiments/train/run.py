@@ -200,7 +200,7 @@ class _Run:
         self.reporter.say(
             "Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count) + listed
         )
-        for line in self.pipeline.describe(self.splits.train):
+        for line in (about := self.pipeline.describe(self.splits.train)):
             self.reporter.say(line)
         # The adapter is put on before anything is measured: a wrong target must show now, not after minutes.
         model = None if "adapter" in self.phases else self._adapted(recipe.adapter)
@@ -245,7 +245,7 @@ class _Run:
                 self._finish_pictures(self.pipeline, metrics)
             if found := run_standing(self.folder, metrics):
                 metrics["standing"] = found.summary()
-            write_run_card(self.folder / "adapter", recipe, metrics, self.pipeline.describe(self.splits.train))
+            write_run_card(self.folder / "adapter", recipe, metrics, about)
             files.write_json(self.folder / _FINISHED, metrics)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.place.done()
