@@ -201,6 +201,15 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(
     assert len(calls) == 3  # three batches in all
     assert halved.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.partial-*"))
+
+    halved.unlink()
+    partial.write_text('{"row": 0, "answ')  # killed in the first line, and interrupted again
+    calls.clear()
+    monkeypatch.setattr(answering, "_answer", interrupted)
+    assert cli.main([*arguments, "-o", str(halved)]) == 130
+    monkeypatch.setattr(answering, "_answer", real)
+    assert cli.main([*arguments, "-o", str(halved)]) == 0
+    assert halved.read_bytes() == whole.read_bytes()
     capsys.readouterr()
     assert cli.main([*arguments, "-o", str(whole)]) == 2
     assert "exists; name another file" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 from pica.errors import DataError, OutputError
 from pica.experiments.chat.loading import BASE, Talker
 from pica.experiments.reporting import Reporter
-from pica.files.output import translated_write_errors
+from pica.files.output import json_text, translated_write_errors, write_jsonl
 from pica.tasks.chat import Conversation, Message, form_of, with_system
 from pica.tasks.records import read_records
 
@@ -87,24 +87,17 @@ def answer_file(
     with translated_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         done = _read_done(partial)
-        if done:  # without a line that was cut off in the writing
-            partial.write_text(
-                "".join(f"{json.dumps({'row': row, **done[row]}, ensure_ascii=False)}\n" for row in done), "utf-8"
-            )
+        if partial.is_file():  # without a line that was cut off in the writing
+            write_jsonl(partial, ({"row": index, **row} for index, row in done.items()))
         with reporter.bar("Answering", len(prompts)) as advance, partial.open("a", encoding="utf-8") as file:
             advance(len(done), "")
             for indices in _batches(names, done, batch_size):
                 rows = _answer(talker, indices, names, asked, base_too, max_new_tokens, batch_size)
-                file.writelines(
-                    json.dumps({"row": index, **row}, ensure_ascii=False) + "\n" for index, row in rows.items()
-                )
+                file.writelines(json_text({"row": index, **row}) + "\n" for index, row in rows.items())
                 file.flush()
+                done |= rows
                 advance(len(indices), "")
-        done = _read_done(partial)
-        text = "".join(json.dumps(done[index], ensure_ascii=False) + "\n" for index in range(len(prompts)))
-        whole = output.with_name(f"{output.name}.whole")
-        whole.write_text(text, encoding="utf-8")
-        whole.rename(output)
+        write_jsonl(output, [done[index] for index in range(len(prompts))])
         partial.unlink()
     return len(prompts)
 
