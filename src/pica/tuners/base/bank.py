@@ -272,13 +272,14 @@ def get_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank | None:
     return next((inner for path, inner in find_banks(root) if path.rpartition(".")[2] == name), None)
 
 
-def ensure_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank:
-    """The bank of a base model, made if need be."""
+def ensure_bank(root: nn.Module, name: str, verifier: Callable[[PicaBank], None]) -> PicaBank:
+    """The bank of a base model, made if need be, with this verifier."""
     bank = get_bank(root, name)
     if bank is None:
         bank = PicaBank()
         # `add_module` refuses a name that a forwarded attribute of an inner model has (a PeftModel within a PeftModel).
         _unwrapped(root)._modules[name] = bank
+    bank.verifier = verifier
     return bank
 
 

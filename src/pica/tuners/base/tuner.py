@@ -214,8 +214,7 @@ class BankedModel(BaseTuner):
             )
         current_key = plain_name(current_key)
         self._ensure_plan(peft_config, adapter_name)
-        bank = ensure_bank(self.model, self.bank_name)
-        bank.verifier = verify_arrived
+        bank = ensure_bank(self.model, self.bank_name, verify_arrived)
         layer = (
             target if isinstance(target, self.layer_class) else self.layer_class(target, bank, current_key, self.model)
         )

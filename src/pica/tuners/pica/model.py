@@ -93,8 +93,7 @@ class PicaModel(BankedModel):
     ) -> list[str]:
         """PEFT's injection on `target_parameters`: the experts' modules run as they are, on adapted weights."""
         plan = cast(Plan, self._ensure_plan(peft_config, adapter_name))
-        bank = ensure_bank(self.model, self.bank_name)
-        bank.verifier = verify_arrived
+        bank = ensure_bank(self.model, self.bank_name, verify_arrived)
         for stack in plan.stacks:
             wrap_stack(model, stack.path, stack.parameter, stack.experts, bank)
             experts = cast(AdaptedExperts, model.get_submodule(stack.path))
