@@ -73,6 +73,24 @@ def add_speaking(made: argparse.ArgumentParser, *, max_new_tokens: int, temperat
     )
 
 
+def load_named(given: argparse.Namespace) -> Talker:
+    """What the arguments of `add_speaking` and `places` name.
+
+    Raises:
+        PicaError: As `pica.experiments.chat.loading.load_talker`.
+    """
+    from pica.experiments.chat.loading import load_talker
+
+    return load_talker(
+        given.places,
+        base=given.base,
+        template=given.chat_template,
+        dtype=given.dtype,
+        revision=given.revision,
+        trust_remote_code=given.trust_remote_code,
+    )
+
+
 def check_sampling(sampling: Sampling) -> None:
     """Raise `ConfigError` on settings that are out of range."""
     if not 0 <= sampling.temperature <= 100:
@@ -92,19 +110,12 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading() as shown:
-        from pica.experiments.chat.loading import BASE, load_talker
+        from pica.experiments.chat.loading import BASE
         from pica.experiments.chat.talking import Sampling
 
         sampling = Sampling(given.temperature, given.top_p, given.seed, given.max_new_tokens)
         check_sampling(sampling)
-        talker = load_talker(
-            given.places,
-            base=given.base,
-            template=given.chat_template,
-            dtype=given.dtype,
-            revision=given.revision,
-            trust_remote_code=given.trust_remote_code,
-        )
+        talker = load_named(given)
     speaking = talker.adapters[0] if talker.adapters else BASE
     system = given.system if given.system is not None else talker.system
     conversation = Conversation(talker, sampling, speaking, system)

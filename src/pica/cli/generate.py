@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.chat import add_speaking
+from pica.cli.chat import add_speaking, load_named
 from pica.cli.options import positive
 from pica.cli.show import show
 from pica.errors import ConfigError
@@ -54,17 +54,10 @@ def run(arguments: Sequence[str]) -> int:
 
     with loading() as shown:
         from pica.experiments.chat.answering import answer_file, read_prompts
-        from pica.experiments.chat.loading import BASE, load_talker
+        from pica.experiments.chat.loading import BASE
 
         prompts = read_prompts(given.prompts, given.adapter_column) if given.prompts else []
-        talker = load_talker(
-            given.places,
-            base=given.base,
-            template=given.chat_template,
-            dtype=given.dtype,
-            revision=given.revision,
-            trust_remote_code=given.trust_remote_code,
-        )
+        talker = load_named(given)
     system = given.system if given.system is not None else talker.system
     if given.prompt is not None:
         messages = [{"role": "user", "content": given.prompt}]

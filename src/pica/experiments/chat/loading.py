@@ -1,5 +1,6 @@
 """What one talks to: a model, an adapter, or what a run learnt, with the chat template that it was trained in."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,6 @@ class Talker:
         Raises:
             ConfigError: There is no such adapter.
         """
-        from contextlib import nullcontext
-
         if name == BASE:
             return self.speaker.model.disable_adapter() if self.adapters else nullcontext()
         if name not in self.adapters:
