@@ -298,15 +298,6 @@ def revision_of(adapter: Path, base: str | None = None) -> str | None:
     return None if base is not None else _recorded(adapter).get("revision")
 
 
-def task_type_of(adapter: Path) -> str | None:
-    """PEFT's name for what an adapter's model does, as recorded with it.
-
-    Raises:
-        AdapterFileError: The folder holds no readable adapter_config.json.
-    """
-    return _recorded(adapter).get("task_type")
-
-
 def _recorded(adapter: Path) -> dict[str, Any]:
     try:
         config = read_json(adapter / "adapter_config.json")

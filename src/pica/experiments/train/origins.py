@@ -183,15 +183,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Fields by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping) and name in (
-            "model",
-            "data",
-            "task",
-            "dreambooth",
-            "adapter",
-            "trainer",
-            "baseline",
-        ):
+        if isinstance(value, Mapping):  # a section of the recipe
             flat |= {f"{name}.{inner}": found for inner, found in value.items()}
         else:
             flat[name] = value
