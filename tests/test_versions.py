@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 def requirements() -> dict[str, str]:
     """Package name -> the range that pyproject.toml declares for it, the core tests' own packages included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["core-test"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["cli"], *extras["core-test"]]
+    lines = [line for line in lines if not line.startswith("pica-peft[")]
     found = [re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?([<>=].+)", line) for line in lines]
     assert all(found), lines
     return {match[1]: match[2] for match in found if match}

@@ -1,4 +1,4 @@
-"""The versions of PyTorch, PEFT and transformers that this version of pica works with, and whether those are installed.
+"""The versions of PyTorch, PEFT and transformers that this version of pica works with, and what of its needs is installed.
 
 pyproject.toml declares the same ranges, which pip keeps; this is for environments where something else was installed
 later. Outside of a range things go wrong in silence: the loaders of transformers before 5.6 hand out the base model for
@@ -34,6 +34,34 @@ def check_hosts() -> None:
             f"{found} {'is' if len(wrong) == 1 else 'are'} installed, and pica {__version__} works with "
             f"{' and '.join(ranges)} only; install that with: pip install {' '.join(map(repr, ranges))}"
         )
+
+
+@functools.cache
+def check_extra(extra: str, purpose: str) -> None:
+    """Refuse to go on without the packages that one of our extras brings.
+
+    Args:
+        extra: Its name in pyproject.toml.
+        purpose: What needs it, the beginning of the sentence.
+
+    Raises:
+        VersionError: A package of the extra is missing, or older than the extra asks for.
+    """
+    try:
+        required = metadata.requires("pica-peft") or []
+    except metadata.PackageNotFoundError:  # run from its source, without having been installed
+        return
+    from packaging.requirements import Requirement
+
+    lacking = []
+    for requirement in map(Requirement, required):
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        version = installed(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            lacking.append(requirement.name if version is None else f"{requirement.name} {requirement.specifier}")
+    if lacking:
+        raise VersionError(f"{purpose} needs {', '.join(lacking)}; install with: pip install 'pica-peft[{extra}]'")
 
 
 def installed(name: str) -> str | None:

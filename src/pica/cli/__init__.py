@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from types import FrameType
 
 from pica._version import __version__
-from pica._versions import check_hosts
+from pica._versions import check_extra, check_hosts
 from pica.cli.show import say, show
 from pica.errors import LaunchError, PicaError
 from pica.experiments.interrupts import Interrupted, StopRequest
@@ -42,6 +42,9 @@ COMMANDS = {
     "cache": "what the cache of solved bases takes; clear empties it",
     "env": "versions, devices and caches for a bug report",
 }
+
+_NEED_NO_EXTRA = ("cache", "env")
+"""Commands that do with what `import pica` needs."""
 
 # What these say when they are imported, as they are wherever they are installed, is of parts that they do without.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
@@ -146,6 +149,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     if name != "env" and not {"-h", "--help"} & set(rest):
         check_hosts()
+    if name not in _NEED_NO_EXTRA:
+        check_extra("cli", f"pica {name}")
     module = f"{name}_" if keyword.iskeyword(name) else name
     command = importlib.import_module(f"pica.cli.{module}")
     try:

@@ -1,5 +1,6 @@
 """What a bug report needs to know about the machine."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,16 @@ def environment() -> dict[str, Any]:
 
 
 def _caches() -> dict[str, Path | None]:
-    from datasets import config as datasets_config
     from huggingface_hub import constants
 
     from pica.basis.cache import cache_folder
 
-    return {
-        "hub": Path(constants.HF_HUB_CACHE),
-        "datasets": Path(datasets_config.HF_DATASETS_CACHE),
-        "bases": cache_folder(),
-    }
+    found = {"hub": Path(constants.HF_HUB_CACHE), "bases": cache_folder()}
+    if importlib.util.find_spec("datasets"):  # of the commands' packages, which may be absent
+        from datasets import config as datasets_config
+
+        found["datasets"] = Path(datasets_config.HF_DATASETS_CACHE)
+    return found
 
 
 def _describe(folder: Path | None) -> dict[str, Any]:
