@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("source", metavar="FILE|RECIPE", help="conversations, or a recipe for task chat")
+    made.add_argument("source", nargs="+", metavar="FILE|RECIPE", help="conversations, or a recipe for task chat")
     made.add_argument("--model", metavar="MODEL", help="the model that would learn (its tokenizer and chat template)")
     made.add_argument("--test", metavar="FILE", help="test conversations, to be held against these")
     made.add_argument(
@@ -62,56 +62,64 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading():
-        from pica.experiments.chat.preview import preview
-        from pica.experiments.chat.rendering import Renderer
-        from pica.experiments.chat.templates import set_template
-        from pica.experiments.models import load_tokenizer
-        from pica.tasks.base import Source
-        from pica.tasks.chat import ChatTask, described
+        from pica.experiments.data import read_all
 
         recipe = _recipe(given)
-        tokenizer = load_tokenizer(recipe.model)
-        set_template(tokenizer, recipe.task.chat_template)
-        task = ChatTask()
-        source = Source(recipe.data.train, recipe.data.train_limit, columns=recipe.data.columns)
-        train = task.load("train", source)
-        test = task.load("test", Source(recipe.data.test, columns=recipe.data.columns)) if recipe.data.test else []
-        length = recipe.trainer.max_length
-        found = preview(
-            Renderer(tokenizer, recipe.task.loss),
-            train,
-            test,
-            system=recipe.task.system,
-            max_length=length,
-            overflow=recipe.trainer.overflow,
-            examples=given.examples,
-        )
-    facts = {"read": described(train), **found.facts(length)}
+        train, test = read_all(recipe, "train"), read_all(recipe, "test") if recipe.data.test else []
+        found, facts = look(recipe, train, test, examples=given.examples)
     if given.json:
         show(
             json.dumps({"facts": facts, "examples": [[p, [asdict(s) for s in e]] for p, e in found.examples]}, indent=2)
         )
     else:
-        _print(found, facts)
+        print_preview(found, facts)
     if given.page is not None:
         _write_page(given.page, recipe, found, facts)
         show(f"page: {given.page}")
     return 0
 
 
+def look(recipe: Any, train: Sequence[Any], test: Sequence[Any], *, examples: int) -> tuple["Preview", dict[str, str]]:
+    """What a model would see of conversations of a recipe, and what can be said of them in numbers."""
+    from pica.experiments.chat.preview import preview
+    from pica.experiments.chat.rendering import Renderer
+    from pica.experiments.chat.templates import set_template
+    from pica.experiments.models import load_tokenizer
+    from pica.tasks.chat import described, described_sources
+
+    tokenizer = load_tokenizer(recipe.model)
+    set_template(tokenizer, recipe.task.chat_template)
+    length = recipe.trainer.max_length
+    found = preview(
+        Renderer(tokenizer, recipe.task.loss),
+        train,
+        test,
+        system=recipe.task.system,
+        max_length=length,
+        overflow=recipe.trainer.overflow,
+        examples=examples,
+    )
+    sources = {f"source {number}": line for number, line in enumerate(described_sources(train), start=1)}
+    return found, {"read": described(train), **sources, **found.facts(length)}
+
+
 def _recipe(given: argparse.Namespace) -> Any:
     from pica.experiments.recipes.parsing import builtin_recipes, load_recipe
     from pica.experiments.recipes.recipe import DataSection, ModelSection, Recipe, TaskSection
 
-    if Path(given.source).suffix in (".yaml", ".yml") or given.source in builtin_recipes():
-        recipe = load_recipe(given.source, [("model.path", given.model)] if given.model else [])
+    recipes = [name for name in given.source if Path(name).suffix in (".yaml", ".yml") or name in builtin_recipes()]
+    if recipes and len(given.source) > 1:
+        raise ConfigError(f"{recipes[0]!r} is a recipe, which names its data itself; leave the other names out.")
+    if recipes:
+        recipe = load_recipe(recipes[0], [("model.path", given.model)] if given.model else [])
     else:
-        recipe = Recipe(task=TaskSection(name="chat"), data=DataSection(train=given.source))
+        files = given.source[0] if len(given.source) == 1 else given.source
+        recipe = Recipe(task=TaskSection(name="chat"), data=DataSection(train=files))
     if recipe.task.name != "chat":
-        raise ConfigError(f"{given.source!r} is a recipe for task {recipe.task.name}; pica data is for task chat.")
+        raise ConfigError(f"{recipes[0]!r} is a recipe for task {recipe.task.name}; pica data is for task chat.")
     if given.model is not None:
         recipe.model = ModelSection(path=given.model)
-    elif recipe.data.train == given.source:
+    elif not recipes:
         raise ConfigError("Name the model with --model: what is seen depends on its tokenizer and chat template.")
     for section, name, value in (
         (recipe.data, "test", given.test),
@@ -126,7 +134,8 @@ def _recipe(given: argparse.Namespace) -> Any:
     return recipe
 
 
-def _print(found: "Preview", facts: dict[str, str]) -> None:
+def print_preview(found: "Preview", facts: dict[str, str]) -> None:
+    """The numbers, then the examples with what is learnt of them."""
     from rich.text import Text
 
     from pica.cli.console import table_console
@@ -150,13 +159,14 @@ def _print(found: "Preview", facts: dict[str, str]) -> None:
 def _write_page(path: Path, recipe: Any, found: "Preview", facts: dict[str, str]) -> None:
     from markupsafe import Markup
 
+    from pica.experiments.recipes.recipe import weights_of
     from pica.files.output import write_text
     from pica.report.page import Page, details
 
     page = Page(
         "What the model would see",
         "Words with a green background are learnt; the model is given all others and no loss is taken on them.",
-        {"model": recipe.model.path, "data": recipe.data.train, **facts},
+        {"model": recipe.model.path, "data": ", ".join(weights_of(recipe.data.train)), **facts},
     )
     blocks = []
     for place, pieces in found.examples:

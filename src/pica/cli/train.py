@@ -14,11 +14,12 @@ from pica.foreign_code import FLAG
 from pica.text import shortened
 
 if TYPE_CHECKING:
+    from pica.experiments.recipes.recipe import Recipe
     from pica.experiments.train.run import RunResult
 
 DEFAULT = "arithmetic-tiny"
 
-USAGE = """pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite] [--trust-remote-code]
+USAGE = """pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite] [--dry-run] [--trust-remote-code]
        pica train --resume [DIR] [--trust-remote-code]"""
 
 DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems it has not seen.
@@ -59,9 +60,13 @@ def run(arguments: Sequence[str]) -> int:
     if reference is None and not any(key == "model.path" for key, _ in overrides):
         reference = DEFAULT
     folder = Path(options["resume"]).expanduser() if options["resume"] else None
+    if options["dry"] and options["resume"] is not None:
+        raise ConfigError("--dry-run shows what a new run would see; leave out --resume.")
     if options["trust"] and options["resume"] is None:
         overrides.append(("model.trust_remote_code", True))
     recipe = None if folder else load_recipe(reference, [*overrides, *_task_of_data(reference, overrides)])
+    if options["dry"] and recipe is not None and recipe.task.name != "chat":
+        raise ConfigError(f"--dry-run shows conversations, which task {recipe.task.name} has not; leave it out.")
 
     from pica.cli.console import loading
 
@@ -75,6 +80,9 @@ def run(arguments: Sequence[str]) -> int:
         shown.say(f"Recipe {recipe.name}: {recipe.model.path} on {recipe.task.name}, into {default_output(recipe)}")
         if recipe.model.trust_remote_code:
             shown.say(f"Python code that comes with {recipe.model.path} is run (model.trust_remote_code)")
+        if options["dry"]:
+            _look(recipe)
+            return 0
         result = start(recipe, reporter=shown, overwrite=options["overwrite"])
     from pica.experiments.distributed import leads
 
@@ -88,17 +96,35 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _look(recipe: "Recipe") -> None:
+    """Show what a model would see of a recipe's conversations, without what is held out of them."""
+    from pica.cli.data import look, print_preview
+    from pica.experiments.data import load_splits
+    from pica.tasks import get_task
+
+    splits = load_splits(recipe, get_task(recipe.task.name))
+    found, facts = look(recipe, splits.train, splits.test, examples=3)
+    held = {"held out": f"{len(splits.test):,} to be measured on"}
+    if splits.validation:
+        held["validation"] = f"{len(splits.validation):,} to choose by"
+    print_preview(found, facts | held)
+
+
 def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     """Task chat, where no task is named and the data is conversations; else nothing."""
     given = dict(overrides)
-    if reference is not None or "task.name" in given or "data.train" not in given or "data.columns" in given:
+    if reference is not None or "task.name" in given or "data.train" not in given:
         return []
+    from pica.experiments.recipes.parsing import read_field
     from pica.tasks.chat import looks_like_chat
     from pica.tasks.places import check_location, is_hub
     from pica.tasks.rows import read_rows
 
-    location = str(given["data.train"])
-    if is_hub(location) or location == "embedded" or check_location(location):
+    train = read_field("data.train", given["data.train"])
+    if not isinstance(train, str):  # which only chat takes
+        return [("task.name", "chat")]
+    location = train
+    if "data.columns" in given or is_hub(location) or location == "embedded" or check_location(location):
         return []  # what is wrong with a place is said where the recipe is checked
     first = next(iter(read_rows(location, "train")), None)
     return [("task.name", "chat")] if first is not None and looks_like_chat(first.fields) else []
@@ -113,12 +139,14 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     """
     recipe: str | None = None
     overrides: list[tuple[str, Any]] = []
-    options: dict[str, Any] = {"overwrite": False, "trust": False, "resume": None}
+    options: dict[str, Any] = {"overwrite": False, "trust": False, "resume": None, "dry": False}
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
         if token == "--overwrite":
             options["overwrite"] = True
+        elif token == "--dry-run":
+            options["dry"] = True
         elif token == FLAG:
             options["trust"] = True
         elif token == "--resume":
@@ -158,6 +186,9 @@ def help_text() -> str:
     group.add_argument("--overwrite", action="store_true", help="Replace an earlier run in the output folder.")
     add_trust(group)
     group.add_argument("--resume", metavar="DIR", help="Go on with the interrupted run in DIR.")
+    group.add_argument(
+        "--dry-run", action="store_true", help="chat: only show what the model would see; train nothing."
+    )
     group.add_argument("--debug", action="store_true", help="Show the full traceback of an error.")
     for action in parser._actions:
         if action.dest in section_names():  # a whole section at once is not read from the command line

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pica.errors import DataError
 from pica.experiments.limits import Limits, check_tokens
-from pica.experiments.recipes.recipe import Recipe, columns_of
+from pica.experiments.recipes.recipe import Recipe, columns_of, weights_of
 from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.base import Bar, LeftOut
 from pica.tasks.identity import same_problem
@@ -40,18 +40,22 @@ def source(
     split: Split,
     *,
     limit: int | None,
+    place: str | None = None,
     bar: Bar | None = None,
     left_out: Callable[[LeftOut], None] | None = None,
 ) -> Source:
-    """Where one split of a recipe comes from; `location` is that of training problems where the split has no own."""
-    location = getattr(recipe.data, split) or recipe.data.train
+    """Where one split of a recipe comes from, of several sources `place`.
+
+    Its location is that of training problems where the split has no own.
+    """
+    location = place or getattr(recipe.data, split) or next(iter(weights_of(recipe.data.train)))
     task = get_task(recipe.task.name)
     return Source(
         location,
         limit,
         recipe.data.seed,
         recipe.task.template,
-        columns_of(recipe.data.columns, split),
+        columns_of(recipe.data.columns, split, place),
         recipe.task.subset,
         target_of(recipe, task) if _has_classes(task) else None,  # pyright: ignore[reportArgumentType]
         recipe.data.skip_unreadable,
@@ -115,20 +119,22 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
     left_out: list[LeftOut] = []
 
     def load(split: Split, limit: int | None) -> list[Any]:
-        return list(task.load(split, source(recipe, split, limit=limit, bar=bar, left_out=left_out.append)))
+        return _read(recipe, task, split, limit=limit, bar=bar, left_out=left_out.append)
 
     validation: list[Any] = []
-    own_source = data.validation is not None or data.train == "embedded" or has_split(task, data.train, "validation")
+    own_source = data.validation is not None or data.train == "embedded" or _in_folder(recipe, task, "validation")
     if needs_validation(recipe) and own_source:
         validation = load("validation", data.validation_limit)
     if needs_validation(recipe) and not own_source:
         everything = load("train", None)
         count = data.validation_limit or max(1, min(len(everything) // 10, _MOST_TAKEN_OUT))
         train, validation = take_out(everything, count, seed=data.seed, left_out=left_out.append)
-        train = _limited(train, data.train_limit, task, seed=data.seed)
+        if isinstance(data.train, str):
+            train = _limited(train, data.train_limit, task, seed=data.seed)
     else:
-        train = load("train", data.train_limit)
-    if task.kind == "chat" and data.test is None and not has_split(task, data.train, "test"):
+        # Of several sources all: a part is still to be held out, of all alike, and weights are of what is left then.
+        train = load("train", data.train_limit if isinstance(data.train, str) else None)
+    if held_out(recipe, task):
         count = data.test_limit or max(1, min(len(train) // 10, _MOST_TAKEN_OUT))
         train, test = take_out(train, count, seed=data.seed + 1, split="test", left_out=left_out.append)
     else:
@@ -142,9 +148,40 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
         logger.warning("%d of %d training problems are test or validation problems too: %s", shared, len(train), action)
     if not data.keep_test_problems:
         train = kept
+    if not isinstance(data.train, str):
+        train = mixed(train, weights_of(data.train), seed=data.seed)[: data.train_limit]
     if not train or not test:
         raise DataError(f"data.{'test' if train else 'train'}: no problems are left to use.")
     return Splits(train, validation, test, left_out)
+
+
+def mixed(examples: Sequence[Any], weights: Mapping[str, float], *, seed: int) -> list[Any]:
+    """Examples of several sources in random order, each as often as its source's weight says.
+
+    Args:
+        examples: Each with the `source` that it is of.
+        weights: By source. With 2.5, each example is there twice, and a random half of them a third time; at least one of
+            each source is taken.
+        seed: Decides which ones, and their order.
+    """
+    generator, taken = random.Random(seed), list[Any]()
+    for source, weight in weights.items():
+        found = [example for example in examples if example.source == source]
+        whole, part = divmod(weight, 1)
+        count = round(part * len(found)) if whole else max(1, round(part * len(found)))
+        taken += int(whole) * found + generator.sample(found, min(count, len(found)))
+    generator.shuffle(taken)
+    return taken
+
+
+def held_out(recipe: Recipe, task: Task) -> bool:
+    """Whether the test problems are taken out of the training ones, since there are no others."""
+    return task.kind == "chat" and recipe.data.test is None and not _in_folder(recipe, task, "test")
+
+
+def _in_folder(recipe: Recipe, task: Task, split: Split) -> bool:
+    """Whether the training problems' own folder holds this split too; of several sources it is taken out of all."""
+    return isinstance(recipe.data.train, str) and has_split(task, recipe.data.train, split)
 
 
 def _not_tested(validation: list[Any], test: list[Any], told: Callable[[LeftOut], None]) -> list[Any]:
@@ -162,6 +199,31 @@ def _not_tested(validation: list[Any], test: list[Any], told: Callable[[LeftOut]
             )
         logger.warning("%d of %d validation problems are test problems too: left out", shared, len(validation))
     return kept
+
+
+def read_all(recipe: Recipe, split: Split) -> list[Any]:
+    """All that the sources of one split hold, each once; nothing is held out.
+
+    Raises:
+        DataError: A source is missing, empty or malformed.
+    """
+    return _read(recipe, get_task(recipe.task.name), split, limit=getattr(recipe.data, f"{split}_limit"))
+
+
+def _read(
+    recipe: Recipe,
+    task: Task,
+    split: Split,
+    *,
+    limit: int | None,
+    bar: Bar | None = None,
+    left_out: Callable[[LeftOut], None] | None = None,
+) -> list[Any]:
+    """The examples of a split, of several sources one after the other, of each at most `limit`."""
+    several = split == "train" and not isinstance(recipe.data.train, str)
+    places = weights_of(recipe.data.train) if several else [None]
+    sources = [source(recipe, split, limit=limit, place=place, bar=bar, left_out=left_out) for place in places]
+    return [example for each in sources for example in task.load(split, each)]
 
 
 def _subject_splits(recipe: Recipe, task: Task, bar: Bar | None) -> Splits:

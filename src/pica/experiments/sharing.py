@@ -11,7 +11,7 @@ from pica.adapters.card import CARD, PLACE, card_text, is_generated, is_local, w
 from pica.errors import AdapterFileError, ConfigError, OutputError
 from pica.experiments.evaluate.assessing import find_adapter
 from pica.experiments.evaluate.evaluation import shown_score
-from pica.experiments.recipes.recipe import Recipe
+from pica.experiments.recipes.recipe import Recipe, weights_of
 from pica.files.documents import read_json
 
 CONFIG = "adapter_config.json"
@@ -35,12 +35,11 @@ def write_run_card(adapter: Path, recipe: Recipe, metrics: Mapping[str, Any], de
     trained, counts, task = metrics["adapter"], metrics["problems"], metrics["task"]
     what = "conversations" if task == "chat" else "pictures" if task == "dreambooth" else "examples"
     subset = f", {recipe.task.subset}" if recipe.task.subset else ""
-    place = recipe.data.train or ""
-    name = place if place.startswith("hub:") or place == "embedded" else Path(place).name
+    names = [name if name.startswith("hub:") else Path(name).name for name in weights_of(recipe.data.train)]
     learnt = [text.removeprefix("Training data: ") for text in described] or [f"{counts['train']:,} {what} learnt from"]
     facts = {
         "task": f"{task}{subset}",
-        "data": f"`{name}`: {'; '.join(learnt)}; {counts['test']:,} held out",
+        "data": f"{', '.join(f'`{name}`' for name in names)}: {'; '.join(learnt)}; {counts['test']:,} held out",
         "training": f"{trained['training']['steps']:,} steps, learning rate {trained['learning_rate']:g}, seed "
         f"{metrics['seed']}",
         "base in training": f"quantised ({recipe.model.quantization})" if recipe.model.quantization else "",

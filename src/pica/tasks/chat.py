@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -51,6 +52,7 @@ class Conversation:
         learnt_from: Index of the first message that may be learnt: what comes before belongs to a `prompt`.
         place: Where it stands ("chats.jsonl, line 7"), for messages.
         form: What the form of its file is called.
+        source: The data location that it is of.
     """
 
     messages: tuple[Message, ...] = ()
@@ -59,6 +61,7 @@ class Conversation:
     learnt_from: int = 0
     place: str = field(default="", compare=False)
     form: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
 
     @property
     def identity(self) -> str:
@@ -102,7 +105,7 @@ class ChatTask:
         records = read_records(source.location, split, names=names)[: source.limit]
         records = [_renamed(record, source.columns) for record in records]
         form = form_of(records)
-        return [replace(form.read(record), form=form.name) for record in records]
+        return [replace(form.read(record), form=form.name, source=source.location) for record in records]
 
 
 def form_of(records: Sequence[Record]) -> Form:
@@ -133,7 +136,7 @@ def looks_like_chat(fields: Mapping[str, Any]) -> bool:
 
 def described(conversations: Sequence[Conversation]) -> str:
     """What was read, in one line."""
-    count, form = len(conversations), conversations[0].form
+    count, form = len(conversations), "`, `".join(dict.fromkeys(one.form for one in conversations))
     if all(not one.messages for one in conversations):
         return f"{count:,} texts, `{form}`, {mean(len(one.text) for one in conversations):,.0f} characters on average"
     parts = [f"{count:,} conversation{'s' if count != 1 else ''}", f"`{form}`"]
@@ -146,6 +149,27 @@ def described(conversations: Sequence[Conversation]) -> str:
         if share := sum(map(has, conversations)) / count:
             parts.append(f"{share:.0%} with {what}")
     return ", ".join(parts)
+
+
+def described_sources(conversations: Sequence[Conversation]) -> list[str]:
+    """What each of several sources brings, a line each; none where there is one source only.
+
+    A conversation that is there twice counts twice, so that the shares are those of what is learnt from.
+    """
+    by_source: dict[str, list[Conversation]] = {}
+    for one in conversations:
+        by_source.setdefault(one.source, []).append(one)
+    if len(by_source) < 2:
+        return []
+    lines = []
+    for source, found in by_source.items():
+        name = source if source.startswith("hub:") else Path(source).name
+        single = {id(one): one for one in found}
+        again = "" if len(single) == len(found) else f"; {len(found):,} in one pass"
+        lines.append(
+            f"{name}: {described([*single.values()])}{again}, {len(found) / len(conversations):.0%} of them all"
+        )
+    return lines
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -88,6 +89,19 @@ def test_the_template_lies_beside_the_adapter_and_evaluation_uses_it(run: Path, 
     found = json.loads(capsys.readouterr().out)
     assert found["metric"] == "token_accuracy"
     assert found["examples"] == 5
+
+
+def test_a_run_is_evaluated_on_what_it_held_out_and_on_nothing_that_it_learnt(
+    run: Path, capsys: pytest.CaptureFixture[str]
+):
+    measured = json.loads((run / "metrics.json").read_text())["adapter"]
+    for limit in ([], ["--limit", "2"]):
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(run), "--json", *limit]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["examples"] == (2 if limit else 3)
+        assert found["data"] == f"held out of {run.parent / 'chats.jsonl'}"
+        assert limit or found["loss"] == pytest.approx(measured["loss"], rel=1e-5)
 
 
 def test_the_same_run_gives_the_same_adapter(run: Path, tmp_path: Path):
@@ -228,3 +242,23 @@ def test_data_shows_what_is_learnt(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "no chat template" in capsys.readouterr().err
     assert cli.main(["data", str(run.parent / "chats.jsonl")]) == 2
     assert "Name the model with --model" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_what_would_be_learnt_of_several_files_and_writes_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other.csv"
+    other.write_text("question,answer\n" + "\n".join(f"What is {n}?,A number." for n in range(10)))
+    arguments = ["train", "--model.path", "embedded", "--task.chat_template", "alpaca", "--dry-run"]
+    sources = f"{{{run.parent / 'chats.jsonl'}: 0.5, other.csv: 2}}"
+    assert cli.main([*arguments, "--data.train", sources]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"other.csv: (8|9|10) conversations, `question/answer`, one turn each; (16|18|20) in one pass", printed
+    )
+    assert "«" in printed
+    assert "held out  4 to be measured on" in printed
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]
+    assert cli.main(["train", "--dry-run"]) == 2
+    assert "--dry-run shows conversations, which task arithmetic has not" in capsys.readouterr().err

@@ -88,12 +88,12 @@ def preview(
     """
     given = [with_system(conversation, system) for conversation in train]
     tokens = [renderer.tokens(conversation) for conversation in given]
-    first: dict[str, str] = {}
+    first: dict[str, Conversation] = {}
     duplicates = []
     for conversation in train:
-        before = first.setdefault(conversation.identity, conversation.place)
-        if before != conversation.place:
-            duplicates.append((conversation.place, before))
+        before = first.setdefault(conversation.identity, conversation)
+        if before is not conversation:  # a weight repeats the very same one, which is no duplicate
+            duplicates.append((conversation.place, before.place))
     tested = {conversation.identity for conversation in test}
     return Preview(
         [len(ids) for ids, _ in tokens],

@@ -24,7 +24,7 @@ from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSecti
 from pica.experiments.reporting import Reporter, Silent
 from pica.experiments.train.trainers import generation_trainer
 from pica.files.output import write_text
-from pica.tasks.chat import Conversation, described, with_system
+from pica.tasks.chat import Conversation, described, described_sources, with_system
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,10 @@ class ChatPipeline:
         total = sum(len(ids) for ids, _ in tokens)
         learnt = sum(label != IGNORED for _, labels in tokens for label in labels)
         share = f"{learnt / total:.0%} of their tokens are learnt"
-        return [f"Training data: {described(examples)}, {total / len(tokens):,.0f} tokens on average; {share}"]
+        return [
+            f"Training data: {described(examples)}, {total / len(tokens):,.0f} tokens on average; {share}",
+            *described_sources(examples),
+        ]
 
     def accompany(self, folder: Path) -> None:
         """Put the chat template beside an adapter, so that it is spoken to as it was trained."""

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from pica.experiments.methods import METHODS, SPECIAL
-from pica.experiments.recipes.recipe import AdapterSection, DreamBoothSection, Recipe
+from pica.experiments.recipes.recipe import AdapterSection, DreamBoothSection, Recipe, weights_of
 from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
@@ -36,6 +36,7 @@ _POSITIVE_INTEGERS = {
     "baseline": ("r",),
 }
 _DEFAULT = AdapterSection()
+_MOST_OFTEN = 1000  # times that a conversation is learnt from in one pass
 _MOST = 2**31 - 1  # what the libraries' whole numbers hold
 _SEEDS = ("trainer.seed", "data.seed", "adapter.projection_seed", "adapter.pattern_seed")  # of their own range
 # Has a sentence of its own below, or means something.
@@ -208,18 +209,31 @@ def _places(recipe: Recipe) -> Iterator[str]:
     elif (folder / _PIPELINE).is_file():
         yield f"model.path: folder {recipe.model.path!r} holds a pipeline of diffusers, which is for task dreambooth."
     files = KINDS_OF_PICTURES if task is not None and task.kind == "image-classification" else KINDS_OF_FILE
-    for name in ("train", "validation", "test"):
-        location = getattr(recipe.data, name)
+    yield from _weights(recipe)
+    locations = [("train", place) for place in weights_of(recipe.data.train)]
+    if (
+        isinstance(recipe.data.train, str)
+        and recipe.data.train[:1] in ("{", "[")
+        and not Path(recipe.data.train).exists()
+    ):
+        yield (
+            f"data.train = {recipe.data.train!r}: neither a list of sources, [a.jsonl, b.jsonl], nor sources with a number "
+            "each, {a.jsonl: 1, b.jsonl: 0.5}."
+        )
+        return
+    for name, location in [*locations, ("validation", recipe.data.validation), ("test", recipe.data.test)]:
         if location == REQUIRED:
             given = "a folder of pictures" if draws else f"{files}, a folder or hub:OWNER/NAME"
             yield f"data.{name} is not set: give {given} with --data.{name}."
         elif location is not None and (problem := location_problem(task, location)):
             yield f"data.{name}: {problem}"
     for name, columns in recipe.data.columns.items():
-        if not isinstance(columns, str) and name not in ("train", "validation", "test"):
+        several = () if isinstance(recipe.data.train, str) else recipe.data.train
+        if not isinstance(columns, str) and name not in ("train", "validation", "test", *several):
             yield f"data.columns: {name!r} has names below it, and is no split; those are train, validation and test."
     if (
-        recipe.data.train not in ("embedded", REQUIRED)
+        isinstance(recipe.data.train, str)
+        and recipe.data.train not in ("embedded", REQUIRED)
         and recipe.data.test is None
         and not draws
         and not (task is not None and task.kind == "chat")  # some of the training conversations are held out
@@ -231,10 +245,31 @@ def _places(recipe: Recipe) -> Iterator[str]:
         )
     if draws and recipe.data.train == "embedded":
         yield "data.train is not set: give a folder of pictures of one subject with --data.train."
-    elif task is not None and task.kind == "chat" and recipe.data.train == "embedded":
+    elif task is not None and task.kind == "chat" and "embedded" in weights_of(recipe.data.train):
         yield "data.train is not set: task chat learns from conversations of yours; name a file with --data.train."
     elif task is not None and not task.has_embedded and "embedded" in (recipe.data.train, recipe.data.test):
         yield f"task {task.name} has no embedded problems: set data.train and data.test to files, folders or hub names."
+
+
+def _weights(recipe: Recipe) -> Iterator[str]:
+    """Several sources of training problems."""
+    train, task = recipe.data.train, TASKS.get(recipe.task.name)
+    if isinstance(train, str):
+        return
+    if task is not None and task.kind != "chat":
+        yield f"data.train names several sources, which is for task chat, and the task is {task.name}; name one."
+    if not train:
+        yield "data.train names no source; give one, a list of them, or each with its weight, {chats.jsonl: 2}."
+    if isinstance(train, list):
+        for place in dict.fromkeys(train):
+            if train.count(place) > 1:
+                yield f"data.train: {place!r} occurs twice; give it the weight 2 instead, {{{place}: 2}}."
+    for place, weight in weights_of(train).items():
+        if not 0 < weight <= _MOST_OFTEN:
+            yield (
+                f"data.train: {place!r} has weight {weight:g}; a weight says how often each of its conversations is learnt "
+                f"from in one pass, above 0 and at most {_MOST_OFTEN:,} (0.5: half of them)."
+            )
 
 
 def _task_fields(recipe: Recipe) -> Iterator[str]:

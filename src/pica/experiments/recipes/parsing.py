@@ -91,6 +91,13 @@ def recorded_recipe(path: Path) -> Recipe:
     return _typed(values)[0]
 
 
+def read_field(key: str, text: str) -> Any:
+    """A field's value as the command line has it; its default where the text is none of its type."""
+    section, _, name = key.rpartition(".")
+    recipe, _ = _typed({key: text})
+    return getattr(getattr(recipe, section) if section else recipe, name)
+
+
 def change_recipe(recipe: Recipe, overrides: Sequence[tuple[str, Any]]) -> Recipe:
     """A copy of a checked recipe with some fields changed, checked again.
 

@@ -1,6 +1,6 @@
 """A recipe: everything that decides a training run. The text under each field is its help on the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,9 @@ class DataSection:
     may also be .txt or .arrow, and a folder may hold folders.
     """
 
-    train: str = "embedded"
-    """Source of the training problems."""
+    train: dict[str, float] | list[str] | str = "embedded"
+    """Source of the training problems. chat: also several, [a.jsonl, b.jsonl], or each with its weight, for instance
+    {a.jsonl: 1, b.jsonl: 0.5}: how often each of its conversations is learnt from in one pass."""
     validation: str | None = None
     """Source of the problems that choose between learning rates; if unset, the folder's, or out of the training ones."""
     test: str | None = None
@@ -48,7 +49,7 @@ class DataSection:
     """Use at most this many test problems; of classification files the seed draws them, of others they are the first."""
     columns: dict[str, str | dict[str, str]] = field(default_factory=dict)
     """Names of the task's fields in your files, for instance {question: prompt, solution: target}; of one split below its
-    name: {train: {question: prompt}, test: {question: problem}}."""
+    name: {train: {question: prompt}, test: {question: problem}}; of one of several sources below that."""
     hold_out: bool = False
     """Take validation problems out also where nothing is chosen by them, so that runs which choose learn from the same."""
     refit: bool = False
@@ -264,14 +265,23 @@ class Recipe:
     """Baseline."""
 
 
-def columns_of(columns: Mapping[str, str | Mapping[str, str]], split: str) -> dict[str, str]:
+def weights_of(train: Mapping[str, float] | Sequence[str] | str) -> dict[str, float]:
+    """The sources of `data.train`, each with its weight."""
+    if isinstance(train, Mapping):
+        return dict(train)
+    return {place: 1.0 for place in ([train] if isinstance(train, str) else train)}
+
+
+def columns_of(columns: Mapping[str, str | Mapping[str, str]], split: str, place: str | None = None) -> dict[str, str]:
     """`data.columns` as they are for one split: what is named for all, and what is named for it alone.
 
-    Validation problems that have no names of their own have those of the training problems.
+    Validation problems that have no names of their own have those of the training problems. `place` is one of several
+    sources of the split; what is named for that goes before.
     """
     chosen = {name: value for name, value in columns.items() if isinstance(value, str)}
-    own = columns.get(split, columns.get("train") if split == "validation" else None)
-    return chosen | (dict(own) if isinstance(own, Mapping) else {})
+    for own in (columns.get(split, columns.get("train") if split == "validation" else None), columns.get(place or "")):
+        chosen |= dict(own) if isinstance(own, Mapping) else {}
+    return chosen
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -281,7 +291,15 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         path = Path(place).expanduser() if place else None
         return str(path.resolve()) if path and place != "embedded" and path.exists() else place
 
-    data = {name: absolute(getattr(recipe.data, name)) for name in ("train", "validation", "test")}
+    train = recipe.data.train
+    data: dict[str, Any] = {name: absolute(getattr(recipe.data, name)) for name in ("validation", "test")}
+    if isinstance(train, str):
+        data["train"] = absolute(train)
+    else:
+        moved = {place: absolute(place) or place for place in train}
+        weights = {moved[place]: weight for place, weight in weights_of(train).items()}
+        data["train"] = weights if isinstance(train, dict) else list(weights)
+        data["columns"] = {moved.get(name, name): value for name, value in recipe.data.columns.items()}
     pictures = {name: absolute(getattr(recipe.dreambooth, name)) for name in ("dino", "clip")}
     folder = recipe.dreambooth.class_pictures  # may be a folder that is still to be made
     return replace(

@@ -54,6 +54,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name, was in before.get("data", {}).items():
         if was != (now["data"].get(name)):
             place = now["settings"].get(f"data.{name}") or now["settings"].get("data.train")
+            place = place if isinstance(place, str) else ", ".join(place)
             count = f"{was['count']} then, {now['data'][name]['count']} now"
             found.append(f"the {'training' if name == 'train' else name} problems ({count}, from {place!r})")
     found += [f"{file} of the base model" for file in differing_files(before.get("model", {}), now["model"])]

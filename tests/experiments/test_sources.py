@@ -1,0 +1,124 @@
+"""Several sources of conversations with weights: what is held out, how often each is learnt from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pica.errors import ConfigError
+from pica.experiments.data import load_splits, mixed
+from pica.experiments.recipes.parsing import dump_recipe, load_recipe
+from pica.experiments.recipes.recipe import Recipe, with_absolute_paths
+from pica.experiments.train.origins import examples_digest
+from pica.tasks import get_task
+from pica.tasks.chat import Conversation, described_sources
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    monkeypatch.chdir(tmp_path)
+    chats = [
+        [
+            {"role": "user", "content": f"Hi {n}"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "x"},
+        ]
+        for n in range(20)
+    ]
+    Path("chats.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in chats))
+    Path("sums.csv").write_text("frage,antwort\n" + "\n".join(f"{n}+{n}?,{2 * n}" for n in range(30)))
+    Path("orders.json").write_text(json.dumps([{"instruction": f"Do {n}", "output": "Done."} for n in range(10)]))
+
+    def make(train: object, **overrides: object) -> Recipe:
+        given = {"model.path": "embedded", "task.name": "chat", "data.train": train}
+        given["data.columns"] = {"sums.csv": {"prompt": "frage", "completion": "antwort"}}
+        return load_recipe(None, list((given | {k.replace("__", "."): v for k, v in overrides.items()}).items()))
+
+    return make
+
+
+ALL = {"chats.jsonl": 2.5, "sums.csv": 0.5, "orders.json": 1}
+
+
+def test_each_source_is_learnt_from_as_its_weight_says_and_never_from_what_is_held_out(recipe: Callable):
+    splits = load_splits(
+        recipe(ALL, data__test_limit=6, data__hold_out=True, data__validation_limit=6), get_task("chat")
+    )
+    assert len(splits.test) == len(splits.validation) == 6
+    assert len({one.source for one in splits.test + splits.validation}) > 1, "taken out of all sources alike"
+    taken, held = Counter(one.identity for one in splits.train), {e.identity for e in splits.test + splits.validation}
+    assert not held & taken.keys()
+    kept = {name: 0 for name in ALL}
+    for name, count in (("chats.jsonl", 20), ("sums.csv", 30), ("orders.json", 10)):
+        kept[name] = count - sum(one.source == name for one in splits.test + splits.validation)
+    times = {
+        name: [taken[one.identity] for one in {id(e): e for e in splits.train if e.source == name}.values()]
+        for name in ALL
+    }
+    assert sorted(set(times["chats.jsonl"])) == [2, 3]
+    assert sum(times["chats.jsonl"]) == 2 * kept["chats.jsonl"] + round(kept["chats.jsonl"] / 2)
+    assert times["sums.csv"] == [1] * round(kept["sums.csv"] / 2)
+    assert times["orders.json"] == [1] * kept["orders.json"]
+    assert splits.train != sorted(splits.train, key=lambda one: one.source), "in random order"
+    said = described_sources(splits.train)
+    assert [line.split(":")[0] for line in sorted(said)] == ["chats.jsonl", "orders.json", "sums.csv"]
+    assert (
+        f"{kept['chats.jsonl']} conversations, `messages`, one turn each; {sum(times['chats.jsonl'])} in one pass"
+        in (" ".join(said))
+    )
+
+
+def test_the_mix_is_of_the_seed_alone(recipe: Callable):
+    one, same, other = (
+        load_splits(with_absolute_paths(made), get_task("chat"))
+        for made in (recipe(ALL), load_recipe_again(recipe(ALL)), recipe(ALL, data__seed=1))
+    )
+    assert one == same
+    assert examples_digest(one.train) == examples_digest(same.train) != examples_digest(other.train)
+    listed = load_splits(
+        recipe(["chats.jsonl", "orders.json"], data__train_limit=12, data__columns={}), get_task("chat")
+    )
+    assert len(listed.train) == 12
+    assert len({example.source for example in listed.train}) == 2, "a limit is one of the mix"
+
+
+def load_recipe_again(made: Recipe) -> Recipe:
+    Path("again.yaml").write_text(dump_recipe(with_absolute_paths(made)))
+    assert yaml.safe_load(Path("again.yaml").read_text())["data"]["train"] == {
+        str(Path(name).resolve()): weight for name, weight in ALL.items()
+    }
+    return load_recipe("again.yaml")
+
+
+def test_a_small_share_takes_one_at_least():
+    rows = [Conversation(text=str(n), source="a" if n else "b") for n in range(9)]
+    found = mixed(rows, {"a": 1, "b": 0.01}, seed=0)
+    assert Counter(one.source for one in found) == {"a": 8, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"chats.jsonl": 0}, r"'chats.jsonl' has weight 0; a weight says how often"),
+        ({"chats.jsonl": float("nan")}, "has weight nan"),
+        ({"chats.jsonl": 1e9}, r"has weight 1e\+09; .* at most 1,000"),
+        ({"chats.jsonl": -1, "nothing.jsonl": 1}, r"(?s)has weight -1.*'nothing.jsonl' does not exist"),
+        ("{chats.jsonl: much}", "neither a list of sources"),
+        (["chats.jsonl", "chats.jsonl"], r"occurs twice; give it the weight 2 instead, \{chats.jsonl: 2\}"),
+        ({}, "names no source"),
+        (["chats.jsonl", "embedded"], "learns from conversations of yours"),
+    ],
+)
+def test_bad_weights_are_refused(recipe: Callable, train: object, said: str):
+    with pytest.raises(ConfigError, match=said):
+        recipe(train)
+
+
+def test_other_tasks_have_one_source(recipe: Callable):
+    with pytest.raises(ConfigError, match="several sources, which is for task chat, and the task is math; name one"):
+        recipe(["chats.jsonl"], task__name="math", data__test="sums.csv")
