@@ -82,9 +82,15 @@ def declared(name: str) -> str:
 
 
 def fits(name: str, version: str | None) -> bool:
-    """Whether a version is in the range; one that is not there, or not a number, is nothing to complain of here.
+    """Ask whether a version is in the range of one of `HOSTS`.
 
     A development version of 5.24 has what 5.24 will have, and counts as it; what a builder appends does not count.
+
+    Args:
+        name: The package.
+        version: As it is installed; None where it is not.
+    Returns:
+        Also True for a version that is not there, or not a number, of which there is nothing to complain here.
     """
     numbers = re.match(r"\d+(\.\d+)*", version or "")
     if numbers is None:

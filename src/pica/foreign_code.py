@@ -11,12 +11,12 @@ FLAG = "--trust-remote-code"
 
 
 def code_options(trusted: bool = False) -> dict[str, bool]:
-    """Keyword arguments for `from_pretrained`, `from_config`, `load_dataset` and their kind.
-
-    Left out, transformers asks on the terminal, and takes a "y" that comes from a pipe for an answer.
+    """Say whether such code may run; left out, transformers asks on the terminal, and takes a piped "y" for an answer.
 
     Args:
         trusted: Whether the user asked, for this call, that the code be run. A file that came with an adapter can't ask.
+    Returns:
+        Keyword arguments for `from_pretrained`, `from_config`, `load_dataset` and their kind.
     """
     return {"trust_remote_code": trusted}
 
@@ -27,10 +27,12 @@ def wants_code(error: BaseException) -> bool:
 
 
 def code_refusal(name: str) -> str:
-    """The sentence for it.
+    """Put into words that there is such code, and how to ask for it.
 
     Args:
         name: Folder or hub name, as the user wrote it.
+    Returns:
+        One sentence.
     """
     return (
         f"{name!r} comes with Python code of its own, which is not run unless you ask for it: if you trust its authors, "

@@ -11,10 +11,8 @@ from torch import Tensor
 
 
 def column_space(weight: Tensor, r: int) -> Tensor:
-    """P, the paper's U_r^T: (r, in), the top right singular vectors of `weight` (out, in), each with its sign chosen.
-
-    A singular vector is determined up to its sign. Here, as in the package, the entry of largest size is positive.
-    """
+    """P, the paper's U_r^T: (r, in), the top right singular vectors of `weight` (out, in), each with its sign chosen."""
+    # A singular vector is determined up to its sign. Here, as in the package, the entry of largest size is positive.
     rows = torch.linalg.svd(weight, full_matrices=False).Vh[:r]
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
     return rows * largest.sign()

@@ -17,10 +17,16 @@ def visible(text: str) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """These columns of the rows as CSV, empty where a row has no value.
+    """Write rows as CSV.
 
     A text that a spreadsheet would run as a formula has an apostrophe put before it, which makes it text there, and
     control characters are written out, as a lone carriage return would end a row.
+
+    Args:
+        rows: Values by column.
+        columns: Those to write; a cell is empty where a row has no value.
+    Returns:
+        The header and a line a row.
     """
     written = io.StringIO()
     writer = csv.DictWriter(written, columns, extrasaction="ignore", lineterminator="\n")

@@ -44,7 +44,7 @@ def load_base_model(
     folder: Path | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The base model of an adapter, in its files' precision, in evaluation mode, on the CPU.
+    """Load the base model of an adapter.
 
     Args:
         name: Folder or hub name; by default the one that `config` records.
@@ -52,9 +52,11 @@ def load_base_model(
         revision: Branch, tag or commit; by default the one that `config` records.
         folder: The adapter's folder: the model gets as many outputs as the head in it.
         trust_remote_code: Run the Python code that comes with the model, if it has some.
+    Returns:
+        The model, in its files' precision, in evaluation mode, on the CPU.
     Raises:
-        AdapterFileError: the adapter's file is damaged, or its head cannot be that of such a model.
-        ConfigError: no name is known, or the model cannot be loaded, or needs code of its own that may not be run.
+        AdapterFileError: The adapter's file is damaged, or its head cannot be that of such a model.
+        ConfigError: No name is known, or the model cannot be loaded, or needs code of its own that may not be run.
     """
     name = name or config.base_model_name_or_path
     if not name:
@@ -102,10 +104,19 @@ def base_config(location: str, *, revision: str | None = None, trust_remote_code
 
 
 def model_class_of(location: str, config: PeftConfig, *, trust_remote_code: bool = False) -> type:
-    """The class that an adapter's base model is loaded by: as its task type or recorded class says, else as the model's.
+    """Find the class that an adapter's base model is loaded by.
 
+    Args:
+        location: Folder or hub name of the model.
+        config: The adapter's configuration.
+        trust_remote_code: As for `load_base_model`.
+    Returns:
+        What the adapter's task type or recorded class says, else what the model's configuration does.
     Raises:
-        OSError, ValueError, AttributeError, ImportError: there is no such model, or transformers has no such class.
+        OSError: There is no such model.
+        ValueError: There is no such model, or its configuration names no class.
+        AttributeError: The library has no such class.
+        ImportError: There is no such library.
     """
     import transformers
 
@@ -134,11 +145,15 @@ CONFIGS: dict[str, type[BankedConfig]] = {"PICA": PicaConfig, "SVFT": SvftConfig
 
 
 def read_peft_config(folder: Path) -> BankedConfig:
-    """The configuration of a saved PiCa or SVFT adapter.
+    """Read the configuration of a saved adapter.
 
+    Args:
+        folder: The adapter's.
+    Returns:
+        A `PicaConfig` or an `SvftConfig`.
     Raises:
-        AdapterFileError: the folder holds none, or one of another method, or is damaged.
-        ConfigError: its configuration has a wrong value.
+        AdapterFileError: The folder holds none, or one of another method, or is damaged.
+        ConfigError: The configuration has a wrong value.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():  # PEFT would look for it on the hub
@@ -166,9 +181,10 @@ def flags_kept(model: object) -> Iterator[None]:
 
 
 def share_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer with `model`.
+    """Copy the module tree, so that what is done to it (wrapping, unwrapping, evaluation mode) leaves `model` alone.
 
-    What is done to the copy's modules (wrapping, unwrapping, evaluation mode) leaves `model` alone, at no memory.
+    Returns:
+        A model that shares every parameter and buffer with `model`, at no memory.
     """
     beside = tensors_of_states(model)
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *beside)}

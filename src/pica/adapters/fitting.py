@@ -40,12 +40,16 @@ _TOKENIZER_PARTS = (
 
 
 def whole_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{name in the base model: shape} of the tensors in an adapter's file that could be whole ones of the base model.
+    """Read the shapes of the tensors in an adapter's file that could be whole ones of the base model.
 
     Those of other methods than this package's (`...lora_A.weight`) are among them, under names that no base model has.
 
+    Args:
+        folder: The adapter's.
+    Returns:
+        {name in the base model: shape}.
     Raises:
-        AdapterFileError: the file is missing or damaged.
+        AdapterFileError: The file is missing or damaged.
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():  # PEFT would look for it on the hub, or unpickle another

@@ -30,9 +30,11 @@ def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str
     Args:
         model: A PeftModel with a PiCa or SVFT adapter of that name, not merged.
         adapter_dir: Folder of an adapter with the same structure: ranks, sharing, projection and targets.
+        adapter_name: The adapter in the model that gives way.
     Raises:
-        ConfigError: there is no such adapter, it is merged, or the structures differ.
-        AdapterFileError, BasisMismatchError: the folder's adapter cannot be used; the model is as it was.
+        ConfigError: There is no such adapter, it is merged, or the structures differ.
+        AdapterFileError: The folder's adapter cannot be read; the model is as it was.
+        BasisMismatchError: It was trained on another base model; the model is as it was.
     """
     current = model.peft_config.get(adapter_name)
     if not isinstance(current, BankedConfig):

@@ -15,7 +15,7 @@ from pica.tuners.base.quantised import backend_of, dequantised
 
 
 def merge_in_full(model: PeftModel, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The base model with every quantised layer dequantised and the active PiCa or SVFT adapters merged: W_q + dW.
+    """Dequantise every quantised layer and merge the active PiCa or SVFT adapters: W_q + dW.
 
     It computes what the adapter computed on the quantised model, which the unquantised base model with the same update
     would not. It takes the memory and disk space of the unquantised model. `model` is used up.
@@ -23,9 +23,10 @@ def merge_in_full(model: PeftModel, dtype: torch.dtype = torch.float32) -> nn.Mo
     Args:
         model: A quantised model with adapters of this package, not merged.
         dtype: Of the weights that are made; sums are formed in at least float32.
-
+    Returns:
+        The base model, with plain layers.
     Raises:
-        QuantisationError: something else than this package's adapters is on the model, or one is merged already.
+        QuantisationError: Something else than this package's adapters is on the model, or one is merged already.
     """
     root: Any = model.get_base_model()
     adapted = [m for m in root.modules() if isinstance(m, AdaptedLinear)]

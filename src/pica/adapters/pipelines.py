@@ -146,9 +146,12 @@ def _remove(model: Any, adapter_name: str) -> None:
 
 
 def denoiser_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Random inputs, the same each time, for a denoiser of a known class; None for other models.
+    """Make inputs for a denoiser.
 
     Known are UNet2DConditionModel (with the conditions of Stable Diffusion 1, 2 and XL) and SD3Transformer2DModel.
+
+    Returns:
+        Random keyword arguments of its forward pass, the same each time; None for models of other classes.
     """
     config: Any = getattr(model, "config", None)
     kind = type(model).__name__
@@ -187,13 +190,15 @@ def denoiser_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 
 def text_encoder_tensors(tensors: Mapping[str, Tensor], class_name: str, *, nested: bool) -> dict[str, Tensor]:
-    """A text encoder's LoRA under the names that diffusers reads.
+    """Name a text encoder's LoRA as diffusers reads it.
 
     Args:
         tensors: By path inside the text encoder.
         class_name: Of the text encoder.
         nested: Whether its layers lie in a module "text_model", as they do in older versions of transformers; diffusers
             expects that in files, and takes it off where it is not so.
+    Returns:
+        The same tensors by their names in diffusers' file.
     """
     inner = "" if nested or not class_name.startswith("CLIP") else "text_model."
     return {f"{TEXT_ENCODER}.{inner}{name}": tensor for name, tensor in tensors.items()}

@@ -61,7 +61,7 @@ class ReferenceAdapter:
 def import_reference(
     base_model: nn.Module, folder: str | Path, *, svd_device: torch.device | str | None = None
 ) -> PeftModel:
-    """A reference adapter on `base_model`, ready to use, to train on, or to save in PEFT's format.
+    """Read an adapter of the reference implementation.
 
     The basis is rebuilt by a full SVD of each adapted weight and kept with the adapter (`save_basis`), since another
     solver would give other signs. A warning in the log says that these depend on the training's device.
@@ -71,10 +71,12 @@ def import_reference(
         folder: The reference's folder.
         svd_device: Where to compute the decompositions: "cpu" or "cuda". The kind of device that trained the adapter
             gives its signs; by default the device of each weight.
+    Returns:
+        The adapter on `base_model`, ready to use, to train on, or to save in PEFT's format.
     Raises:
-        AdapterFileError: a file is missing, unreadable, or does not fit the base model.
+        AdapterFileError: A file is missing, unreadable, or does not fit the base model.
         ConfigError: `svd_device` does not exist here.
-        BasisError: a weight cannot be decomposed.
+        BasisError: A weight cannot be decomposed.
     """
     saved = read_reference(Path(folder))
     device = _usable_device(svd_device)
@@ -113,8 +115,12 @@ def import_reference(
 def read_reference(folder: Path) -> ReferenceAdapter:
     """Read and check the two files. The tensors' file is a pickle, of which only tensors and plain containers are let in.
 
+    Args:
+        folder: The reference's.
+    Returns:
+        What is in them.
     Raises:
-        AdapterFileError: a file is missing, unreadable or of another format.
+        AdapterFileError: A file is missing, unreadable or of another format.
     """
     folder = folder.expanduser()
     for name in (CONFIG, WEIGHTS):
@@ -139,10 +145,17 @@ def read_reference(folder: Path) -> ReferenceAdapter:
 
 
 def reference_basis(weight: Tensor, rank: int, device: torch.device | None, name: str) -> Basis:
-    """The first `rank` right singular directions of `weight` (out, in) by a full float32 SVD, signs as they come.
+    """Solve a basis as the reference does, by a full float32 SVD, signs as they come.
 
+    Args:
+        weight: (out, in).
+        rank: Number of directions.
+        device: Where to solve; None: where the weight is.
+        name: The layer, for messages.
+    Returns:
+        The first `rank` right singular directions, on side "in", on the weight's device.
     Raises:
-        BasisError: the decomposition fails, for instance because the weight is not finite.
+        BasisError: The decomposition fails, for instance because the weight is not finite.
     """
     with full_precision(device or weight.device):
         try:
@@ -190,10 +203,12 @@ def _read_matrices(file: Path, rank: int) -> dict[str, Tensor]:
 
 
 def _match_layers(base_model: nn.Module, saved: ReferenceAdapter) -> dict[str, str]:
-    """{path: keyword} of the layers that the reference adapts.
+    """Find the layers that the reference adapts.
 
+    Returns:
+        {path: keyword}.
     Raises:
-        AdapterFileError: none, a layer without a matrix, or one that its matrix does not fit.
+        AdapterFileError: There are none, or a layer has no matrix, or one that does not fit it.
     """
     matched: dict[str, str] = {}
     for path, module in base_model.named_modules():

@@ -70,6 +70,8 @@ def add_lower_gram(total: Tensor, rows: Tensor) -> None:
     Args:
         total: (n, n), float32 or float64, row-major, on the CPU. BLAS sees its transpose, and so the upper triangle.
         rows: (k, n), same dtype, row-major, or the transpose of a row-major (n, k); BLAS takes both without a copy.
+    Raises:
+        ValueError: A matrix lies otherwise in memory, or the dtypes differ.
     """
     direct = rows.is_contiguous()
     memory = rows if direct else rows.T
@@ -88,16 +90,19 @@ def add_lower_gram(total: Tensor, rows: Tensor) -> None:
 
 
 def eigenvectors(gram: Tensor, first: int, last: int) -> Tensor:
-    """Eigenvectors number `first` to `last`, both included, counted from 0 by rising eigenvalue, by LAPACK's MRRR.
+    """Some eigenvectors of a symmetric matrix, by LAPACK's MRRR.
 
     For a part of the spectrum it is up to three times faster than all of it, and orthogonal in clusters.
 
     Args:
         gram: (n, n) symmetric, float32 or float64, row-major, on the CPU. Its lower triangle is read, all of it is lost.
+        first: Number of the first eigenvector, counted from 0 by rising eigenvalue.
+        last: Number of the last, which is included.
     Returns:
         (last - first + 1, n), one eigenvector a row.
     Raises:
         numpy.linalg.LinAlgError: LAPACK did not converge.
+        ValueError: `gram` is not row-major.
     """
     if not gram.is_contiguous():
         raise ValueError("eigenvectors needs a row-major matrix")

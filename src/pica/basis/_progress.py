@@ -42,7 +42,7 @@ def solve_many(
     load: Callable[[BasisRequest], tuple[Tensor, WantedSide]],
     holdings: Holdings | None = None,
 ) -> list[Basis]:
-    """Basis for each of `requests`, in order, from the cache where they are in it.
+    """Solve many bases, or read them from the cache where they are in it.
 
     In a distributed job whose processes all ask for the same, each solves its share, and all get the same bits.
 
@@ -50,9 +50,12 @@ def solve_many(
         requests: What to solve; a request's own `side` is used unless it is "auto".
         load: Gives a request's weight (out, in) and the side that "auto" means for it; the weight is released after use.
         holdings: What is known of the weights, in the order of `requests`; without it nothing is shared out.
-
+    Returns:
+        A basis for each of `requests`, in order.
     Raises:
-        BasisError, RankError: as `solve_basis`, for the first layer that fails; nothing is kept then.
+        BasisError: As `solve_basis`, for the first layer that fails, and nothing is kept then; or this process holds no
+            weights, and the others ask for something else.
+        RankError: As `solve_basis`, likewise.
     """
     if holdings is None or not requests or not meet(repr(list(requests)), holdings):
         if holdings is not None and not holdings.here:
@@ -89,10 +92,15 @@ def _solve_in_rounds(
     load: Callable[[BasisRequest], tuple[Tensor, WantedSide]],
     shares: list[list[int]],
 ) -> Iterator[Basis]:
-    """Bases of this process's share, of weights that all processes have to load together.
+    """Solve this process's share of weights that all processes have to load together.
 
     In each round all load one weight for each of them, one after another and in the same order, and keep their own; then
     all solve at the same time. One whole weight a process is the most that is held.
+
+    Yields:
+        The bases of this process's share, in its order.
+    Raises:
+        Exception: What the first solving that failed here raised, once all rounds are over.
     """
     failure: Exception | None = None
     for items in zip_longest(*shares):
@@ -135,10 +143,13 @@ def with_progress(results: Iterable[Result], total: int) -> list[Result]:
 def _solve_each(
     requests: Sequence[BasisRequest], load: Callable[[BasisRequest], tuple[Tensor, WantedSide]]
 ) -> Iterator[Basis]:
-    """Bases in order: side by side, a core each, where that is small or fits into `ROOM`; else one after another.
+    """Solve side by side, a core each, what is small or fits into `ROOM`; the rest one after another.
 
     An eigenvalue problem gains little from several cores, the products of a large weight gain from all. So large ones
     share the machine only where every core then has one, and where that costs little memory.
+
+    Yields:
+        The bases, in the order of `requests`.
     """
     workers = torch.get_num_threads()
     waiting: deque[Future[Basis]] = deque()

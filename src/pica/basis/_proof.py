@@ -21,14 +21,19 @@ ROUNDING = 1e-5
 
 
 def flaw(weight: Tensor, projector: Tensor, gains: Tensor, side: str, projection: str) -> str | None:
-    """What shows that a basis is not one that `solve_basis` would give for `weight`, or None.
+    """Look for a sign that a basis is not one that `solve_basis` would give for `weight`.
 
     The directions must be orthonormal, and W^T W p_i = gain_i^2 p_i (so they are singular directions, of those gains); and
     where they are the principal ones, no direction that is left out may be markedly longer.
 
     Args:
         weight: (out, in).
-        projector, gains, side, projection: As in `Basis`, finite and of fitting shapes; on any device.
+        projector: As in `Basis`: (rank, in) on side "in", (rank, out) on side "out"; finite, on any device.
+        gains: (rank,), finite, on any device.
+        side: "in" or "out".
+        projection: "principal" or "minor".
+    Returns:
+        What shows it, for the middle of a sentence; None where nothing does.
     """
     if not len(gains):
         return "it has no direction" if bool(weight.any()) else None

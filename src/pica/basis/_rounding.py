@@ -15,11 +15,17 @@ SLICE_ELEMENTS = 2**18
 
 
 def clear_count(weight: Tensor, gains: Tensor) -> int:
-    """How many of the leading directions of `weight` (out, in), with these gains |W p_i| (rank,), are its own.
+    """Count the leading directions of a weight that are its own.
 
     A weight of rank k that was rounded to float16 or bfloat16 has further directions, which the rounding made. Their
     gains are the norm of a random matrix as large as what the first k directions leave, (out - k, in - k), or less.
     Float32 and float64 weights are solved in their own precision, whose rounding is dropped there.
+
+    Args:
+        weight: (out, in), any float dtype.
+        gains: |W p_i| of its directions, (rank,), falling.
+    Returns:
+        0 to rank; the directions from there on are made of rounding.
     """
     if weight.dtype.itemsize >= 4 or not len(gains):
         return len(gains)
@@ -58,6 +64,13 @@ def readable(w: Tensor, scale: float, gains: Tensor) -> bool:
     Rounding of the output, whose entries are |W|_F / sqrt(out) for an input of entries of one, is divided by a
     direction's gain; outputs may be rounded to half precision whatever the weight's dtype is (autocast). And the entries of
     S^-1 U^T, 1 / (gain sqrt(out)) or so, must be numbers of the weight's dtype.
+
+    Args:
+        w: The weight over `scale`, (out, in).
+        scale: What it was divided by.
+        gains: |w p_i| of the directions, (rank,).
+    Returns:
+        Whether the coordinates are to be read there, which is side "out".
     """
     if w.shape[1] <= w.shape[0]:
         return False

@@ -83,8 +83,10 @@ def process_index() -> int:
 
 
 def enabled() -> bool:
-    """Whether work is shared out: in a distributed job, unless `PICA_SPLIT_BASIS` is 0.
+    """Ask whether work is shared out.
 
+    Returns:
+        True in a distributed job, unless `PICA_SPLIT_BASIS` is 0.
     Raises:
         ConfigError: The variable is neither 0 nor 1.
     """
@@ -106,9 +108,16 @@ def alone() -> Iterator[None]:
 
 
 def divide(costs: Sequence[float], workers: Sequence[int], size: int) -> list[list[int]]:
-    """For each of `size` processes the items that it works on, dear ones first; only `workers` get any.
+    """Share out items by their costs: the dearest that is left to whoever has least to do, again and again.
 
-    The dearest item that is left goes to whoever has least to do, which is at most 4/3 from the best division.
+    The longest share is at most 4/3 of what the best division has.
+
+    Args:
+        costs: Of each item.
+        workers: The processes that get any.
+        size: Number of processes.
+    Returns:
+        For each process the items that it works on, dear ones first.
     """
     loads = dict.fromkeys(workers, 0.0)
     shares: list[list[int]] = [[] for _ in range(size)]
@@ -146,12 +155,13 @@ def meet(work: str, holdings: Holdings) -> bool:
 
 
 def share_out(holdings: Holdings, solve: Callable[[list[list[int]]], dict[int, Solved]]) -> list[Solved]:
-    """What all processes together have solved, the same in each; call it after `meet` said yes.
+    """Solve together with all processes; call it after `meet` said yes.
 
     Args:
         holdings: As for `meet`.
         solve: From everybody's items to the results of this process's own.
-
+    Returns:
+        What all have solved, in the order of the items, the same bits in each process.
     Raises:
         BasisError: No process has the weights, or one failed; as any other error of the package that one ran into.
     """

@@ -30,7 +30,7 @@ def coordinates(source: Tensor, projector: Tensor, shift: Tensor | None = None) 
 
 
 def add_product(y: Tensor, h: Tensor, matrix: Tensor, *, in_place: bool = False) -> Tensor:
-    """y + h M^T (the paper's x U_r B, transposed).
+    """Add an update to a layer's output (the paper's x U_r B, transposed).
 
     The product runs in y's dtype; M's gradient comes back in M's. Only h and M are saved for backward.
 
@@ -39,6 +39,8 @@ def add_product(y: Tensor, h: Tensor, matrix: Tensor, *, in_place: bool = False)
         h: Coordinates, (..., r).
         matrix: M, (out, r).
         in_place: Whether y's memory may be overwritten: the caller knows that nobody else holds it.
+    Returns:
+        y + h M^T, (..., out), in y's dtype; y itself where it was overwritten.
     """
     h, matrix = h.to(y.dtype), matrix.to(y.dtype)
     if _lies_by_columns(y):
@@ -82,11 +84,13 @@ class _AddProductInPlace(torch.autograd.Function):
 
 
 def delta_weight(matrix: Tensor, directions: Tensor) -> Tensor:
-    """dW = M P, (out, in), in at least float32 (the paper's U_r B, transposed).
+    """Multiply an update out (the paper's U_r B, transposed).
 
     Args:
         matrix: M, (out, r).
         directions: P, (r, in), orthonormal rows.
+    Returns:
+        dW = M P, (out, in), in at least float32.
     """
     dtype = torch.promote_types(torch.promote_types(matrix.dtype, directions.dtype), torch.float32)
     return matrix.to(dtype) @ directions.to(dtype)

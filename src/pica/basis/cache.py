@@ -91,8 +91,10 @@ def cache_folder() -> Path | None:
 
 
 def cache_limit() -> int:
-    """The bound on the cache's size, in bytes.
+    """Read the bound on the cache's size.
 
+    Returns:
+        `PICA_CACHE_LIMIT`, or else `DEFAULT_LIMIT`, in bytes.
     Raises:
         ConfigError: `PICA_CACHE_LIMIT` is not a whole number of bytes.
     """
@@ -137,11 +139,19 @@ def cached_solve_basis(
     (they cost little), nor are weights below `SMALLEST_ELEMENTS`.
 
     Args:
-        weight, rank, projection, side, seed, name: As `solve_basis`.
+        weight: Frozen weight (out, in); this and what follows as for `solve_basis`.
+        rank: Number of directions.
+        projection: "principal", "minor" or "random".
+        side: "in", "out" or "auto".
+        seed: Of random directions.
+        name: The layer, for messages and for the seed.
         solve: Called where there is no entry. Entries are those of `solve_basis`; another function is always called.
-
+    Returns:
+        The basis, on the weight's device, with memory of its own.
     Raises:
-        BasisError, RankError, ConfigError: as `solve_basis`; ConfigError also as `cache_limit`.
+        BasisError: As `solve_basis`.
+        RankError: As `solve_basis`.
+        ConfigError: As `solve_basis`, or as `cache_limit`.
     """
 
     def fresh() -> Basis:

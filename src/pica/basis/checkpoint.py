@@ -86,10 +86,16 @@ def _files(path: Path) -> list[Path]:
 
 
 def renaming(names: Collection[str], others: Collection[str]) -> Callable[[str], str]:
-    """What a tensor or module of one model is called in the other.
+    """Find out what tensors or modules of one model are called in the other.
 
     A model saved with a head carries its body's prefix ("bert.encoder..."), and one saved without does not. Of all
     first components the one is taken that, put before our names or taken off them, makes most names agree.
+
+    Args:
+        names: Of the one model.
+        others: Of the other.
+    Returns:
+        From a name of the one to the name that it would have in the other.
     """
     there = set(others)
     put = {""} | {other.partition(".")[0] + "." for other in there if "." in other}
@@ -100,13 +106,17 @@ def renaming(names: Collection[str], others: Collection[str]) -> Callable[[str],
 
 
 def open_checkpoint(source: str) -> WeightFolder:
-    """The index of a checkpoint: a folder, or a hub name, perhaps with "@" and a revision.
+    """Open a checkpoint.
 
     Of a hub repository its safetensors and JSON files are fetched (or found where they were fetched before), no code and
     no pickles.
 
+    Args:
+        source: A folder, or a hub name, perhaps with "@" and a revision.
+    Returns:
+        Its index; the same object while the folder's index has not changed.
     Raises:
-        ConfigError: there is no such checkpoint, or it holds no safetensors files.
+        ConfigError: There is no such checkpoint, or it holds no safetensors files.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -118,15 +128,16 @@ def open_checkpoint(source: str) -> WeightFolder:
 
 
 def read_tensor(source: str, tensor: str, layer: str) -> Tensor:
-    """A floating-point tensor of a checkpoint, on the CPU, in its stored dtype.
+    """Read a weight of a checkpoint.
 
     Args:
         source: As `open_checkpoint`.
         tensor: Its name there.
         layer: Who asks, for messages.
-
+    Returns:
+        A floating-point tensor, on the CPU, in its stored dtype.
     Raises:
-        ConfigError: it is missing, damaged or quantised; or as `open_checkpoint`.
+        ConfigError: It is missing, damaged or quantised; or as `open_checkpoint`.
     """
     folder = open_checkpoint(source)
     if tensor not in folder.entries:

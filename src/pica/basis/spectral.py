@@ -151,9 +151,15 @@ def solve_basis(
 
 
 def working_bytes(shape: Sequence[int], rank: int) -> int:
-    """About what solving a float32 (or half precision) weight (out, in) takes at its peak, the weight not counted.
+    """Estimate the peak memory of solving a float32 (or half precision) weight.
 
     That is the Gram matrix at first; later the directions, twice in float64, their images and a slice of the weight.
+
+    Args:
+        shape: Of the weight, (out, in).
+        rank: Number of directions.
+    Returns:
+        Bytes, the weight not counted.
     """
     short, long, count = min(shape), max(shape), min(rank + SPARE_DIRECTIONS, *shape)
     gram = 4 * short**2 + 4 * count * short
@@ -242,10 +248,8 @@ def _slices(w: Tensor, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Tensor, str]:
-    """(count, n) eigenvectors as rows, of the largest eigenvalues in falling order (or smallest in rising order).
-
-    Reads the lower triangle of `gram` (n, n), and may overwrite all of it.
-    """
+    """(count, n) eigenvectors as rows, of the largest eigenvalues in falling order (or smallest in rising order)."""
+    # reads the lower triangle of `gram` (n, n), and may overwrite all of it
     n = gram.shape[0]
     if gram.device.type == "cpu" and 2 * count <= n:
         # LAPACK's MRRR for a part of the spectrum: up to three times faster than all of it, and orthogonal in clusters.
@@ -298,8 +302,18 @@ def _finish(
 ) -> Basis:
     """Measure each direction's gain, drop the vanishing ones, fix signs, and form the projector of `side`.
 
-    `rows` are right singular vectors, (k, in), where `solved_side` is "in", and left ones, (k, out), where it is "out". `w`
-    is the weight over `scale`.
+    Args:
+        w: The weight over `scale`, (out, in).
+        scale: What it was divided by.
+        rows: Right singular vectors, (k, in), where `solved_side` is "in"; left ones, (k, out), where it is "out".
+        rank: How many to keep at most.
+        solved_side: Which they are.
+        side: In which form the projector is wanted; "auto" decides by the gains.
+        dtype: Of the result, and what the weight itself resolves.
+        projection: "principal" or "minor".
+        solver: Who found them.
+    Returns:
+        The basis; its gains are those of `w`, not of the weight.
     """
     # |W v| and |W^T u| are accurate to eps * |W|, where the square root of an eigenvalue is only to sqrt(eps) * |W|.
     rows = _orthonormal(rows.double())
@@ -354,9 +368,11 @@ def _separate(rows: Tensor, image: Tensor, products: Tensor) -> Tensor:
 
 
 def _images(w: Tensor, rows: Tensor, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """rows W^T (side "in": images W v) or rows W (side "out"), rounded to `dtype`, and their inner products, unrounded.
+    """Map directions through the weight, slice by slice, so that nothing else is as large as their images.
 
-    The products are made in the dtype of `rows`, (k, n), slice by slice, so that nothing else is as large as the images.
+    Returns:
+        rows W^T (side "in": images W v) or rows W (side "out"), rounded to `dtype`; and their inner products, (k, k), not
+        rounded, in the dtype of `rows`.
     """
     dim, kept = (0, w.shape[0]) if side == "in" else (1, w.shape[1])
     images, products = rows.new_empty(len(rows), kept, dtype=dtype), rows.new_zeros(len(rows), len(rows))
@@ -371,10 +387,8 @@ def _images(w: Tensor, rows: Tensor, side: Side, dtype: torch.dtype) -> tuple[Te
 
 
 def _random_basis(weight: Tensor, rank: int, dtype: torch.dtype, seed: int, name: str) -> Basis:
-    """Orthonormal rows from Gram-Schmidt of Gaussian ones, so that the rows for a smaller rank come first.
-
-    numpy's legacy generator is frozen by its maintainers: the same numbers in every version and on every platform.
-    """
+    """Orthonormal rows from Gram-Schmidt of Gaussian ones, so that the rows for a smaller rank come first."""
+    # numpy's legacy generator is frozen by its maintainers: the same numbers in every version and on every platform
     columns = weight.shape[1]
     digest = hashlib.sha256(f"{seed}\n{name}\n{columns}".encode()).digest()
     generator = np.random.RandomState(np.frombuffer(digest[:16], dtype="<u4"))

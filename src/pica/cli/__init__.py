@@ -177,6 +177,9 @@ def _stopping() -> Iterator[StopRequest]:
     """Let SIGTERM end a command in the same good order as Ctrl-C, and remember that either was asked for.
 
     A library that is being imported may make another error of it.
+
+    Yields:
+        What remembers it.
     """
     request, before = StopRequest(), {}
 

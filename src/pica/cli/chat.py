@@ -74,8 +74,12 @@ def add_speaking(made: argparse.ArgumentParser, *, max_new_tokens: int, temperat
 
 
 def load_named(given: argparse.Namespace) -> Talker:
-    """What the arguments of `add_speaking` and `places` name.
+    """Load what the arguments of `add_speaking` and `places` name.
 
+    Args:
+        given: The parsed arguments.
+    Returns:
+        The model and its adapters, ready to answer.
     Raises:
         PicaError: As `pica.experiments.chat.loading.load_talker`.
     """

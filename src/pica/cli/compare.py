@@ -91,8 +91,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
-    """The comparison, the overrides as (field, text), and the options.
+    """Split what follows `pica compare`.
 
+    Args:
+        arguments: As the shell gave them.
+    Returns:
+        The comparison, the overrides as (field, text), and the options by name.
     Raises:
         ConfigError: An option is unknown or has no value, or there are two comparisons.
     """

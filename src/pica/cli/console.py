@@ -150,9 +150,12 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def loading() -> Iterator[ConsoleReporter]:
-    """A reporter for a command, which shows that the libraries imported in the block take their seconds.
+    """Show that the libraries imported in the block take their seconds.
 
     Where PEFT is among them, it knows the package's methods from then on: the command line's start has left that out.
+
+    Yields:
+        A reporter for the command, which stays of use after the block.
     """
     made = reporter()
     with made.console.status("Loading libraries"):

@@ -118,8 +118,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse_budget(text: str | None) -> tuple[int | None, bool]:
-    """(amount, whether it is in bytes); a unit that ends in B after another letter means bytes.
+    """Read a budget; a unit that ends in B after another letter means bytes.
 
+    Args:
+        text: As the user wrote it, for instance "300k" or "2MB"; None where there is none.
+    Returns:
+        The amount, None where there is none, and whether it is in bytes.
     Raises:
         ConfigError: It is no number with one of the known units.
     """

@@ -131,9 +131,13 @@ def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
-    """The recipe, the overrides as (field, text), and the options `overwrite`, `trust` and `resume` (None: absent,
-    "": no folder).
+    """Split what follows `pica train`.
 
+    Args:
+        arguments: As the shell gave them.
+    Returns:
+        The recipe, the overrides as (field, text), and the options `overwrite`, `trust` and `resume` (None: absent,
+        "": no folder).
     Raises:
         ConfigError: An option has no value, or there are two recipes.
     """

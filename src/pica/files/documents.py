@@ -37,11 +37,13 @@ class _TwiceError(Exception):
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
+    Returns:
+        The value in it.
     Raises:
-        DocumentError: it is not UTF-8, not valid JSON, too deep, or has a key twice.
-        OSError: it cannot be read.
+        DocumentError: It is not UTF-8, not valid JSON, too deep, or has a key twice.
+        OSError: It cannot be read.
     """
     try:
         return parse_json(path.read_bytes().decode("utf-8"))
@@ -52,11 +54,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file.
+    """Read a YAML file.
 
+    Returns:
+        The value in it.
     Raises:
-        DocumentError: it is not UTF-8, not valid YAML, too large or too deep, or has a key twice.
-        OSError: it cannot be read.
+        DocumentError: It is not UTF-8, not valid YAML, too large or too deep, or has a key twice.
+        OSError: It cannot be read.
     """
     try:
         return parse_yaml(path.read_bytes().decode("utf-8"))
@@ -68,10 +72,15 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_json(text: str, *, long_integers: bool = False) -> Any:
-    """As `json.loads`; with `long_integers`, whole numbers of more digits than Python reads are given as text.
+    """As `json.loads`, within bounds.
 
+    Args:
+        text: A JSON document.
+        long_integers: Whether whole numbers of more digits than Python reads are given as text.
+    Returns:
+        The value in it.
     Raises:
-        json.JSONDecodeError: it is not valid JSON, deeper than `MAX_DEPTH`, or has a key twice in one object.
+        json.JSONDecodeError: It is not valid JSON, deeper than `MAX_DEPTH`, or has a key twice in one object.
     """
     if text.count("{") + text.count("[") > MAX_DEPTH:
         _check_json(text, 0, twice=False)
@@ -80,21 +89,30 @@ def parse_json(text: str, *, long_integers: bool = False) -> Any:
 
 
 def parse_json_at(text: str, position: int, *, long_integers: bool = False) -> tuple[Any, int]:
-    """As `json.JSONDecoder.raw_decode`: the value that begins at a position, and where it ends; see `parse_json`.
+    """As `json.JSONDecoder.raw_decode`, within bounds.
 
+    Args:
+        text: Has a JSON document in it.
+        position: Where that begins.
+        long_integers: As for `parse_json`.
+    Returns:
+        The value, and where it ends.
     Raises:
-        json.JSONDecodeError: as `parse_json`.
+        json.JSONDecodeError: As `parse_json`.
     """
     decoder = _LONG_DECODER if long_integers else _DECODER
     return _decoding(text, position, lambda: decoder.raw_decode(text, position))
 
 
 def parse_yaml(text: str) -> Any:
-    """As `yaml.safe_load`.
+    """As `yaml.safe_load`, within bounds.
 
+    Returns:
+        The value in the document.
     Raises:
-        yaml.YAMLError: it is not valid YAML, larger than `MAX_YAML`, deeper than `MAX_DEPTH`, worth more than `MAX_NODES`,
-            or has a key twice in one mapping.
+        yaml.YAMLError: It is not valid YAML.
+        _RefusedError: It is larger than `MAX_YAML`, deeper than `MAX_DEPTH`, worth more than `MAX_NODES`, or has a key
+            twice in one mapping; a `yaml.YAMLError` as well.
     """
     if len(text) > MAX_YAML:
         raise _RefusedError(problem=f"it has {len(text):,} characters, and at most {MAX_YAML:,} are read")
@@ -106,9 +124,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def text_problem(value: Any) -> str | None:
-    """Why a text, or one inside of lists and mappings, must not be given to a parser that may take it for YAML.
+    """Look for a text, also inside of lists and mappings, that must not be given to a parser which may take it for YAML.
 
-    None for what may, also where it is no YAML at all: such a text is then nothing but text.
+    Returns:
+        Why not; None for what may be given, also where it is no YAML at all: such a text is then nothing but text.
     """
     if isinstance(value, (list, dict)):
         inner = value if isinstance(value, list) else value.values()

@@ -82,6 +82,8 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     Args:
         target: Its name; where that is a link to a folder, that folder's.
         replace: Whether to replace a folder that is not empty.
+    Yields:
+        The folder, under a temporary name beside `target`.
     Raises:
         OutputError: Writing failed, or `target` is not empty and not to be replaced; nothing is left behind, and `target`
             is as it was.
@@ -111,6 +113,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         target: The folder to make. It may exist where it is empty.
         overwrite: Whether an adapter that is there may be replaced. A folder that holds anything else never is.
+    Yields:
+        As `atomic_folder`.
     Raises:
         OutputError: `target` is a file or a folder that must not be replaced, or cannot be written.
     """

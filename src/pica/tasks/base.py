@@ -283,6 +283,17 @@ def make_example(
 ) -> Example:
     """Render one problem; surrounding white space of question and solution is dropped.
 
+    Args:
+        template: One of `TEMPLATES`.
+        question: What is asked.
+        solution: What a trained model should write.
+        answer: The gold answer, as it is compared.
+        context: What is given beside the question, for a template that has a place for it.
+        choices: The possible answers, where they are given.
+        group: What the example is counted under, for instance its data set.
+        place: Where the row is, for messages.
+    Returns:
+        The prompt and the completion.
     Raises:
         ConfigError: `template` is not one of `TEMPLATES`.
     """

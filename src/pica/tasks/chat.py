@@ -109,8 +109,12 @@ class ChatTask:
 
 
 def form_of(records: Sequence[Record]) -> Form:
-    """The form that all rows have.
+    """Recognise how the rows of a file are written.
 
+    Args:
+        records: All rows, at least one.
+    Returns:
+        The form that all of them have.
     Raises:
         DataError: A row has another form than the first one, or none that is known; names its line and the nearest form.
     """
@@ -152,9 +156,12 @@ def described(conversations: Sequence[Conversation]) -> str:
 
 
 def described_sources(conversations: Sequence[Conversation]) -> list[str]:
-    """What each of several sources brings, a line each; none where there is one source only.
+    """Say what each of several sources brings.
 
     A conversation that is there twice counts twice, so that the shares are those of what is learnt from.
+
+    Returns:
+        A line each; none where there is one source only.
     """
     by_source: dict[str, list[Conversation]] = {}
     for one in conversations:

@@ -6,12 +6,13 @@ from pica.errors import ConfigError
 
 
 def renamed(fields: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Accepted names for each field of a task, with the user's own in place of the usual ones.
+    """Put the user's own column names in place of the usual ones.
 
     Args:
         fields: Field of the task to the names it usually has.
         columns: Field of the task to its name in the user's file.
-
+    Returns:
+        Field of the task to the names that are accepted for it.
     Raises:
         ConfigError: `columns` names a field that the task does not have.
     """

@@ -47,14 +47,15 @@ def picture_files(folder: Path) -> list[Path]:
 def read_folder(
     location: str, *, limit: int | None = None, skip: bool = False, bar: Bar | None = None
 ) -> list[LabelledPicture]:
-    """The pictures of a folder, each decoded once, so that a bad one shows now and not after hours.
+    """Read the pictures of a folder; each is decoded once, so that a bad one shows now and not after hours.
 
     Args:
         location: The folder.
         limit: Use at most this many, the first by name.
         skip: Leave out with a warning what cannot be decoded, instead of refusing it.
         bar: As in `Source`.
-
+    Returns:
+        The pictures by name, all with the label `SUBJECT`.
     Raises:
         DataError: The folder is missing or has no pictures, or one cannot be decoded and `skip` is off.
     """

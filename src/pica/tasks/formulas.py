@@ -34,10 +34,8 @@ def same_text(first: str | None, second: str | None) -> bool:
 
 
 def same_value(first: str | None, second: str | None) -> bool:
-    """Whether two answers are the same text, or have the same value by math-verify.
-
-    Its time limit needs the main thread; elsewhere, and for what it cannot parse, only texts are compared.
-    """
+    """Whether two answers are the same text, or have the same value by math-verify (on the main thread only)."""
+    # its time limit needs the main thread; elsewhere, and for what it cannot parse, only texts are compared
     if first is None or second is None:
         return False
     if same_text(first, second):

@@ -11,10 +11,13 @@ _INVISIBLE: dict[int, str] = {0x200B: " ", 0xFEFF: " "}  # zero-width spaces
 
 
 def same_problem(text: str) -> str:
-    """A form that is equal for two texts exactly if they are the same problem.
+    """Reduce a text to what makes it the problem that it is.
 
     Letters, digits, combining marks, operators, brackets, symbols and emoji count, each of them; canonically equivalent
     ways to write a character (é as one or as two code points) do not differ.
+
+    Returns:
+        A form that is equal for two texts exactly if they are the same problem.
     """
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text.translate(_INVISIBLE)).casefold())
     words, end = [], 0

@@ -28,7 +28,8 @@ def read_labelled(
         target: What the labels are.
         pair: Whether rows have two texts; None: those that have the field.
         names: Spellings of labels in files to names of classes, for instance class numbers.
-
+    Returns:
+        The examples, in the order of the file.
     Raises:
         DataError: A row lacks a field, its label is no class of the target, or the file has no right header.
         ConfigError: The source's columns name a field that the task does not have.
@@ -55,8 +56,15 @@ def read_labelled(
 
 
 def label_of(record: Record, accepted: Sequence[str], target: Target, names: Mapping[str, str]) -> str | float:
-    """A row's label, as a class or as a number; labels are compared by value, see `pica.tasks.records.class_name`.
+    """Read a row's label; labels are compared by value, see `pica.tasks.records.class_name`.
 
+    Args:
+        record: The row.
+        accepted: Names of the field, the preferred one first.
+        target: Says whether labels are classes or numbers.
+        names: As for `read_labelled`.
+    Returns:
+        The name of a class, or a number.
     Raises:
         DataError: It is missing or NaN, or is no (finite) number where the target is one.
     """
@@ -81,8 +89,10 @@ SECRET = (
 
 
 def classes_of(train: Sequence[Labelled]) -> tuple[str, ...]:
-    """The classes that training examples have, numbers by value and names by alphabet.
+    """Collect the classes that training examples have.
 
+    Returns:
+        Their names, numbers by value and others by alphabet.
     Raises:
         DataError: There are fewer than two, or the first row is a header that was not recognised.
     """
@@ -144,8 +154,14 @@ def check_labels(examples: Sequence[Labelled], labels: Sequence[str], what: str)
 
 
 def checked_target(target: Target, *, labels: Sequence[str] | None, metric: str | None) -> Target:
-    """A task's target with the user's own classes and metric.
+    """Put the user's own classes and metric into a task's target.
 
+    Args:
+        target: The task's.
+        labels: The user's classes; None leaves the task's.
+        metric: The user's metric; None leaves the task's.
+    Returns:
+        The target of the run.
     Raises:
         ConfigError: The task's classes are fixed, or the metric does not fit them.
     """

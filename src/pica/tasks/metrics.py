@@ -15,7 +15,7 @@ _RESAMPLES = 1000
 
 
 def class_metrics(predicted: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
-    """Accuracy, F1 and Matthews correlation of predicted classes.
+    """Score predicted classes.
 
     F1 is that of class 1 where there are two classes, as GLUE has it, else the mean over classes. A Matthews correlation
     that is undefined, because only one class is predicted or there, is 0.
@@ -23,6 +23,9 @@ def class_metrics(predicted: Sequence[int], gold: Sequence[int], classes: int) -
     Args:
         predicted: Class indices, below `classes`.
         gold: The right ones, as many and at least one.
+        classes: How many there are.
+    Returns:
+        "accuracy", "f1" and "matthews".
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -37,10 +40,19 @@ def class_metrics(predicted: Sequence[int], gold: Sequence[int], classes: int) -
 
 
 def class_stderr(metric: str, predicted: Sequence[int], gold: Sequence[int], classes: int, *, seed: int = 0) -> float:
-    """Standard error of one of `class_metrics`: sqrt(p (1 - p) / n) for accuracy, else by 1,000 bootstrap samples.
+    """Estimate the uncertainty of one of `class_metrics`.
 
     A metric of classes only depends on how often each pair (predicted, gold) occurs, so it is those counts that are
     drawn anew: the same distribution as drawing examples, at a cost that does not grow with their number.
+
+    Args:
+        metric: "accuracy", "f1" or "matthews".
+        predicted: As for `class_metrics`; so are `gold` and `classes`.
+        gold: The right classes.
+        classes: How many there are.
+        seed: Of the samples.
+    Returns:
+        The standard error: sqrt(p (1 - p) / n) for accuracy, else by 1,000 bootstrap samples.
     """
     first, second = np.asarray(predicted), np.asarray(gold)
     if metric == "accuracy":

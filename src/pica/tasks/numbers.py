@@ -32,12 +32,14 @@ def whole_number(text: str) -> str | None:
 
 
 def after_marker(text: str, markers: tuple[str, ...]) -> str | None:
-    """The rest of the line after a marker; None where no marker has anything after it.
+    """Find what follows a marker.
 
     Args:
         text: Generated or gold text.
         markers: Phrases that announce the answer, the most telling first; case is ignored. Of several places of one
             marker the first counts, because a model that does not stop goes on to invent further problems.
+    Returns:
+        The rest of its line; None where no marker has anything after it.
     """
     for marker in markers:
         for match in re.finditer(re.escape(marker), text, flags=re.IGNORECASE):
@@ -59,9 +61,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def answer_in(text: str, markers: tuple[str, ...]) -> str | None:
-    """The first number after a marker (see `after_marker`); where there is none, the last number of the text.
+    """Read the number that a text gives as its answer.
 
-    The last number is the usual reading of a model that was never shown the markers.
+    Args:
+        text: Generated or gold text.
+        markers: As for `after_marker`.
+    Returns:
+        The first number after a marker. Where there is none, the last number of the text: the usual reading of a model
+        that was never shown the markers. None for a text without numbers.
     """
     line = after_marker(text, markers)
     if line is not None and (numbers := find_numbers(line)):

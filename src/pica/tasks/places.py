@@ -60,11 +60,13 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_split(folder: Path, split: Split | None) -> Path | None:
-    """The saved data set that holds a split; one that was saved without splits is taken for what it is asked for.
+    """Find the saved data set that holds a split; one that was saved without splits is taken for what it is asked for.
 
     Args:
         folder: See `is_saved`.
         split: None: whatever is there, if it is one.
+    Returns:
+        Its folder; None where there is no such split.
     """
     if not (folder / _SAVED_SPLITS).is_file():
         return folder
@@ -77,10 +79,16 @@ def saved_split(folder: Path, split: Split | None) -> Path | None:
 
 
 def split_files(folder: Path, split: Split) -> list[Path]:
-    """The files of a folder that hold a split, in order; none if there are none.
+    """Find the files of a folder that hold a split.
 
-    `train.jsonl` (`dev.tsv` for validation), its parts `train-00000-of-00002.parquet`, either also in `data`, or all data
-    files of a folder `train`.
+    These are `train.jsonl` (`dev.tsv` for validation), its parts `train-00000-of-00002.parquet`, either also in `data`, or
+    all data files of a folder `train`.
+
+    Args:
+        folder: Where to look.
+        split: Which part is meant.
+    Returns:
+        The files, in order; none if there are none.
     """
     for stem in STEMS[split]:
         for place in (folder, folder / "data"):

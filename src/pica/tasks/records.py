@@ -21,8 +21,12 @@ class Record:
     place: str
 
     def label(self, *names: str) -> str:
-        """The first of these fields that the row has, as the name of a class, see `class_name`.
+        """Read a field as the name of a class, see `class_name`.
 
+        Args:
+            names: Accepted field names, the preferred one first.
+        Returns:
+            What the first of them that the row has says.
         Raises:
             DataError: It is missing, empty, NaN, or neither text, a number nor true or false.
         """
@@ -34,13 +38,14 @@ class Record:
         return name
 
     def text(self, *names: str, required: bool = True, filled: bool = True) -> str:
-        """The first of these fields that the row has, as text.
+        """Read a field as text.
 
         Args:
             names: Accepted field names, the preferred one first.
             required: Whether a row without any of them is an error; otherwise it gives "".
             filled: Whether a field with nothing but white space is an error.
-
+        Returns:
+            What the first of them that the row has says; a number as `str` writes it.
         Raises:
             DataError: The field is missing or empty where that is not allowed, or is neither text nor a number.
         """
@@ -71,8 +76,10 @@ class Record:
 def read_records(
     location: str, split: Split | None = None, *, names: Collection[str] = (), headed: bool = False
 ) -> list[Record]:
-    """All rows of a location; see `pica.tasks.rows.read_rows`.
+    """Read all rows of a location; see `pica.tasks.rows.read_rows`, also for the arguments.
 
+    Returns:
+        The rows, at least one.
     Raises:
         DataError: As there, or there are no rows.
     """
@@ -83,10 +90,13 @@ def read_records(
 
 
 def class_name(value: Any) -> str:
-    """A label as the name of its class: equal values have equal names, however a file writes them.
+    """Name the class of a label: equal values have equal names, however a file writes them.
 
-    1, 1.0, "1" and "1.00" are "1"; -0.0 is "0"; true, "True" and "TRUE" are "true". Other text only loses the white space
-    around it: "01" is not "1".
+    Args:
+        value: Text, a number, or true or false.
+    Returns:
+        "1" for 1, 1.0, "1" and "1.00"; "0" for -0.0; "true" for true, "True" and "TRUE". Other text only loses the white
+        space around it: "01" is not "1".
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)

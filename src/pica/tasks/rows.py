@@ -65,7 +65,8 @@ def read_rows(
         split: Which files of a folder are meant.
         names: Column names that tell a table's header from its first row; without a header columns are "1", "2", ...
         headed: A table's first row is its header, whatever it says.
-
+    Returns:
+        The rows, read one by one.
     Raises:
         DataError: It is missing, not UTF-8, not valid JSON, or a row is not an object; with the line number.
     """
@@ -104,8 +105,12 @@ def read_file(path: Path, *, names: Collection[str] = (), headed: bool = False) 
 
 
 def load_hub(location: str) -> Any:
-    """One split of a hub data set (default split: train).
+    """Load one split of a hub data set.
 
+    Args:
+        location: "hub:", the name, perhaps a configuration and a split; see `pica.tasks.places`.
+    Returns:
+        A `datasets.Dataset`; of the split "train" where none is named.
     Raises:
         DataError: It cannot be had.
         ConfigError: The location is not of the right form.

@@ -14,7 +14,7 @@ _DELIMITERS = (",", ";", "\t")  # spreadsheets set to a language with decimal co
 def table_rows(
     text: str, place: str, *, tabs: bool, names: Collection[str], headed: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows by column name; by column number ("1", "2", ...) where the file has no header.
+    """Read a table.
 
     Args:
         text: The whole file. In a tab-separated one quotation marks are ordinary characters, as in the files that data
@@ -24,7 +24,8 @@ def table_rows(
         tabs: Whether cells are separated by tabs, not commas.
         names: The first row is a header if it holds one of these, whatever the case; they are then spelt as here.
         headed: The first row is a header in any case.
-
+    Yields:
+        The line in the file and the cells, by column name; by column number ("1", "2", ...) where there is no header.
     Raises:
         DataError: A row has another number of cells than the first one, or is the header again.
     """

@@ -78,10 +78,15 @@ class VtabTask:
 
 
 def group_means(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Means of the groups, of all nineteen sets, and of the three groups, from each set's score.
+    """Average the scores of the sets as papers do.
 
     Papers call either of the last two the overall score: the first counts each set the same, the second each group.
-    A mean that lacks a set is None, never a mean of what is there.
+
+    Args:
+        scores: By name of the set.
+    Returns:
+        Means of the groups, of all nineteen sets, and of the three groups. A mean that lacks a set is None, never a mean
+        of what is there.
     """
     means: dict[str, float | None] = {
         group: fmean(scores[name] for name in sets) if sets.keys() <= scores.keys() else None

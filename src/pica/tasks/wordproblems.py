@@ -217,9 +217,11 @@ def generate(split: Split, count: int, seed: int = 0) -> list[WordProblem]:
         split: "train" (80% of all problems), "validation" (10%) or "test" (10%).
         count: Number of problems, from 0 to `available(split)`.
         seed: Decides which problems are drawn, their order, wording, names and things.
-
+    Returns:
+        The problems.
     Raises:
-        ValueError: Unknown split; DataError: a `count` outside the range above.
+        ValueError: Unknown split.
+        DataError: A `count` outside the range above.
     """
     pools = {name: list(numbers) for name, numbers in _split_keys(_known(split)).items()}
     total = sum(map(len, pools.values()))
@@ -253,10 +255,8 @@ def prompt(problem: WordProblem) -> str:
 
 
 def extract_answer(response: str) -> int | None:
-    """The number of the first "The answer is N" in a model's response, or None if it never says so.
-
-    The first, not the last: a model that does not stop after its answer goes on to invent further problems.
-    """
+    """The number of the first "The answer is N" in a model's response, or None if it never says so."""
+    # the first, not the last: a model that does not stop after its answer goes on to invent further problems
     match = _ANSWER.search(response)
     return int(match.group(1)) if match else None
 

@@ -84,8 +84,11 @@ def wedin(
         rank: r, 1 <= r <= min(out, in).
         norm: "spectral": of the largest angle. "frobenius": root of the sum of squares over all angles.
         update_values: Singular values of dW in falling order, where they are known already.
+    Returns:
+        The sines of both sides and what bounds them.
     Raises:
-        RankError, BasisError: `rank` or a weight is unusable, or the shapes differ.
+        RankError: `rank` is out of range.
+        BasisError: A weight is unusable, or the shapes differ.
     """
     before, after = _spectra(base, tuned)
     delta = as_matrix(update, "update")
@@ -107,11 +110,13 @@ def wedin(
 
 
 def weyl(base: Tensor, tuned: Tensor) -> Inequality:
-    """Weyl: no singular value moves by more than the update's largest, max_i |sigma_i(W*) - sigma_i(W0)| <= ||dW||_2.
+    """Weyl: no singular value moves by more than the update's largest.
 
     Args:
         base: W0 (out, in).
         tuned: W* (out, in).
+    Returns:
+        max_i |sigma_i(W*) - sigma_i(W0)| <= ||dW||_2.
     """
     before, after = as_matrix(base), as_matrix(tuned)
     _same_shape(before, after)
@@ -128,8 +133,13 @@ def mirsky(base: Tensor, tuned: Tensor) -> Inequality:
 
 
 def norm_invariance(weight: Tensor, rotation: Tensor) -> Inequality:
-    """||W Q||_F = ||W||_F for orthogonal Q (in, in): the two sides, which are equal up to rounding.
+    """A rotation of its input does not change a weight's norm.
 
+    Args:
+        weight: W (out, in).
+        rotation: Q (in, in), orthogonal.
+    Returns:
+        ||W Q||_F and ||W||_F, which are equal up to rounding.
     Raises:
         BasisError: `rotation` is not orthogonal to 1e-8.
     """
@@ -139,10 +149,15 @@ def norm_invariance(weight: Tensor, rotation: Tensor) -> Inequality:
 
 
 def non_expansiveness(weight: Tensor, directions: Tensor) -> Inequality:
-    """An orthogonal projection does not expand: ||W P^T P||_F <= ||W||_F for orthonormal rows P (r, in).
+    """An orthogonal projection does not expand.
 
+    Args:
+        weight: W (out, in).
+        directions: P, orthonormal rows (r, in).
+    Returns:
+        ||W P^T P||_F <= ||W||_F.
     Raises:
-        BasisError: the rows are not orthonormal to 1e-8.
+        BasisError: The rows are not orthonormal to 1e-8.
     """
     matrix, rows = as_matrix(weight), as_matrix(directions, "directions")
     _check_orthonormal(rows, "directions")

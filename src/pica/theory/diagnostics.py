@@ -15,23 +15,28 @@ INTRUDER_TOP = 10
 
 
 def direction_energies(update: Tensor, directions: Tensor) -> Tensor:
-    """||dW p_i||^2 for each of the orthonormal rows p_i: (r,).
+    """Measure how much of an update each direction carries.
 
     Args:
         update: dW (out, in); transpose it to ask for directions of the output.
-        directions: Orthonormal rows (r, in).
+        directions: Orthonormal rows p_i (r, in).
+    Returns:
+        ||dW p_i||^2 for each of them, (r,), float64.
     """
     return (as_matrix(update, "update") @ as_matrix(directions, "directions").T).square().sum(0)
 
 
 def captured_energy(update: Tensor, directions: Tensor) -> Tensor:
-    """Share of ||dW||_F^2 in the span of the first 1, 2, ..., r rows: (r,), rising, at most 1; zeros for a zero update.
+    """Measure which share of an update lies in the span of the first directions.
 
     For directions that have nothing to do with the update the expectation is i / in (see `random_directions`).
 
     Args:
         update: dW (out, in).
         directions: Orthonormal rows (r, in).
+    Returns:
+        Share of ||dW||_F^2 in the span of the first 1, 2, ..., r rows: (r,), rising, at most 1, float64; zeros for a zero
+        update.
     """
     total = float(as_matrix(update, "update").square().sum())
     energies = direction_energies(update, directions)
@@ -39,12 +44,14 @@ def captured_energy(update: Tensor, directions: Tensor) -> Tensor:
 
 
 def rank_for_share(energies: Tensor, share: float, *, total: float | None = None) -> int:
-    """Smallest r whose first r energies hold `share` of the total; one more than there are where none does.
+    """Find the rank that holds a share of the energy.
 
     Args:
         energies: Non-negative, (k,), in the order of the directions.
         share: Above 0, at most 1.
         total: What the share is of; the sum of `energies` if left out.
+    Returns:
+        Smallest r whose first r energies hold it, 1 to k; k + 1 where all together do not.
     Raises:
         ConfigError: `share` is out of range.
     """
@@ -80,10 +87,12 @@ def intruder_dimensions(
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007): 1 to k; 0 for a zero weight.
+    """Count singular values by how evenly they share their sum (Roy and Vetterli 2007).
 
     Args:
         values: Singular values, (k,), non-negative.
+    Returns:
+        exp of the entropy of the values divided by their sum: 1 to k; 0 for a zero weight.
     """
     total = values.sum()
     if not float(total):
@@ -93,21 +102,25 @@ def effective_rank(values: Tensor) -> float:
 
 
 def stable_rank(values: Tensor) -> float:
-    """||W||_F^2 / ||W||_2^2: 1 to k; 0 for a zero weight.
+    """Count singular values by their squares, the largest as one.
 
     Args:
         values: Singular values, (k,), non-negative.
+    Returns:
+        ||W||_F^2 / ||W||_2^2: 1 to k; 0 for a zero weight.
     """
     largest = values.max()
     return float((values / largest).square().sum()) if float(largest) else 0.0
 
 
 def spectrum_rank(weight: Tensor | Spectrum, share: float) -> int:
-    """Smallest r whose r largest singular values hold `share` of ||W||_F^2: a rank from the base weight alone.
+    """Choose a rank from the base weight alone.
 
     Args:
         weight: W0 (out, in), or its spectrum.
         share: Above 0, at most 1.
+    Returns:
+        Smallest r, at least 1, whose r largest singular values hold `share` of ||W||_F^2.
     """
     values = weight.values if isinstance(weight, Spectrum) else torch.linalg.svdvals(as_matrix(weight))
     return max(1, min(len(values), rank_for_share(values.square(), share)))

@@ -58,11 +58,17 @@ class Perturbations:
 
 
 def perturbations(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> Perturbations:
-    """E_P and E_Q of a pair of weights (out, in), with W*'s arbitrary signs chosen to fit W0's.
+    """Measure how far fine-tuning turned the singular vectors, with W*'s arbitrary signs chosen to fit W0's.
 
     The j-th singular vectors of both weights are compared, so two singular values that changed places, or a rotation among
     (nearly) equal ones, give entries of order 1 however small the update: E is of size ||dW|| / (distance between
     singular values), see `first_order_perturbations`. A small E is an assumption on the spectrum too.
+
+    Args:
+        base: W0 (out, in), or its spectrum.
+        tuned: W* (out, in), or its spectrum.
+    Returns:
+        E_P and E_Q, and what of W*'s vectors lies outside of W0's.
     """
     before, after = _spectra(base, tuned)
     p, q = before.inputs @ after.inputs.T, before.outputs @ after.outputs.T  # (k, k)
@@ -77,10 +83,16 @@ def perturbations(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> Perturba
 
 
 def first_order_perturbations(base: Tensor | Spectrum, update: Tensor) -> tuple[Tensor, Tensor]:
-    """E_P and E_Q to first order in dW, off the diagonal: two matrices (k, k), infinite or NaN for equal singular values.
+    """Predict E_P and E_Q to first order in dW.
 
     With N = U^T dW V in the paper's layout: E_P[i, j] = (s_j N_ij + s_i N_ji) / (s_j^2 - s_i^2) and
     E_Q[i, j] = (s_i N_ij + s_j N_ji) / (s_j^2 - s_i^2).
+
+    Args:
+        base: W0 (out, in), or its spectrum.
+        update: dW (out, in).
+    Returns:
+        E_P and E_Q off the diagonal, (k, k) each, float64, infinite or NaN for equal singular values.
     """
     before = base if isinstance(base, Spectrum) else spectrum(base)
     delta = as_matrix(update, "update")
@@ -165,8 +177,11 @@ def projection_error(
         rank: r, 1 <= r <= min(out, in).
         update_values: Singular values of dW in falling order, where they are known already.
         turned: `perturbations(base, tuned)`, where they are known already.
+    Returns:
+        The error and its parts.
     Raises:
-        RankError, BasisError: `rank` or a weight is unusable, or the shapes differ.
+        RankError: `rank` is out of range.
+        BasisError: A weight is unusable, or the shapes differ.
     """
     before, after = _spectra(base, tuned)
     delta = as_matrix(update, "update")

@@ -91,8 +91,10 @@ def sequential_projection(
         directions: P, orthonormal rows (r, in).
         step_size: eta, positive.
         steps: T, at least 1.
+    Returns:
+        Both trained weights, the smoothness seen on the way, and the theorem's bound on their distance.
     Raises:
-        BasisError: the rows are not orthonormal, or the loss left the finite numbers.
+        BasisError: The rows are not orthonormal, or the loss left the finite numbers.
         ConfigError: `step_size` or `steps` is out of range.
     """
     if not (math.isfinite(step_size) and step_size > 0) or steps < 1:

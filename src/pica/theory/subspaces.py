@@ -31,10 +31,15 @@ class Spectrum:
 
 
 def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
-    """A weight in float64, without gradient, on its device.
+    """Make a weight fit to be measured.
 
+    Args:
+        weight: Any dtype.
+        name: For messages.
+    Returns:
+        It in float64, without gradient, on its device.
     Raises:
-        BasisError: it is not a matrix, has no entries, or holds NaN or infinity.
+        BasisError: It is not a matrix, has no entries, or holds NaN or infinity.
     """
     if weight.ndim != 2 or not weight.numel():
         raise BasisError(f"{name}: a matrix (out, in) is needed, got shape {tuple(weight.shape)}.")
@@ -51,31 +56,44 @@ def check_rank(rank: int, limit: int) -> None:
 
 
 def spectrum(weight: Tensor) -> Spectrum:
-    """Singular value decomposition of a weight (out, in), any float dtype, in float64.
+    """Decompose a weight in float64.
 
     Where singular values are equal their vectors are only fixed up to a rotation; what comes out is one choice.
 
+    Args:
+        weight: (out, in), any float dtype.
+    Returns:
+        Its singular values and both sets of vectors.
     Raises:
-        BasisError: see `as_matrix`.
+        BasisError: See `as_matrix`.
     """
     left, values, right = torch.linalg.svd(as_matrix(weight), full_matrices=False)
     return Spectrum(left.T, values, right)
 
 
 def sines(one: Tensor, other: Tensor) -> Tensor:
-    """Sines of the principal angles between the spans of orthonormal rows (r, n) and (s, n): (min(r, s),), rising.
+    """Measure the angles between two subspaces, accurately where they are small.
 
-    From the part of the smaller set that lies outside the span of the larger, so that small ones are accurate.
+    Args:
+        one: Orthonormal rows, (r, n).
+        other: Orthonormal rows, (s, n).
+    Returns:
+        Sines of the principal angles, (min(r, s),), rising.
     """
+    # from the part of the smaller set that lies outside the span of the larger
     small, large = (one, other) if one.shape[0] <= other.shape[0] else (other, one)
     outside = small - (small @ large.T) @ large  # (r, n)
     return torch.linalg.svdvals(outside).flip(0).clamp(max=1.0)
 
 
 def principal_angles(one: Tensor, other: Tensor) -> Tensor:
-    """Principal angles in radians between the spans of orthonormal rows (r, n) and (s, n): (min(r, s),), rising.
+    """Measure the angles between two subspaces, near 0 and near 90 degrees alike (Bjoerck and Golub).
 
-    Taken from sines and cosines together (Bjoerck and Golub), hence accurate near 0 and near 90 degrees alike.
+    Args:
+        one: Orthonormal rows, (r, n).
+        other: Orthonormal rows, (s, n).
+    Returns:
+        Principal angles in radians, (min(r, s),), rising.
     """
     cosines = torch.linalg.svdvals(one @ other.T).clamp(max=1.0)  # falling
     return torch.atan2(sines(one, other), cosines)

@@ -19,7 +19,6 @@ from transformers.integrations.bitnet import AutoBitLinear
 from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.integrations.gemma_quant import QuantizedLinear
 
-import pica
 import pica.tuners.base.quantised
 from pica import PicaConfig, SvftConfig, export_lora
 from pica.basis import checkpoint as checkpoints

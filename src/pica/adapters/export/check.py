@@ -67,13 +67,18 @@ def check_folder(
     where they are not widened.
 
     Args:
+        root: The base model with the layers that were exported.
+        adapter: Its name there.
+        folder: The export.
         spectra: {path: shared matrix} of the exported layers.
         filled: Paths that got a zero adapter.
         rank: Rank of the export; layers with more directions are truncated, and may miss what they are known to miss.
         dtype: Precision of the file; PEFT may load it in a finer one.
         inputs: Keyword arguments of the model's forward pass; by default random ones that fit its configuration.
+    Returns:
+        What was compared, and by how much it differs.
     Raises:
-        ExportError: the reloaded adapter has other layers, another update or another output than it should.
+        ExportError: The reloaded adapter has other layers, another update or another output than it should.
     """
     with flags_kept(root), torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about what is checked here
@@ -105,11 +110,14 @@ def check_folder(
 
 
 def _reload(plain: nn.Module, folder: Path) -> PeftModel:
-    """The folder as plain PEFT reads it.
+    """Load the folder with plain PEFT.
 
+    Returns:
+        The reloaded model.
     Raises:
         ExportError: PEFT takes names of layers for those of experts, as it does where transformers keeps the experts of a
             family as one parameter that once were layers.
+        ValueError: Whatever else PEFT refuses.
     """
     try:
         reloaded = PeftModel.from_pretrained(plain, str(folder)).eval()
@@ -259,10 +267,15 @@ def plain_copy(root: nn.Module) -> nn.Module:
 
 
 def example_inputs(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Random inputs, the same each time, for a transformers model that reads tokens or images, or a diffusers denoiser.
+    """Make inputs for a transformers model that reads tokens or images, or for a diffusers denoiser.
 
+    Args:
+        model: Whose configuration says what it reads.
+        device: Where to.
+    Returns:
+        Random keyword arguments of its forward pass, the same each time.
     Raises:
-        ExportError: the model's configuration does not say what it reads.
+        ExportError: The model's configuration does not say what it reads.
     """
     if (denoising := denoiser_inputs(model)) is not None:
         return denoising

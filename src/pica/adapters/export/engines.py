@@ -50,10 +50,12 @@ class Engine:
     in_python: bool = False
 
     def legal_rank(self, rank: int) -> int:
-        """The smallest rank of the engine that holds `rank` directions.
+        """Round a rank up to one that the engine serves.
 
+        Returns:
+            The smallest such rank that holds `rank` directions.
         Raises:
-            RankError: there is none.
+            RankError: There is none.
         """
         if self.ranks is None:
             return rank
@@ -108,10 +110,14 @@ ENGINES: dict[str, Engine] = {
 
 
 def find_engine(name: str | None) -> Engine | None:
-    """The rules of engine `name`; None for None.
+    """Find an engine's rules.
 
+    Args:
+        name: A key of `ENGINES`.
+    Returns:
+        The rules; None for None.
     Raises:
-        ConfigError: no such engine.
+        ConfigError: No such engine.
     """
     if name is None:
         return None

@@ -32,10 +32,19 @@ def parameter_paths(root: nn.Module) -> list[str]:
 def stack_tensors(
     root: nn.Module, adapter: str, spectra: Mapping[str, SharedSpectrum], rank: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """LoRA tensors of the adapted stacks, by their names in PEFT's file.
+    """Write the updates of adapted stacks of experts as LoRA factors.
 
     PEFT wraps a module once for each of its parameters, the first innermost, and keeps the factors of all experts in one
     matrix each: A (experts * rank, columns), and B (rows, rank * experts), in which the experts run fastest.
+
+    Args:
+        root: The model.
+        adapter: Its name there.
+        spectra: {path: shared matrix} of the stacks.
+        rank: Of the export; smaller factors are padded with zeros.
+        dtype: Of the result.
+    Returns:
+        Tensors by their names in PEFT's file.
     """
     tensors: dict[str, Tensor] = {}
     for path, module in root.named_modules():

@@ -100,10 +100,15 @@ class SharedSpectrum:
 
 
 def shared_spectra(layers: dict[str, AdaptedLinear], adapter: str) -> dict[str, SharedSpectrum]:
-    """For each layer (by path) the matrix that it shares, cut to the columns it uses; one object a (group, rank).
+    """Decompose the matrices that layers share, once for each (group, rank).
 
+    Args:
+        layers: By path.
+        adapter: Its name there.
+    Returns:
+        For each layer, by path, the matrix that it shares, cut to the columns it uses; one object a (group, rank).
     Raises:
-        AdapterFileError: a matrix holds NaN or infinity.
+        AdapterFileError: A matrix holds NaN or infinity.
     """
     made: dict[tuple[str, int], SharedSpectrum] = {}
     of_layer = {}
@@ -124,10 +129,16 @@ def shared_spectra(layers: dict[str, AdaptedLinear], adapter: str) -> dict[str, 
 
 
 def choose_rank(spectra: list[SharedSpectrum], rank: int | None, energy: float | None) -> int:
-    """The export's uniform rank before an engine's rules: that of the widest layer, or less as asked.
+    """Choose the export's uniform rank, before an engine's rules.
 
+    Args:
+        spectra: The shared matrices.
+        rank: The most that is asked for.
+        energy: Share of every matrix's squared norm to keep.
+    Returns:
+        The rank of the widest layer, or less as asked.
     Raises:
-        ConfigError: both `rank` and `energy` are given, or `energy` is out of range.
+        ConfigError: Both `rank` and `energy` are given, or `energy` is out of range.
         RankError: `rank` is not at least 1.
     """
     if rank is not None and energy is not None:
@@ -147,10 +158,18 @@ def choose_rank(spectra: list[SharedSpectrum], rank: int | None, energy: float |
 def layer_factors(
     layer: AdaptedLinear, adapter: str, spectrum: SharedSpectrum, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) of one layer, padded with zeros, contiguous, on the CPU, sharing no storage.
+    """Write one layer's update as dW = B A.
 
+    Args:
+        layer: The adapted layer.
+        adapter: Its name there.
+        spectrum: The matrix that it shares.
+        rank: Of the result.
+        dtype: Of the result.
+    Returns:
+        A (rank, in) and B (out, rank), padded with zeros, contiguous, on the CPU, sharing no storage.
     Raises:
-        AdapterFileError: a value does not fit `dtype`.
+        AdapterFileError: A value does not fit `dtype`.
     """
     with full_precision(layer.compute_device_and_dtype()[0]):
         left, directions = layer.frames(adapter)

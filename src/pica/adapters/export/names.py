@@ -70,10 +70,14 @@ def plain_names(adapted: Collection[str], modules: Iterable[str]) -> list[str]:
 
 
 def missing_members(adapted: Collection[str], linears: dict[str, LinearShape], *, siblings: bool) -> list[LinearShape]:
-    """Layers that an engine expects beside the adapted ones.
+    """Find the layers that an engine expects beside the adapted ones.
 
-    These are the layers of the same role in blocks that the adapter leaves out and, with `siblings`, the other members
-    of q/k/v and gate/up.
+    Args:
+        adapted: Paths of the adapted layers.
+        linears: All linear layers of the model, by path.
+        siblings: Whether the engine expects the other members of q/k/v and gate/up.
+    Returns:
+        The layers of the same role in blocks that the adapter leaves out and, with `siblings`, those others.
     """
     wanted: set[str] = set()
     for path in adapted if siblings else ():
