@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from ctypes import POINTER, byref, c_char, c_double, c_float, c_int, c_void_p
 from functools import cache
@@ -43,7 +43,7 @@ _limit: Any = None
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Generator[None]:
     """BLAS with one thread until the last of those who asked for it is through."""
     global _limited, _limit
     with _limiting:

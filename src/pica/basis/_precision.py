@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Generator[None]:
     """Run matrix products on `device` in the dtype of their operands.
 
     Users switch TF32 (CUDA) or bfloat16 (CPU) products on for speed, globally or through autocast. A basis that was

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def _solve_in_rounds(
 def with_progress(results: Iterable[Result], total: int) -> list[Result]:
     """The `total` results of an iterable that works for them, with a progress bar once that takes a few seconds."""
     started = time.monotonic()
-    bar: tqdm | None = None
+    bar: tqdm[NoReturn] | None = None
     done: list[Result] = []
     try:
         for result in results:
@@ -193,7 +193,7 @@ def _solve(request: BasisRequest, weight: Tensor, side: WantedSide) -> Basis:
 
 
 @contextmanager
-def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+def _one_thread_each(workers: int) -> Generator[ThreadPoolExecutor]:
     """Threads that solve; linear algebra inside them (torch's, and scipy's BLAS) does not start threads of its own."""
     before = torch.get_num_threads()
     # the solver sets precision switches that are global, so they are set out here and stay as they are meanwhile
@@ -209,7 +209,7 @@ def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
             torch.set_num_threads(before)
 
 
-def _bar(total: int, done: int) -> tqdm:
+def _bar(total: int, done: int) -> tqdm[NoReturn]:
     pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     return tqdm(
         total=total, initial=done, desc="PiCa basis", unit="layer", leave=False, mininterval=pause, maxinterval=pause

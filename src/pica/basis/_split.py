@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,7 +97,7 @@ def enabled() -> bool:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Generator[None]:
     """Solve all bases in this process meanwhile: for what one process of a job does without the others."""
     global _alone
     before, _alone = _alone, True
@@ -136,9 +136,8 @@ def meet(work: str, holdings: Holdings) -> bool:
     content = f"{work}\n{list(holdings.shapes)}\n{holdings.in_parts}\n".encode() + holdings.sample
     key = hashlib.sha256(content).hexdigest()[:32]
     _met[key] += 1
-    store = torch.distributed.PrefixStore(
-        f"pica/basis/{key}/{_met[key]}", torch.distributed.distributed_c10d._get_default_store()
-    )
+    default = torch.distributed.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - no public way
+    store = torch.distributed.PrefixStore(f"pica/basis/{key}/{_met[key]}", default)
     patience = min(max(sum(holdings.costs) / OPERATIONS_PER_SECOND, LEAST_PATIENCE), MOST_PATIENCE)
     complete = store.add("arrived", 1) == process_count()
     if not complete:

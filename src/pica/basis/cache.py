@@ -37,12 +37,10 @@ from pica.errors import ConfigError
 
 try:
     from xxhash import xxh3_128 as _hasher
-
-    HASH = "xxh3_128"
 except ImportError:  # a broken or missing wheel: slower, and entries of their own
     from hashlib import blake2b as _hasher
 
-    HASH = "blake2b"
+HASH = "blake2b" if _hasher is hashlib.blake2b else "xxh3_128"
 
 logger = logging.getLogger(__name__)
 

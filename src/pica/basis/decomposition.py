@@ -65,7 +65,7 @@ def factorise(weight: Tensor, *, name: str = "weight") -> Factorisation:
         raise BasisError(f"{name}: the weight is on the meta device; load the base model before solving its basis.")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with full_precision(weight.device):
-        spectral._magnitude(weight, name)
+        spectral.magnitude(weight, name)
         left, values, right = _decompose(weight, name)
         floor = max(weight.shape) * torch.finfo(torch.float64).eps * (float(values[0]) if len(values) else 0.0)
         usable = int((values > floor).sum())

@@ -135,7 +135,7 @@ def solve_basis(
     _check(weight, rank, projection, side, name)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with full_precision(weight.device):
-        scale = _magnitude(weight, name)
+        scale = magnitude(weight, name)
         if projection == "random":
             return _random_basis(weight, rank, dtype, seed, name)
         if scale == 0.0:
@@ -181,7 +181,7 @@ def _check(weight: Tensor, rank: int, projection: str, side: str, name: str) -> 
         raise RankError(f"{name}: rank={rank} is outside 1..{limit} for a weight of shape {tuple(weight.shape)}.")
 
 
-def _magnitude(weight: Tensor, name: str) -> float:
+def magnitude(weight: Tensor, name: str) -> float:
     """Largest |entry|; raises where one is not finite. `aminmax` carries NaN through and needs no mask."""
     if weight.numel() == 0:
         return 0.0

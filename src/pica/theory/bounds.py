@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pica.errors import BasisError
-from pica.theory.subspaces import Spectrum, as_matrix, check_rank, sines, spectrum
+from pica.theory.subspaces import Spectrum, as_matrix, check_orthonormal, check_rank, sines, spectra_of
 
 Norm = Literal["spectral", "frobenius"]
 
@@ -90,7 +90,7 @@ def wedin(
         RankError: `rank` is out of range.
         BasisError: A weight is unusable, or the shapes differ.
     """
-    before, after = _spectra(base, tuned)
+    before, after = spectra_of(base, tuned)
     delta = as_matrix(update, "update")
     check_rank(rank, len(before.values))
     top = float(before.values[rank - 1])
@@ -144,7 +144,7 @@ def norm_invariance(weight: Tensor, rotation: Tensor) -> Inequality:
         BasisError: `rotation` is not orthogonal to 1e-8.
     """
     matrix, q = as_matrix(weight), as_matrix(rotation, "rotation")
-    _check_orthonormal(q, "rotation")
+    check_orthonormal(q, "rotation")
     return Inequality(float((matrix @ q).norm()), float(matrix.norm()))
 
 
@@ -160,23 +160,8 @@ def non_expansiveness(weight: Tensor, directions: Tensor) -> Inequality:
         BasisError: The rows are not orthonormal to 1e-8.
     """
     matrix, rows = as_matrix(weight), as_matrix(directions, "directions")
-    _check_orthonormal(rows, "directions")
+    check_orthonormal(rows, "directions")
     return Inequality(float(((matrix @ rows.T) @ rows).norm()), float(matrix.norm()))
-
-
-def _check_orthonormal(rows: Tensor, name: str) -> None:
-    error = float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max())
-    if error > 1e-8:
-        raise BasisError(f"{name}: its rows are not orthonormal (off by {error:.1e}).")
-
-
-def _spectra(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> tuple[Spectrum, Spectrum]:
-    before = base if isinstance(base, Spectrum) else spectrum(base)
-    after = tuned if isinstance(tuned, Spectrum) else spectrum(tuned)
-    shapes = [(s.outputs.shape[1], s.inputs.shape[1]) for s in (before, after)]
-    if shapes[0] != shapes[1]:
-        raise BasisError(f"base and fine-tuned weight have different shapes, {shapes[0]} and {shapes[1]}.")
-    return before, after
 
 
 def _same_shape(before: Tensor, after: Tensor) -> None:

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pica.theory.bounds import Inequality, _spectra
-from pica.theory.subspaces import Spectrum, as_matrix, check_rank, spectrum
+from pica.theory.bounds import Inequality
+from pica.theory.subspaces import Spectrum, as_matrix, check_rank, spectra_of, spectrum
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def perturbations(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> Perturba
     Returns:
         E_P and E_Q, and what of W*'s vectors lies outside of W0's.
     """
-    before, after = _spectra(base, tuned)
+    before, after = spectra_of(base, tuned)
     p, q = before.inputs @ after.inputs.T, before.outputs @ after.outputs.T  # (k, k)
     signs = torch.where(torch.diagonal(p) + torch.diagonal(q) < 0, -1.0, 1.0).to(p.dtype)
     p, q = p * signs, q * signs
@@ -183,7 +183,7 @@ def projection_error(
         RankError: `rank` is out of range.
         BasisError: A weight is unusable, or the shapes differ.
     """
-    before, after = _spectra(base, tuned)
+    before, after = spectra_of(base, tuned)
     delta = as_matrix(update, "update")
     check_rank(rank, len(before.values))
     values = torch.linalg.svdvals(delta) if update_values is None else update_values

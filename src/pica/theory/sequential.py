@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pica.errors import ConfigError
-from pica.theory.bounds import Inequality, _check_orthonormal
-from pica.theory.subspaces import as_matrix
+from pica.theory.bounds import Inequality
+from pica.theory.subspaces import as_matrix, check_orthonormal
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def sequential_projection(
     if not (math.isfinite(step_size) and step_size > 0) or steps < 1:
         raise ConfigError(f"step_size={step_size} must be positive and steps={steps} at least 1.")
     base, rows = as_matrix(start, "start"), as_matrix(directions, "directions")
-    _check_orthonormal(rows, "directions")
+    check_orthonormal(rows, "directions")
 
     def gradient(weight: Tensor) -> Tensor:
         point = weight.clone().requires_grad_(True)

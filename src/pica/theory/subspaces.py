@@ -51,8 +51,34 @@ def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
 
 def check_rank(rank: int, limit: int) -> None:
     """Raise `RankError` unless 1 <= rank <= limit."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RankError(f"rank={rank} is outside 1..{limit}, which is what this weight allows.")
+
+
+def check_orthonormal(rows: Tensor, name: str) -> None:
+    """Raise `BasisError` unless the rows (r, n) are orthonormal to 1e-8."""
+    error = float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max())
+    if error > 1e-8:
+        raise BasisError(f"{name}: its rows are not orthonormal (off by {error:.1e}).")
+
+
+def spectra_of(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> tuple[Spectrum, Spectrum]:
+    """Decompose a pair of weights, where that is not done yet.
+
+    Args:
+        base: W0 (out, in), or its spectrum.
+        tuned: W* (out, in), or its spectrum.
+    Returns:
+        Both spectra.
+    Raises:
+        BasisError: See `as_matrix`; or the shapes differ.
+    """
+    before = base if isinstance(base, Spectrum) else spectrum(base)
+    after = tuned if isinstance(tuned, Spectrum) else spectrum(tuned)
+    shapes = [(s.outputs.shape[1], s.inputs.shape[1]) for s in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise BasisError(f"base and fine-tuned weight have different shapes, {shapes[0]} and {shapes[1]}.")
+    return before, after
 
 
 def spectrum(weight: Tensor) -> Spectrum:
