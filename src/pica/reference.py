@@ -6,11 +6,13 @@ W0 is W^T, its column space U_r is spanned by the top right singular vectors of 
 
 from __future__ import annotations
 
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
+
 import torch
 from torch import Tensor
 
 
-def column_space(weight: Tensor, r: int) -> Tensor:
+def column_space(weight: Float[Tensor, "out in"], r: int) -> Float[Tensor, "r in"]:
     """P, the paper's U_r^T: (r, in), the top right singular vectors of `weight` (out, in), each with its sign chosen."""
     # A singular vector is determined up to its sign. Here, as in the package, the entry of largest size is positive.
     rows = torch.linalg.svd(weight, full_matrices=False).Vh[:r]
@@ -18,7 +20,7 @@ def column_space(weight: Tensor, r: int) -> Tensor:
     return rows * largest.sign()
 
 
-def adapted(weights: list[Tensor], matrix: Tensor) -> list[Tensor]:
+def adapted(weights: list[Float[Tensor, "out in"]], matrix: Float[Tensor, "out r"]) -> list[Float[Tensor, "out in"]]:
     """W_i + M P_i for the layers of one role, which share `matrix` M (out, r) (the paper's section 3.2)."""
     return [w + matrix @ column_space(w, matrix.shape[1]) for w in weights]
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from ctypes import POINTER, byref, c_char, c_double, c_float, c_int, c_void_p
 from functools import cache
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def add_lower_gram(total: Tensor, rows: Tensor) -> None:
+def add_lower_gram(total: Float[Tensor, "n n"], rows: Float[Tensor, "k n"]) -> None:
     """total += rows^T rows in its lower triangle: half the work of a general product.
 
     Args:
@@ -89,7 +90,7 @@ def add_lower_gram(total: Tensor, rows: Tensor) -> None:
     )
 
 
-def eigenvectors(gram: Tensor, first: int, last: int) -> Tensor:
+def eigenvectors(gram: Float[Tensor, "n n"], first: int, last: int) -> Float[Tensor, "count n"]:
     """Some eigenvectors of a symmetric matrix, by LAPACK's MRRR.
 
     For a part of the spectrum it is up to three times faster than all of it, and orthogonal in clusters.

@@ -7,6 +7,7 @@ of all directions, drawn anew each time, so that no file can be made to pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ TOLERANCE = 0.05
 ROUNDING = 1e-5
 
 
-def flaw(weight: Tensor, projector: Tensor, gains: Tensor, side: str, projection: str) -> str | None:
+def flaw(
+    weight: Float[Tensor, "out in"],
+    projector: Float[Tensor, "rank width"],
+    gains: Float[Tensor, "rank"],
+    side: str,
+    projection: str,
+) -> str | None:
     """Look for a sign that a basis is not one that `solve_basis` would give for `weight`.
 
     The directions must be orthonormal, and W^T W p_i = gain_i^2 p_i (so they are singular directions, of those gains); and

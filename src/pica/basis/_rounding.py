@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ READING_LIMIT = 4.0
 SLICE_ELEMENTS = 2**18
 
 
-def clear_count(weight: Tensor, gains: Tensor) -> int:
+def clear_count(weight: Float[Tensor, "out in"], gains: Float[Tensor, "rank"]) -> int:
     """Count the leading directions of a weight that are its own.
 
     A weight of rank k that was rounded to float16 or bfloat16 has further directions, which the rounding made. Their
@@ -40,7 +42,7 @@ def clear_count(weight: Tensor, gains: Tensor) -> int:
     return int(lost.to(torch.uint8).argmax()) if bool(lost.any()) else len(gains)
 
 
-def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
+def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out"], Float[Tensor, "in"]]:
     """Norms of the rows (out,) and of the columns (in,), float64."""
     found = _by_rows_and_columns(weight, torch.float32)
     size = float(found[0].max()) if len(found[0]) else 0.0
@@ -58,7 +60,7 @@ def _by_rows_and_columns(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return torch.cat(rows).sqrt_(), squares.sqrt_()
 
 
-def readable(w: Tensor, scale: float, gains: Tensor) -> bool:
+def readable(w: Float[Tensor, "out in"], scale: float, gains: Float[Tensor, "rank"]) -> bool:
     """Whether coordinates are to be read from the layer's output, as S^-1 U^T W x: it is smaller, and as good as its input.
 
     Rounding of the output, whose entries are |W|_F / sqrt(out) for an input of entries of one, is divided by a

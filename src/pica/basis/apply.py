@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def coordinates(source: Tensor, projector: Tensor, shift: Tensor | None = None) -> Tensor:
+def coordinates(
+    source: Float[Tensor, "*batch n"], projector: Float[Tensor, "r n"], shift: Float[Tensor, "r"] | None = None
+) -> Float[Tensor, "*batch r"]:
     """h = source projector^T (- shift): what the frozen basis sees of each token.
 
     Args:
@@ -29,7 +32,13 @@ def coordinates(source: Tensor, projector: Tensor, shift: Tensor | None = None) 
     return F.linear(source, projector, None if shift is None else -shift.to(projector.dtype))
 
 
-def add_product(y: Tensor, h: Tensor, matrix: Tensor, *, in_place: bool = False) -> Tensor:
+def add_product(
+    y: Float[Tensor, "*batch out"],
+    h: Float[Tensor, "*batch r"],
+    matrix: Float[Tensor, "out r"],
+    *,
+    in_place: bool = False,
+) -> Float[Tensor, "*batch out"]:
     """Add an update to a layer's output (the paper's x U_r B, transposed).
 
     The product runs in y's dtype; M's gradient comes back in M's. Only h and M are saved for backward.
@@ -83,7 +92,7 @@ class _AddProductInPlace(torch.autograd.Function):
         return dy, dh, dm
 
 
-def delta_weight(matrix: Tensor, directions: Tensor) -> Tensor:
+def delta_weight(matrix: Float[Tensor, "out r"], directions: Float[Tensor, "r in"]) -> Float[Tensor, "out in"]:
     """Multiply an update out (the paper's U_r B, transposed).
 
     Args:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 
 import torch
 from torch import Tensor
@@ -42,13 +43,13 @@ class Factorisation:
         usable: Number of directions that do not vanish; they come first.
     """
 
-    left: Tensor
-    values: Tensor
-    right: Tensor
+    left: Float[Tensor, "out n"]
+    values: Float[Tensor, "n"]
+    right: Float[Tensor, "n in"]
     usable: int
 
 
-def factorise(weight: Tensor, *, name: str = "weight") -> Factorisation:
+def factorise(weight: Float[Tensor, "out in"], *, name: str = "weight") -> Factorisation:
     """Decompose `weight` (out, in) in float64, on its device or, where that has no float64, on the CPU.
 
     Args:

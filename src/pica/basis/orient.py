@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ TIE = 1e-4
 SLICE_ELEMENTS = 2**19
 
 
-def direction_signs(directions: Tensor) -> Tensor:
+def direction_signs(directions: Float[Tensor, "k n"]) -> Float[Tensor, "k"]:
     """Sign that makes the entry of largest magnitude of each direction positive; of tied entries, the first.
 
     Args:

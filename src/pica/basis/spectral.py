@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 from typing import Literal
 
 import numpy as np
@@ -58,9 +59,9 @@ class Basis:
             (`clear_count`); None where all are.
     """
 
-    projector: Tensor
+    projector: Float[Tensor, "rank width"]
     side: Side
-    gains: Tensor
+    gains: Float[Tensor, "rank"]
     projection: str
     solver: str
     clear: int | None = None
@@ -69,7 +70,7 @@ class Basis:
     def rank(self) -> int:
         return self.projector.shape[0]
 
-    def directions(self, weight: Tensor) -> Tensor:
+    def directions(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "rank in"]:
         """The rows P themselves, (rank, in), for the `weight` (out, in) that the basis was solved from."""
         if self.side == "in":
             return self.projector
@@ -99,7 +100,7 @@ def max_rank(out_features: int, in_features: int, projection: str = "principal")
 
 
 def solve_basis(
-    weight: Tensor,
+    weight: Float[Tensor, "out in"],
     rank: int,
     *,
     projection: str = "principal",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 from typing import Literal
 
 import torch
@@ -64,13 +65,13 @@ class WedinBound:
 
 
 def wedin(
-    base: Tensor | Spectrum,
-    tuned: Tensor | Spectrum,
-    update: Tensor,
+    base: Float[Tensor, "out in"] | Spectrum,
+    tuned: Float[Tensor, "out in"] | Spectrum,
+    update: Float[Tensor, "out in"],
     rank: int,
     norm: Norm = "spectral",
     *,
-    update_values: Tensor | None = None,
+    update_values: Float[Tensor, "k"] | None = None,
 ) -> WedinBound:
     """Lemma 3.1: a small update keeps the principal subspaces.
 
@@ -109,7 +110,7 @@ def wedin(
     return WedinBound(measured[0], measured[1], size, top - next_after, top - next_before - spectral, largest)
 
 
-def weyl(base: Tensor, tuned: Tensor) -> Inequality:
+def weyl(base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"]) -> Inequality:
     """Weyl: no singular value moves by more than the update's largest.
 
     Args:
@@ -124,7 +125,7 @@ def weyl(base: Tensor, tuned: Tensor) -> Inequality:
     return Inequality(float(moved), float(torch.linalg.matrix_norm(after - before, 2)))
 
 
-def mirsky(base: Tensor, tuned: Tensor) -> Inequality:
+def mirsky(base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"]) -> Inequality:
     """Mirsky, Weyl's inequality in the Frobenius norm: sqrt(sum_i (sigma_i(W*) - sigma_i(W0))^2) <= ||dW||_F."""
     before, after = as_matrix(base), as_matrix(tuned)
     _same_shape(before, after)
@@ -132,7 +133,7 @@ def mirsky(base: Tensor, tuned: Tensor) -> Inequality:
     return Inequality(float(moved), float((after - before).norm()))
 
 
-def norm_invariance(weight: Tensor, rotation: Tensor) -> Inequality:
+def norm_invariance(weight: Float[Tensor, "out in"], rotation: Float[Tensor, "in in"]) -> Inequality:
     """A rotation of its input does not change a weight's norm.
 
     Args:
@@ -148,7 +149,7 @@ def norm_invariance(weight: Tensor, rotation: Tensor) -> Inequality:
     return Inequality(float((matrix @ q).norm()), float(matrix.norm()))
 
 
-def non_expansiveness(weight: Tensor, directions: Tensor) -> Inequality:
+def non_expansiveness(weight: Float[Tensor, "out in"], directions: Float[Tensor, "r in"]) -> Inequality:
     """An orthogonal projection does not expand.
 
     Args:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
+from typing import Annotated as Int
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ INTRUDER_TOP = 10
 """Only so many of the leading singular vectors are asked: in the tail, vectors mix among near ties without meaning."""
 
 
-def direction_energies(update: Tensor, directions: Tensor) -> Tensor:
+def direction_energies(update: Float[Tensor, "out in"], directions: Float[Tensor, "r in"]) -> Float[Tensor, "r"]:
     """Measure how much of an update each direction carries.
 
     Args:
@@ -26,7 +29,7 @@ def direction_energies(update: Tensor, directions: Tensor) -> Tensor:
     return (as_matrix(update, "update") @ as_matrix(directions, "directions").T).square().sum(0)
 
 
-def captured_energy(update: Tensor, directions: Tensor) -> Tensor:
+def captured_energy(update: Float[Tensor, "out in"], directions: Float[Tensor, "r in"]) -> Float[Tensor, "r"]:
     """Measure which share of an update lies in the span of the first directions.
 
     For directions that have nothing to do with the update the expectation is i / in (see `random_directions`).
@@ -43,7 +46,7 @@ def captured_energy(update: Tensor, directions: Tensor) -> Tensor:
     return energies.cumsum(0) / total if total else torch.zeros_like(energies)
 
 
-def rank_for_share(energies: Tensor, share: float, *, total: float | None = None) -> int:
+def rank_for_share(energies: Float[Tensor, "k"], share: float, *, total: float | None = None) -> int:
     """Find the rank that holds a share of the energy.
 
     Args:
@@ -64,8 +67,12 @@ def rank_for_share(energies: Tensor, share: float, *, total: float | None = None
 
 
 def intruder_dimensions(
-    base: Tensor, tuned: Tensor, *, threshold: float = INTRUDER_THRESHOLD, top: int = INTRUDER_TOP
-) -> Tensor:
+    base: Float[Tensor, "k n"],
+    tuned: Float[Tensor, "s n"],
+    *,
+    threshold: float = INTRUDER_THRESHOLD,
+    top: int = INTRUDER_TOP,
+) -> Int[Tensor, "found"]:
     """Places, among the first `top`, of fine-tuned singular vectors that resemble none of the base's.
 
     The definition of Shuttleworth et al. (arXiv 2410.21228): max_i |<v_i, v*_j>| < threshold, over all i.
@@ -86,7 +93,7 @@ def intruder_dimensions(
     return (closest < threshold).nonzero().squeeze(1)
 
 
-def effective_rank(values: Tensor) -> float:
+def effective_rank(values: Float[Tensor, "k"]) -> float:
     """Count singular values by how evenly they share their sum (Roy and Vetterli 2007).
 
     Args:
@@ -101,7 +108,7 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.exp(-torch.xlogy(p, p).sum()))
 
 
-def stable_rank(values: Tensor) -> float:
+def stable_rank(values: Float[Tensor, "k"]) -> float:
     """Count singular values by their squares, the largest as one.
 
     Args:
@@ -113,7 +120,7 @@ def stable_rank(values: Tensor) -> float:
     return float((values / largest).square().sum()) if float(largest) else 0.0
 
 
-def spectrum_rank(weight: Tensor | Spectrum, share: float) -> int:
+def spectrum_rank(weight: Float[Tensor, "out in"] | Spectrum, share: float) -> int:
     """Choose a rank from the base weight alone.
 
     Args:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 
 import torch
 from torch import Tensor
@@ -45,10 +46,10 @@ class Perturbations:
         outputs_leak: (k,), the same of v*_j; 0 where out <= in.
     """
 
-    inputs: Tensor
-    outputs: Tensor
-    inputs_leak: Tensor
-    outputs_leak: Tensor
+    inputs: Float[Tensor, "k k"]
+    outputs: Float[Tensor, "k k"]
+    inputs_leak: Float[Tensor, "k"]
+    outputs_leak: Float[Tensor, "k"]
 
     @property
     def epsilon(self) -> float:
@@ -57,7 +58,7 @@ class Perturbations:
         return max(float(part.abs().max()) for part in parts)
 
 
-def perturbations(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> Perturbations:
+def perturbations(base: Float[Tensor, "out in"] | Spectrum, tuned: Float[Tensor, "out in"] | Spectrum) -> Perturbations:
     """Measure how far fine-tuning turned the singular vectors, with W*'s arbitrary signs chosen to fit W0's.
 
     The j-th singular vectors of both weights are compared, so two singular values that changed places, or a rotation among
@@ -82,7 +83,9 @@ def perturbations(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> Perturba
     return Perturbations(p - eye, q - eye, *leaks)
 
 
-def first_order_perturbations(base: Tensor | Spectrum, update: Tensor) -> tuple[Tensor, Tensor]:
+def first_order_perturbations(
+    base: Float[Tensor, "out in"] | Spectrum, update: Float[Tensor, "out in"]
+) -> tuple[Float[Tensor, "k k"], Float[Tensor, "k k"]]:
     """Predict E_P and E_Q to first order in dW.
 
     With N = U^T dW V in the paper's layout: E_P[i, j] = (s_j N_ij + s_i N_ji) / (s_j^2 - s_i^2) and
@@ -160,12 +163,12 @@ class ProjectionError:
 
 
 def projection_error(
-    base: Tensor | Spectrum,
-    tuned: Tensor | Spectrum,
-    update: Tensor,
+    base: Float[Tensor, "out in"] | Spectrum,
+    tuned: Float[Tensor, "out in"] | Spectrum,
+    update: Float[Tensor, "out in"],
     rank: int,
     *,
-    update_values: Tensor | None = None,
+    update_values: Float[Tensor, "k"] | None = None,
     turned: Perturbations | None = None,
 ) -> ProjectionError:
     """Theorem 1: the error of projecting dW onto the top-r column space of W0, and everything that bounds it.

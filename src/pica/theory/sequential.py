@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ class SequentialProjection:
         gradient_bound: G as measured: largest Frobenius norm of a gradient on either path.
     """
 
-    accumulated: Tensor
-    sequential: Tensor
+    accumulated: Float[Tensor, "out in"]
+    sequential: Float[Tensor, "out in"]
     step_size: float
     steps: int
     smoothness: float
@@ -81,7 +82,12 @@ def sequential_bound(step_size: float, steps: int, smoothness: float, gradient_b
 
 
 def sequential_projection(
-    loss: Callable[[Tensor], Tensor], start: Tensor, directions: Tensor, *, step_size: float, steps: int
+    loss: Callable[[Tensor], Tensor],
+    start: Float[Tensor, "out in"],
+    directions: Float[Tensor, "r in"],
+    *,
+    step_size: float,
+    steps: int,
 ) -> SequentialProjection:
     """Run both descents of Theorem 2 on a loss, in float64.
 

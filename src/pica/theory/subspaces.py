@@ -8,6 +8,7 @@ A set of directions is a matrix of orthonormal rows, (r, n).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated as Float  # jaxtyping's, when tests/test_shapes.py looks at what runs
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ class Spectrum:
         inputs: Right singular vectors as rows, (k, in); the paper's U^T, whose first r rows are PiCa's basis P.
     """
 
-    outputs: Tensor
-    values: Tensor
-    inputs: Tensor
+    outputs: Float[Tensor, "k out"]
+    values: Float[Tensor, "k"]
+    inputs: Float[Tensor, "k in"]
 
 
-def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
+def as_matrix(weight: Float[Tensor, "out in"], name: str = "weight") -> Float[Tensor, "out in"]:
     """Make a weight fit to be measured.
 
     Args:
@@ -55,14 +56,16 @@ def check_rank(rank: int, limit: int) -> None:
         raise RankError(f"rank={rank} is outside 1..{limit}, which is what this weight allows.")
 
 
-def check_orthonormal(rows: Tensor, name: str) -> None:
+def check_orthonormal(rows: Float[Tensor, "r n"], name: str) -> None:
     """Raise `BasisError` unless the rows (r, n) are orthonormal to 1e-8."""
     error = float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max())
     if error > 1e-8:
         raise BasisError(f"{name}: its rows are not orthonormal (off by {error:.1e}).")
 
 
-def spectra_of(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> tuple[Spectrum, Spectrum]:
+def spectra_of(
+    base: Float[Tensor, "out in"] | Spectrum, tuned: Float[Tensor, "out in"] | Spectrum
+) -> tuple[Spectrum, Spectrum]:
     """Decompose a pair of weights, where that is not done yet.
 
     Args:
@@ -81,7 +84,7 @@ def spectra_of(base: Tensor | Spectrum, tuned: Tensor | Spectrum) -> tuple[Spect
     return before, after
 
 
-def spectrum(weight: Tensor) -> Spectrum:
+def spectrum(weight: Float[Tensor, "out in"]) -> Spectrum:
     """Decompose a weight in float64.
 
     Where singular values are equal their vectors are only fixed up to a rotation; what comes out is one choice.
@@ -97,7 +100,7 @@ def spectrum(weight: Tensor) -> Spectrum:
     return Spectrum(left.T, values, right)
 
 
-def sines(one: Tensor, other: Tensor) -> Tensor:
+def sines(one: Float[Tensor, "r n"], other: Float[Tensor, "s n"]) -> Float[Tensor, "angles"]:
     """Measure the angles between two subspaces, accurately where they are small.
 
     Args:
@@ -112,7 +115,7 @@ def sines(one: Tensor, other: Tensor) -> Tensor:
     return torch.linalg.svdvals(outside).flip(0).clamp(max=1.0)
 
 
-def principal_angles(one: Tensor, other: Tensor) -> Tensor:
+def principal_angles(one: Float[Tensor, "r n"], other: Float[Tensor, "s n"]) -> Float[Tensor, "angles"]:
     """Measure the angles between two subspaces, near 0 and near 90 degrees alike (Bjoerck and Golub).
 
     Args:
@@ -125,7 +128,7 @@ def principal_angles(one: Tensor, other: Tensor) -> Tensor:
     return torch.atan2(sines(one, other), cosines)
 
 
-def random_directions(rank: int, width: int, *, seed: int) -> Tensor:
+def random_directions(rank: int, width: int, *, seed: int) -> Float[Tensor, "rank width"]:
     """Orthonormal rows (rank, width), uniformly distributed, from a generator of its own."""
     check_rank(rank, width)
     generator = torch.Generator().manual_seed(seed)
