@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from pica.cli.show import show
 from pica.errors import ConfigError, OutputError, PicaError
 
 if TYPE_CHECKING:
+    from pica.cli.console import ConsoleReporter
     from pica.experiments.chat.loading import Talker
     from pica.experiments.chat.talking import Sampling
 
@@ -22,8 +26,11 @@ EPILOG = """examples:
   pica chat pica-run                          what a run learnt
   pica chat out/adapter other/adapter         two adapters of one model; /use NAME changes over
   pica chat ./SmolLM2-135M-Instruct           a model as it is
+  pica chat pica-run --web                    in a browser: the model alone and what the run learnt, side by side
   echo "Who are you?" | pica chat pica-run    one answer on standard output
 """
+
+_LOCAL = "127.0.0.1"
 
 HELP = """/both            from now on, answers of the model alone and of the adapter side by side
 /base            from now on, the model alone
@@ -53,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--seed", type=whole, default=0, metavar="N", help="decides the choices (default: 0)")
     made.add_argument("--system", metavar="TEXT", help="system prompt; that of the training if unset")
+    made.add_argument(
+        "--web", action="store_true", help="talk in a browser: the model alone and an adapter side by side"
+    )
+    made.add_argument(
+        "--host", metavar="NAME", help="with --web: address to be reached at (127.0.0.1: this machine alone)"
+    )
+    made.add_argument("--port", type=whole, metavar="N", help="with --web: port (7860); 0 takes a free one")
     return made
 
 
@@ -95,33 +109,27 @@ def load_named(given: argparse.Namespace) -> Talker:
     )
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise `ConfigError` on settings that are out of range."""
-    if not 0 <= sampling.temperature <= 100:
-        raise ConfigError(f"temperature = {sampling.temperature}: must be between 0 and 100.")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"top_p = {sampling.top_p}: must be above 0 and at most 1.")
-    if not 1 <= sampling.max_new_tokens <= 1_000_000:
-        raise ConfigError(f"max_new_tokens = {sampling.max_new_tokens}: must be between 1 and 1,000,000.")
-    if not 0 <= sampling.seed < 2**63:
-        raise ConfigError(f"seed = {sampling.seed}: must be between 0 and 2^63 - 1.")
-
-
 def run(arguments: Sequence[str]) -> int:
     """Parse, load and talk until the input ends."""
     given = parser().parse_args(arguments)
+    if not given.web and (given.host is not None or given.port is not None):
+        raise ConfigError("--host and --port are for --web; give that too, or leave them out.")
+    listening = _listen(given) if given.web else None  # before the model is loaded
 
     from pica.cli.console import loading
 
     with loading() as shown:
         from pica.experiments.chat.loading import BASE
-        from pica.experiments.chat.talking import Sampling
+        from pica.experiments.chat.talking import Sampling, check_sampling
 
         sampling = Sampling(given.temperature, given.top_p, given.seed, given.max_new_tokens)
         check_sampling(sampling)
-        talker = load_named(given)
+    talker = load_named(given)
     speaking = talker.adapters[0] if talker.adapters else BASE
     system = given.system if given.system is not None else talker.system
+    if listening is not None:
+        _serve(talker, sampling, system, listening, given.host or _LOCAL, shown)
+        return 0
     conversation = Conversation(talker, sampling, speaking, system)
     typed = sys.stdin is not None and sys.stdin.isatty()
     if typed:
@@ -145,6 +153,46 @@ def run(arguments: Sequence[str]) -> int:
             if not typed:
                 raise
             shown.say(str(error))
+
+
+def _listen(given: argparse.Namespace) -> socket.socket:
+    """Take the address that --web is to be reached at.
+
+    Args:
+        given: The parsed arguments.
+    Returns:
+        A socket that is bound and not yet listening.
+    Raises:
+        ConfigError: What --web needs is not installed, or the address cannot be had.
+    """
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+        raise ConfigError(f"--web needs {' and '.join(missing)}: pip install 'pica-peft[web]'.")
+    host, port = given.host or _LOCAL, 7860 if given.port is None else given.port
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port {port}: must be between 0 and 65535.")
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise ConfigError(
+            f"{host}:{port} cannot be had ({error.strerror or error}); name another --port (0: any that is free) or --host."
+        ) from None
+    return taken
+
+
+def _serve(
+    talker: Talker, sampling: Sampling, system: str | None, listening: socket.socket, host: str, shown: ConsoleReporter
+) -> None:
+    """Answer a browser until Ctrl-C."""
+    from pica.experiments.chat.web import serve
+
+    shown.say(f"Talk at http://{host}:{listening.getsockname()[1]}/ - Ctrl-C ends it.")
+    if host not in (_LOCAL, "localhost"):
+        shown.say("warning: whoever can reach this address can talk to the model; there is no password.")
+    with suppress(KeyboardInterrupt):
+        serve(talker, sampling, system, listening=listening, host=host)
 
 
 def _read_line() -> str:
@@ -211,6 +259,8 @@ class Conversation:
             changed = replace(self.sampling, **{name: kinds[name](value)})
         except (KeyError, ValueError):
             raise ConfigError(f"/set takes a number for {', '.join(kinds)}, for instance /set temperature 0.") from None
+        from pica.experiments.chat.talking import check_sampling
+
         check_sampling(changed)
         self.sampling = changed
 

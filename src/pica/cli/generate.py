@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         from pica.experiments.chat.loading import BASE
 
         prompts = read_prompts(given.prompts, given.adapter_column) if given.prompts else []
-        talker = load_named(given)
+    talker = load_named(given)
     system = given.system if given.system is not None else talker.system
     if given.prompt is not None:
         messages = [{"role": "user", "content": given.prompt}]

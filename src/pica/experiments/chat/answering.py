@@ -78,8 +78,7 @@ def answer_file(
         raise OutputError(f"{str(output)!r} exists; name another file with --output.")
     names = [prompt.adapter or (talker.adapters[0] if talker.adapters else BASE) for prompt in prompts]
     for name in dict.fromkeys(names):
-        with talker.use(name):
-            pass  # refuses a name that is not there, before anything is answered
+        talker.check(name)  # before anything is answered
     asked = [(with_system(Conversation(p.messages), system).messages, p.tools) for p in prompts]
     settings = [talker.model, system, max_new_tokens, base_too, [names, [list(map(dict, m)) for m, _ in asked]]]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -33,17 +33,21 @@ class Talker:
     model: str
     system: str | None
 
+    def check(self, name: str) -> None:
+        """Raise `ConfigError` where there is no adapter of that name."""
+        if name not in (BASE, *self.adapters):
+            known = ", ".join([*self.adapters, BASE])
+            raise ConfigError(f"There is no adapter {name!r} here; there are {known}.")
+
     def use(self, name: str) -> Any:
         """A context in which the adapter of that name speaks, or the model alone (`BASE`).
 
         Raises:
             ConfigError: There is no such adapter.
         """
+        self.check(name)
         if name == BASE:
             return self.speaker.model.disable_adapter() if self.adapters else nullcontext()
-        if name not in self.adapters:
-            known = ", ".join([*self.adapters, BASE])
-            raise ConfigError(f"There is no adapter {name!r} here; there are {known}.")
         self.speaker.model.set_adapter(name)
         return nullcontext()
 

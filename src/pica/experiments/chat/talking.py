@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
+from pica.errors import ConfigError
 from pica.experiments.batches import left_padded, length_batches
 from pica.experiments.chat.rendering import Renderer
 from pica.experiments.data import special_ids
@@ -33,6 +34,18 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     max_new_tokens: int = 256
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise `ConfigError` on settings that are out of range."""
+    if not 0 <= sampling.temperature <= 100:
+        raise ConfigError(f"temperature = {sampling.temperature}: must be between 0 and 100.")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"top_p = {sampling.top_p}: must be above 0 and at most 1.")
+    if not 1 <= sampling.max_new_tokens <= 1_000_000:
+        raise ConfigError(f"max_new_tokens = {sampling.max_new_tokens}: must be between 1 and 1,000,000.")
+    if not 0 <= sampling.seed < 2**63:
+        raise ConfigError(f"seed = {sampling.seed}: must be between 0 and 2^63 - 1.")
 
 
 class _Stopped(StoppingCriteria):
