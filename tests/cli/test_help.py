@@ -67,7 +67,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
 def test_train_help_shows_fields_options_and_examples(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for part in ("--adapter.r ", "--resume", "--overwrite", "arithmetic-tiny", "smollm2-gsm8k", "examples:"):
+    for part in ("--adapter.r ", "--resume", "--overwrite", "arithmetic-tiny", "pica recipes", "examples:"):
         assert part in text
     assert "--adapter CONFIG" not in text
 

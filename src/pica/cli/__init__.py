@@ -12,14 +12,14 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from types import FrameType
+from types import FrameType, ModuleType
 
 from pica._version import __version__
 from pica._versions import check_extra, check_hosts
 from pica.cli.show import say, show
-from pica.errors import LaunchError, PicaError
+from pica.errors import ConfigError, LaunchError, PicaError
 from pica.experiments.interrupts import Interrupted, StopRequest
 from pica.files.output import disk_is_full
 from pica.foreign_code import FLAG
@@ -40,17 +40,23 @@ COMMANDS = {
     "analyze": "where fine-tuning moved the weights, and what of the theory holds there",
     "verify": "check an adapter's files, and that it belongs to its base model",
     "cache": "what the cache of solved bases takes; clear empties it",
+    "recipes": "the recipes and comparisons inside the package",
+    "init": "write a recipe for your model and data, with comments, after three questions",
+    "schema": "the JSON schema of recipes or comparisons, for editors",
+    "completion": "completion for bash, zsh or fish",
     "env": "versions, devices and caches for a bug report",
 }
 
 _NEED_NO_EXTRA = ("cache", "env")
 """Commands that do with what `import pica` needs."""
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 # What these say when they are imported, as they are wherever they are installed, is of parts that they do without.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 USAGE = """usage: pica COMMAND ...
-       pica COMMAND --help
+       pica help COMMAND
 
 PiCa: parameter-efficient fine-tuning with column space projection.
 
@@ -62,6 +68,8 @@ options:
   --version    show the version
   --debug      show the full traceback of an error (so does PICA_DEBUG=1)
   --no-cache   solve every basis, and store none (so does PICA_CACHE_DIR=)
+  --device D   cpu, cuda, cuda:N, mps or xpu (so does PICA_DEVICE=D; default: the
+               accelerator if there is one)
 """
 
 
@@ -69,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; `argv` defaults to the process's arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("PICA_DEBUG", "") not in ("", "0")
-    cached = "--no-cache" not in arguments
-    arguments = [argument for argument in arguments if argument not in ("--debug", "--no-cache")]
+    arguments, settings = _settings(arguments)
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     if any("\0" in argument for argument in arguments):
@@ -78,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     request = StopRequest()
     try:
-        with _stopping() as request, contextlib.nullcontext() if cached else _without_cache():
+        with _stopping() as request, _environment(settings):
+            if "PICA_DEVICE" in os.environ:
+                _check_device(os.environ["PICA_DEVICE"])
             status = _dispatch(arguments)
         if sys.stdout is not None:  # it is, where the caller has closed it
             sys.stdout.flush()  # here and not when Python ends, so that what goes wrong is dealt with below
@@ -129,6 +138,9 @@ def _interrupted() -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        _, name, *topics = arguments
+        arguments = [name, "--help", *topics]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {name:<{width}}   {summary}" for name, summary in COMMANDS.items())
@@ -151,25 +163,55 @@ def _dispatch(arguments: list[str]) -> int:
         check_hosts()
     if name not in _NEED_NO_EXTRA:
         check_extra("cli", f"pica {name}")
-    module = f"{name}_" if keyword.iskeyword(name) else name
-    command = importlib.import_module(f"pica.cli.{module}")
     try:
-        return command.run(rest)
+        return command_module(name).run(rest)
     except SystemExit as stop:  # argparse has printed its help or its complaint
         return stop.code if isinstance(stop.code, int) else 2
 
 
+def command_module(name: str) -> ModuleType:
+    """The module of a command: `parser()` makes its options, `run(arguments)` runs it."""
+    return importlib.import_module(f"pica.cli.{name}_" if keyword.iskeyword(name) else f"pica.cli.{name}")
+
+
+def _settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without the options that every command has, and what those put into the environment."""
+    left: list[str] = []
+    settings: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--no-cache":
+            settings["PICA_CACHE_DIR"] = ""
+        elif argument == "--device" or argument.startswith("--device="):
+            settings["PICA_DEVICE"] = argument.partition("=")[2] if "=" in argument else rest.pop(0) if rest else ""
+        elif argument != "--debug":
+            left.append(argument)
+    return left, settings
+
+
+def _check_device(name: str) -> None:
+    """Refuse a name that is no device's, and let the one that is numbered be the only one that torch will see."""
+    kind, colon, number = name.partition(":")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise ConfigError(f"--device {name!r}: there is no such device; it is one of cpu, cuda, cuda:N, mps and xpu.")
+    if colon:
+        os.environ["CUDA_VISIBLE_DEVICES"] = number
+
+
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """Set `PICA_CACHE_DIR` to nothing meanwhile: it reaches processes that the command starts, and needs no import."""
-    before = os.environ.get("PICA_CACHE_DIR")
-    os.environ["PICA_CACHE_DIR"] = ""
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables meanwhile: they reach processes that the command starts, and need no import."""
+    names = (*settings, "CUDA_VISIBLE_DEVICES")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(settings)
     try:
         yield
     finally:
-        del os.environ["PICA_CACHE_DIR"]
-        if before is not None:
-            os.environ["PICA_CACHE_DIR"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -13,16 +13,21 @@ pica COMMAND --no-cache  neither reads nor writes it
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Show the cache, or empty it."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
         prog="pica cache",
         description="Show what the cache of solved bases takes, or empty it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", nargs="?", choices=("show", "clear"), default="show", help="default: show")
-    given = parser.parse_args(arguments)
+    made.add_argument("action", nargs="?", choices=("show", "clear"), default="show", help="default: show")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Show the cache, or empty it."""
+    given = parser().parse_args(arguments)
 
     from pica.basis.cache import cache_use, clear_cache
 

@@ -1,10 +1,13 @@
 """`pica compare`: several methods on one task, side by side."""
 
+import argparse
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pica.cli.options import add_trust
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
@@ -15,56 +18,75 @@ if TYPE_CHECKING:
 
 DEFAULT = "arithmetic-tiny"
 
-HELP = """usage: pica compare [COMPARISON] [options] [--section.field VALUE ...]
-
-Train several methods on one task with the same data, order, steps and evaluation, each at the best of its learning rates by
-the validation problems, with several seeds; write one report page.
-
-COMPARISON is a YAML file or the name of a built-in comparison ({builtin}).
+DESCRIPTION = """Train several methods on one task with the same data, order, steps and
+evaluation, each at the best of its learning rates by the validation problems,
+with several seeds; write one report page. COMPARISON is a YAML file or one of
+{builtin}.
 Without one it is {default}, which needs no download.
+"""
 
-options:
-  -o, --output DIR     folder for results; pica-compare-NAME in the current folder if left out
-  --methods LABELS     only these rows: labels, or their beginnings, separated by ";"
-  --seeds NUMBERS      in place of the comparison's, for instance 0,1,2; the first one chooses the learning rates
-  --workers N          cells at a time, each with its share of the cores (default 1; times are then free of each other)
-  --retry-failed       run cells again that failed
-  --trust-remote-code  run Python code that comes with the base model; only for authors you trust
-  --list               show the rows and how many trainings they need, and do nothing
-  --section.field V    set a field of the recipe in every cell, for instance --trainer.max_steps 30
-  --help               show this text
-  --debug              show the full traceback of an error
-
-Finished cells are never run again: the same command goes on where Ctrl-C, a failure or a power cut ended it. A changed
-recipe makes new cells.
+EPILOG = """Finished cells are never run again: the same command goes on where Ctrl-C, a
+failure or a power cut ended it. A changed recipe makes new cells.
 
 examples:
   pica compare
   pica compare minilm-sst2 --model.path ./minilm --data.train ./sst2 --workers 2
-  pica compare my-comparison.yaml --methods "PiCa;LoRA r=8" --seeds 0,1,2,3,4
+  pica compare my-own.yaml --methods "PiCa;LoRA r=8" --seeds 0,1,2,3,4
 
-The output folder gets report.html (one file, no network), results.csv, results.json, comparison.yaml and cells/.
+The output folder gets report.html (one file, no network), results.csv,
+results.json, comparison.yaml and cells/.
 """
+
+
+def parser(*, everything: bool = False) -> argparse.ArgumentParser:
+    """The options as argparse knows them, for help and completion; `split_arguments` reads them."""
+    from pica.cli.recipe_help import add_fields
+    from pica.experiments.compare.comparison import builtin_comparisons
+
+    builtin = textwrap.fill(", ".join(builtin_comparisons()), 78, break_on_hyphens=False)
+    made = argparse.ArgumentParser(
+        prog="pica compare",
+        usage="pica compare [COMPARISON] [options] [--section.field VALUE ...]",
+        description=DESCRIPTION.format(builtin=builtin, default=DEFAULT),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("comparison", nargs="?", metavar="COMPARISON", help=argparse.SUPPRESS)
+    made.add_argument("-o", "--output", metavar="DIR", help="folder for results (default: pica-compare-NAME)")
+    made.add_argument(
+        "--methods", metavar="LABELS", help='only these rows: labels, or their beginnings, separated by ";"'
+    )
+    made.add_argument(
+        "--seeds", metavar="NUMBERS", help="instead of the comparison's, as 0,1,2; the first one chooses the rates"
+    )
+    made.add_argument("--workers", metavar="N", help="cells at a time, each with its share of the cores (default: 1)")
+    made.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
+    add_trust(made)
+    made.add_argument("--list", action="store_true", help="show the rows and how many trainings they need")
+    made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    if everything:
+        add_fields(made, everything=True)
+    else:
+        made.add_argument_group(
+            "fields of a recipe", "--section.field VALUE sets one in every cell; see pica train --help"
+        )
+    return made
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse, run the grid, write the report, and print the table."""
-    from pica.experiments.compare.comparison import builtin_comparisons, load_comparison
+    from pica.experiments.compare.comparison import check_methods, load_comparison
 
     if {"-h", "--help"} & set(arguments):
-        show(HELP.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT), end="")
+        show(parser().format_help(), end="")
         return 0
     reference, overrides, options = split_arguments(arguments)
     workers = _whole(options.get("workers", "1"), "--workers", least=1)
     seeds = [_whole(text, "--seeds", least=0) for text in _parts(options, "seeds", ",")]
     labels = _parts(options, "methods", ";")
 
-    from pica.cli.console import quiet_libraries, reporter
-
-    shown = reporter()
-    with shown.console.status("Loading libraries"):
-        quiet_libraries()
-        comparison = load_comparison(DEFAULT if reference is None else reference, seeds=seeds, overrides=overrides)
+    reference = DEFAULT if reference is None else reference
+    comparison = load_comparison(reference, seeds=seeds, overrides=overrides)
     rows = comparison.selected(labels)
     trainings = sum(len(row.learning_rates) + len(comparison.seeds) - 1 for row in rows)
     if options.get("list"):
@@ -74,9 +96,12 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     folder = Path(options.get("output") or f"pica-compare-{comparison.name}").expanduser()
 
-    from pica.experiments.compare.grid import run_grid
-    from pica.report.comparison import write_report
+    from pica.cli.console import loading
 
+    with loading() as shown:
+        check_methods(comparison, reference)
+        from pica.experiments.compare.grid import run_grid
+        from pica.report.comparison import write_report
     shown.say(
         f"Comparison {comparison.name}: {len(rows)} methods, {len(comparison.seeds)} seeds, {trainings} trainings, "
         f"into {folder}"

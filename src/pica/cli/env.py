@@ -7,11 +7,16 @@ from typing import Any
 from pica.cli.show import show
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(prog="pica env", description="Print versions, devices and caches.")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
 def run(arguments: Sequence[str]) -> int:
     """Print versions, devices and caches."""
-    parser = argparse.ArgumentParser(prog="pica env", description="Print versions, devices and caches.")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
 
     from pica.experiments.environment import environment
     from pica.files.output import json_text

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,26 +18,29 @@ if TYPE_CHECKING:
 
 DEFAULT = "arithmetic-tiny"
 
-USAGE = """pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--overwrite] [--dry-run] [--trust-remote-code]
-       pica train --resume [DIR] [--trust-remote-code]"""
+USAGE = """pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--dry-run]
+       pica train --resume [DIR]
+       pica train --help-all | pica help train SECTION"""
 
-DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems it has not seen.
-
-RECIPE is a YAML file or the name of a built-in recipe:
-{builtin}.
-Without one, the fields below have the values shown; without --model.path as well, it is {default},
-which needs no download and takes a few minutes on two cores. Every field of a recipe can be set here too.
+DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems
+that it has not seen. RECIPE is a YAML file or one of `pica recipes`; all of its
+fields can be set here too. Without RECIPE and --model.path it is {default},
+which needs no download and takes a few minutes on two cores.
 """
 
-EPILOG = """examples:
+EPILOG = """{shown}All fields: pica train --help-all
+One section: pica help train {sections}
+
+examples:
   pica train
-  pica train smollm2-gsm8k --model.path ./SmolLM2-135M --data.train train.jsonl --data.test test.jsonl
-  pica train my-recipe.yaml --adapter.r 64 --trainer.learning_rates '[3e-4, 1e-3, 3e-3]' -o out
+  pica train --model.path SmolLM2-135M-Instruct --data.train chats.jsonl -o out
+  pica train my-recipe.yaml --adapter.r 64 --trainer.learning_rates '[3e-4, 1e-3]'
   pica train --resume out
 
-The output folder gets adapter/ (for PEFT), recipe.resolved.yaml, metrics.json, predictions-*.jsonl and loss_curve.csv.
-Ctrl-C stops after the current step and leaves a checkpoint.
-In several processes: accelerate launch -m pica train ..., or torchrun; trainer.batch_size is that of each process.
+The output folder gets adapter/ (for PEFT), recipe.resolved.yaml, metrics.json,
+loss_curve.csv and predictions-*.jsonl. Ctrl-C stops after the current step and
+leaves a checkpoint. In several processes: accelerate launch -m pica train ...,
+or torchrun; trainer.batch_size is then that of each.
 """
 
 
@@ -46,8 +48,9 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, train, and print the comparison."""
     from pica.experiments.recipes.parsing import load_recipe
 
-    if {"-h", "--help"} & set(arguments):
-        show(help_text())
+    if {"-h", "--help", "--help-all"} & set(arguments):
+        topics = [argument for argument in arguments if not argument.startswith("-")]
+        show(help_text(topics, everything="--help-all" in arguments), end="")
         return 0
     reference, overrides, options = split_arguments(arguments)
     if options["resume"] is not None and (overrides or options["overwrite"]):
@@ -116,18 +119,13 @@ def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -
     if reference is not None or "task.name" in given or "data.train" not in given:
         return []
     from pica.experiments.recipes.parsing import read_field
-    from pica.tasks.chat import looks_like_chat
-    from pica.tasks.places import check_location, is_hub
-    from pica.tasks.rows import read_rows
+    from pica.experiments.recipes.starting import holds_conversations
 
     train = read_field("data.train", given["data.train"])
     if not isinstance(train, str):  # which only chat takes
         return [("task.name", "chat")]
-    location = train
-    if "data.columns" in given or is_hub(location) or location == "embedded" or check_location(location):
-        return []  # what is wrong with a place is said where the recipe is checked
-    first = next(iter(read_rows(location, "train")), None)
-    return [("task.name", "chat")] if first is not None and looks_like_chat(first.fields) else []
+    # What is wrong with a place is said where the recipe is checked.
+    return [("task.name", "chat")] if "data.columns" not in given and holds_conversations(train) else []
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
@@ -175,36 +173,49 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     return recipe, overrides, options
 
 
-def help_text() -> str:
-    """Help with every field of a recipe, its type and its default."""
-    from pica.experiments.recipes.parsing import builtin_recipes, option_parser, section_names
+def help_text(topics: Sequence[str] = (), *, everything: bool = False) -> str:
+    """Help with the fields of a recipe: those that matter first, those of some sections, or all.
 
-    parser = option_parser("pica train")
-    parser.usage = USAGE
-    builtin = textwrap.fill(", ".join(builtin_recipes()), 100, break_on_hyphens=False)
-    parser.description = DESCRIPTION.format(builtin=builtin, default=DEFAULT)
-    parser.epilog = EPILOG
-    parser.formatter_class = _formatter(parser.formatter_class)
-    group = parser.add_argument_group("Run")
-    group.add_argument("-o", metavar="DIR", help="Same as --output.")
-    group.add_argument("--overwrite", action="store_true", help="Replace an earlier run in the output folder.")
-    add_trust(group)
-    group.add_argument("--resume", metavar="DIR", help="Go on with the interrupted run in DIR.")
-    group.add_argument(
-        "--dry-run", action="store_true", help="chat: only show what the model would see; train nothing."
-    )
-    group.add_argument("--debug", action="store_true", help="Show the full traceback of an error.")
-    for action in parser._actions:
-        if action.dest in section_names():  # a whole section at once is not read from the command line
-            action.help = argparse.SUPPRESS
-    return parser.format_help()
+    Args:
+        topics: Sections; the fields that matter first if there are none.
+        everything: Show all fields.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigError: A topic is no section.
+    """
+    from pica.cli.recipe_help import check_topics
+    from pica.experiments.recipes.parsing import builtin_recipes, section_names
+
+    topics = [topic for topic in topics if topic not in builtin_recipes()]
+    check_topics(topics)
+    made = parser(topics, everything=everything)
+    shown = "" if topics or everything else "These are the fields that matter first. "
+    made.epilog = EPILOG.format(shown=shown, sections="|".join(section_names()))
+    return made.format_help()
 
 
-def _formatter(base: Any) -> type:
-    class Formatter(base, argparse.RawDescriptionHelpFormatter):
-        """Keeps the line breaks of description and epilog."""
+def parser(topics: Sequence[str] = (), *, everything: bool = False) -> argparse.ArgumentParser:
+    """The options as argparse knows them, for help and completion; `split_arguments` reads them."""
+    from pica.cli.recipe_help import add_fields
 
-    return Formatter
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+
+    made = argparse.ArgumentParser(prog="pica train", usage=USAGE, formatter_class=formatter)
+    made.description = DESCRIPTION.format(default=DEFAULT)
+    made.add_argument("recipe", nargs="?", metavar="RECIPE", help=argparse.SUPPRESS)
+    made.add_argument("-o", "--output", metavar="DIR", help="folder for results (default: pica-NAME)")
+    made.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+    made.add_argument("--resume", metavar="DIR", nargs="?", help="go on with the interrupted run in DIR")
+    add_trust(made)
+    made.add_argument("--dry-run", action="store_true", help="chat: only show what the model would see")
+    made.add_argument("--help-all", action="store_true", help="show every field of a recipe")
+    made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    add_fields(made, sections=topics, everything=everything)
+    return made
 
 
 def print_result(result: "RunResult") -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import pickle
 from collections.abc import Sequence
 from importlib import resources
@@ -41,8 +42,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return accelerator() or torch.device("cpu")
+    """The device that `PICA_DEVICE` (`--device` of the command line) names; else the accelerator, or the CPU without one.
+
+    Raises:
+        ConfigError: PyTorch finds no device of the kind that is named.
+    """
+    wanted, found = os.environ.get("PICA_DEVICE", "").partition(":")[0], accelerator()
+    if wanted == "cpu" or (not wanted and found is None):
+        return torch.device("cpu")
+    if wanted and (found is None or found.type != wanted):
+        there = f"it finds {found.type}" if found else "it finds no accelerator"
+        raise ConfigError(
+            f"Device {wanted} was asked for, and PyTorch {torch.__version__} does not find one ({there}). Leave "
+            "--device (or PICA_DEVICE) out, or install a PyTorch that is built for it and check its driver."
+        )
+    assert found is not None
+    return found
 
 
 def locate(path: str) -> str:

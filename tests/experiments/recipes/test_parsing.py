@@ -287,5 +287,5 @@ def test_labels_may_be_numbers_or_true_and_false(given: object, labels: list[str
     assert load_recipe(None, [*text.items(), ("task.labels", given)]).task.labels == labels
     with pytest.raises(ConfigError, match="task.labels: give two or more different classes"):
         load_recipe(None, [*text.items(), ("task.labels", ["1", "1.0"])])
-    with pytest.raises(ConfigError, match="task.labels = .*: must be a list, each item text or null"):
+    with pytest.raises(ConfigError, match="task.labels = .*: must be a list of texts or null"):
         load_recipe(None, [*text.items(), ("task.labels", "[[1], a]")])

@@ -1,7 +1,7 @@
 """A comparison: one recipe, several methods in its adapter's place, each with a grid of learning rates and seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -116,7 +116,7 @@ def builtin_comparisons() -> dict[str, str]:
 def load_comparison(
     reference: str, *, seeds: Sequence[int] = (), overrides: Sequence[tuple[str, Any]] = ()
 ) -> Comparison:
-    """Read a comparison and check every row of it.
+    """Read a comparison and check every row of it, all but what only PEFT knows: that is `check_methods`.
 
     Args:
         reference: Path of a YAML file, or the name of a built-in comparison.
@@ -143,6 +143,24 @@ def load_comparison(
     made = Comparison(name, title or f"Comparison {name}", description, chosen, base, tuple(rows), ablations)
     _check_rows(made, reference)
     return made
+
+
+def check_methods(comparison: Comparison, reference: str) -> None:
+    """Hold each row against its method's configuration; imports PEFT.
+
+    Args:
+        comparison: What `load_comparison` has read.
+        reference: Its file or name, for messages.
+
+    Raises:
+        ConfigError: Lists the settings that a method does not have, or refuses.
+    """
+    from pica.experiments.methods import configuration
+
+    def check(row: Row) -> None:
+        configuration(comparison.recipe(row, comparison.seeds[0], row.learning_rates).adapter)
+
+    _check_each(comparison, reference, check)
 
 
 def dump_comparison(comparison: Comparison) -> str:
@@ -248,17 +266,19 @@ def _ablations(given: Any, labels: Sequence[str], wrong: list[str]) -> tuple[Abl
 
 
 def _check_rows(made: Comparison, reference: str) -> None:
-    """Every row's recipe, its method's settings included; what the rows share is said once."""
-    from pica.experiments.methods import configuration
-
+    """Every row's recipe; what the rows share is said once."""
     try:
         made.recipe(Row("", {}, (1.0,)), made.seeds[0], (1.0,))
     except ConfigError as error:  # what is wrong with every row
         _refuse(reference, _lines(error))
+    _check_each(made, reference, lambda row: made.recipe(row, made.seeds[0], row.learning_rates))
+
+
+def _check_each(made: Comparison, reference: str, check: Callable[[Row], object]) -> None:
     wrong = []
     for row in made.rows:
         try:
-            configuration(made.recipe(row, made.seeds[0], row.learning_rates).adapter)
+            check(row)
         except ConfigError as error:
             wrong += [f"{row.label}: {line}" for line in _lines(error)]
     _refuse(reference, wrong)

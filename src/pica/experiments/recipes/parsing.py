@@ -35,6 +35,12 @@ def option_parser(program: str) -> ArgumentParser:
     return parser
 
 
+def field_help() -> dict[str, str]:
+    """The help of every field and every section, by its dotted name."""
+    found = {action.dest: " ".join(str(action.help).split()) for action in option_parser("pica")._actions}
+    return found | {name: str(section.__doc__).partition("\n")[0] for name, section in _SECTIONS.items()}
+
+
 def section_names() -> tuple[str, ...]:
     """Names of a recipe's sections."""
     return tuple(_SECTIONS)
@@ -175,8 +181,8 @@ def _flatten(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, mistakes
 
 
-def _fields() -> dict[str, dataclasses.Field]:
-    """All leaf fields by their dotted name."""
+def recipe_fields() -> dict[str, dataclasses.Field]:
+    """All fields of a recipe that hold a value, by their dotted name."""
     fields = {}
     for top in dataclasses.fields(Recipe):
         section = _SECTIONS.get(top.name)
@@ -188,7 +194,7 @@ def _fields() -> dict[str, dataclasses.Field]:
 
 
 def _unknown(key: str) -> str | None:
-    known = _fields()
+    known = recipe_fields()
     if key in known:
         return None
     if key in _SECTIONS:
@@ -205,7 +211,7 @@ def _inner(section: str) -> list[str]:
     """Field names of a section; those of the top level for "" and for what is no section."""
     if section not in _SECTIONS:
         return [field.name for field in dataclasses.fields(Recipe)]
-    return [key.partition(".")[2] for key in _fields() if key.startswith(f"{section}.")]
+    return [key.partition(".")[2] for key in recipe_fields() if key.startswith(f"{section}.")]
 
 
 @cache
@@ -218,7 +224,7 @@ def _reader(annotation: Any) -> ArgumentParser:
 
 def _typed(values: Mapping[str, Any], recipe: Recipe | None = None) -> tuple[Recipe, list[str]]:
     """A recipe (or the given one) with those values that have the right type, and a sentence for each of the others."""
-    fields = _fields()
+    fields = recipe_fields()
     recipe, mistakes = recipe or Recipe(), []
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -235,7 +241,7 @@ def _typed(values: Mapping[str, Any], recipe: Recipe | None = None) -> tuple[Rec
                 value = _named(value) if name == "labels" else value
                 parsed = _reader(fields[key].type).parse_object({"value": value})
         except (ArgumentError, TypeError, ValueError, RecursionError):
-            mistakes.append(f"{key} = {value!r}: must be {_type_name(fields[key].type)}.")
+            mistakes.append(f"{key} = {value!r}: must be {type_in_words(fields[key].type)}.")
             continue
         setattr(getattr(recipe, section) if section else recipe, name, parsed["value"])
     return recipe, mistakes
@@ -258,8 +264,11 @@ def _subject(mistake: str) -> str:
     return mistake.split(maxsplit=1)[0].rstrip(":")
 
 
-def _type_name(annotation: Any) -> str:
-    """A type in words."""
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def type_in_words(annotation: Any) -> str:
+    """A field's type, as a person would say it."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     if annotation in words:
         return words[annotation]
@@ -267,7 +276,9 @@ def _type_name(annotation: Any) -> str:
     if text.startswith("typing.Literal"):
         return "one of " + ", ".join(map(str, arguments))
     if get_origin(annotation) is list:
-        return f"a list, each item {_type_name(arguments[0])}"
+        return f"a list of {_PLURALS[arguments[0]]}"
+    if annotation == dict[str, Any]:
+        return "a mapping"
     if get_origin(annotation) is dict:
-        return f"a mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
-    return " or ".join(_type_name(argument) for argument in arguments)
+        return f"a mapping of {type_in_words(arguments[0])} to {type_in_words(arguments[1])}"
+    return " or ".join(type_in_words(argument) for argument in arguments)
