@@ -1,9 +1,10 @@
-"""Entry point of the `pica` command.
+"""Entry points of the `pica` command and of plug-ins for other programs.
 
-It stands outside the package so that it can say, before the package is imported, that the command line is starting:
-`import pica` then leaves out registering the method, which needs torch, and `pica --help` answers at once.
+They stand outside the package, because importing that registers the method, which needs torch. The command line says
+beforehand that it is starting, and `pica --help` answers at once; a plug-in that nobody switched on costs nothing.
 """
 
+import os
 import signal
 import sys
 
@@ -24,6 +25,14 @@ def main() -> int:
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left but to end
+
+
+def vllm_plugin() -> None:
+    """Entry point of `vllm.general_plugins`, called in every process of vLLM: does nothing without PICA_VLLM_ADAPTERS."""
+    if os.environ.get("PICA_VLLM_ADAPTERS"):
+        from pica.adapters.integrations.vllm import register
+
+        register()
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def _compare(reference: Any, served: dict[str, Any], prompt: list[int], bound: f
     }
 
 
-def write_base(model: Any, file: Path, dtype: str) -> None:
-    """A base model as GGUF, with matrices in `dtype` and no vocabulary: token ids go in, logits come out."""
+def write_base(model: Any, file: Path, dtype: str, tokenizer: Path | None = None) -> None:
+    """A base model as GGUF, with matrices in `dtype`, and the tokens of the tokenizer in a folder: a server wants some."""
     import gguf
     import torch
 
@@ -179,7 +179,10 @@ def write_base(model: Any, file: Path, dtype: str) -> None:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(writer, tokenizer)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if dtype == "f32" else gguf.LlamaFileType.MOSTLY_F16)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for key, tensor in _plain_state(model).items():
@@ -197,6 +200,25 @@ def write_base(model: Any, file: Path, dtype: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: Any, folder: Path) -> None:
+    """The tokens of a byte-pair tokenizer. How text is cut before that is left out: the tools send token ids."""
+    import gguf
+
+    found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens = {index: token for token, index in found["model"]["vocab"].items()}
+    special = {each["id"]: each["content"] for each in found["added_tokens"]}
+    tokens |= special
+    kinds = (gguf.TokenType.CONTROL if index in special else gguf.TokenType.NORMAL for index in range(len(tokens)))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([tokens[index] for index in range(len(tokens))])
+    writer.add_token_types(list(kinds))
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in found["model"]["merges"]])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
 
 
 def run_llama_cpp(job_file: Path) -> int:

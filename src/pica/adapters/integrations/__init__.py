@@ -1,0 +1,1 @@
+"""Plug-ins by which other programs know PiCa adapters."""
