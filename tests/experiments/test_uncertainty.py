@@ -1,17 +1,18 @@
 """Intervals and ties, held against scipy."""
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap, pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from pica.experiments.outcomes import Outcomes, kept_outcomes, resampled, scores_of
 from pica.experiments.uncertainty import (
     Contender,
-    Outcomes,
     Standing,
-    _resampled,
-    _scores,
-    kept_outcomes,
+    loss_change,
     near_the_end,
     score_interval,
     shown_interval,
@@ -139,7 +140,7 @@ def test_equal_methods_tie_whatever_their_order():
 
 def test_data_sets_count_the_same_whatever_their_size():
     right = np.array([1] * 90 + [0] * 10, np.float32)
-    found = _scores(accuracy(right, (90, 10)), np.ones((1, 100), np.float32), (90, 10))
+    found = scores_of(accuracy(right, (90, 10)), np.ones((1, 100), np.float32), (90, 10))
     assert found[0] == pytest.approx(0.5)
 
 
@@ -153,7 +154,7 @@ def test_other_metrics_are_those_of_the_resampled_problems():
     weights = np.bincount(index, minlength=60)[None].astype(np.float32)
 
     def score(metric: str, one: np.ndarray, other: np.ndarray, classes: int = 0) -> float:
-        return _scores(Outcomes(metric, one, other, (60,), classes), weights, (60,))[0]
+        return scores_of(Outcomes(metric, one, other, (60,), classes), weights, (60,))[0]
 
     assert score("f1", predicted, gold, 3) == pytest.approx(f1_score(gold[index], predicted[index], average="macro"))
     assert score("matthews", predicted, gold, 3) == pytest.approx(matthews_corrcoef(gold[index], predicted[index]))
@@ -164,9 +165,9 @@ def test_other_metrics_are_those_of_the_resampled_problems():
 
 def test_problems_are_drawn_in_parts_alike(monkeypatch: pytest.MonkeyPatch):
     run = accuracy(np.ones(50, np.float32))
-    whole = _resampled([run], (50,))[0]
-    monkeypatch.setattr("pica.experiments.uncertainty._AT_ONCE", 50 * 700)
-    parts = _resampled([run], (50,))[0]
+    whole = resampled([run], (50,))[0]
+    monkeypatch.setattr("pica.experiments.outcomes._AT_ONCE", 50 * 700)
+    parts = resampled([run], (50,))[0]
     assert parts.shape == whole.shape == (1, 5000)
     assert abs(parts.mean() - whole.mean()) < 1e-3
 
@@ -183,3 +184,51 @@ def test_a_file_of_predictions_is_kept_short():
     assert kept_outcomes("spearman", [{"predicted": 1.5, "gold": 2}]) == {"predicted": [1.5], "gold": [2.0]}
     assert kept_outcomes("r2", [{"prompt": "x"}]) is None
     assert Outcomes.read("r2", None) is None
+
+
+def conversations(losses: Sequence[float], accuracy: float = 0.5, tokens: int = 10) -> list[dict]:
+    return [{"loss": loss, "token_accuracy": accuracy, "tokens": tokens} for loss in losses]
+
+
+def test_token_accuracy_is_held_against_another_conversation_by_conversation():
+    before = [{"tokens": n, "token_accuracy": right / n} for n, right in ((10, 2), (40, 30), (30, 3), (20, 10))]
+    after = [{"tokens": row["tokens"], "token_accuracy": row["token_accuracy"] + 0.1} for row in before]
+    first, second = (Outcomes.read("token_accuracy", kept_outcomes("token_accuracy", rows)) for rows in (before, after))
+    assert first is not None
+    assert scores_of(first, np.ones((1, 4), np.float32), (4,))[0] == pytest.approx(45 / 100)
+    apart = [Contender("before", 0.45, (0.2, 0.7), {0: first}), Contender("after", 0.55, (0.3, 0.8), {0: second})]
+    found = standing("token_accuracy", apart)
+    assert found is not None
+    assert found.differences["before"].paired
+    assert found.differences["before"].value == pytest.approx(0.1)
+    assert found.statement().startswith(
+        "Highest token_accuracy: after (55.0%), ahead of every other method. 95% paired "
+    )
+    assert "4 test conversations" in found.statement()
+    other = Outcomes.read("token_accuracy", {"predicted": [1, 2, 3, 4], "gold": [10, 40, 30, 21]})
+    found = standing("token_accuracy", [apart[1], Contender("cut otherwise", 0.1, (0.0, 0.2), {0: other})])
+    assert found is not None
+    assert not found.differences["cut otherwise"].paired
+
+
+def test_the_change_of_a_loss_says_how_sure_it_is():
+    before = conversations([9.0, 3.0, 5.0])
+    assert loss_change(before, conversations([7.0, 1.0, 3.0])) == (
+        "The held-out loss changes by -2.0000 nats a token (95%: -2.0000 to -2.0000, paired bootstrap, 3 test "
+        "conversations); it is lower in 3 of 3."
+    )
+    mixed = loss_change(before, conversations([6.0, 1.0, 6.0]))
+    assert "changes by -1.3333" in mixed
+    assert "which may be chance; it is lower in 2 of 3" in mixed
+    assert "two or more are needed" in loss_change(before[:1], conversations([7.0]))
+    assert "no number" in loss_change(before[:1], [{**before[0], "loss": None}])
+
+
+def test_limits_of_few_conversations_hold_as_often_as_they_say():
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        after = generator.normal(-1, 1, 5).tolist()
+        text = loss_change(conversations(5 * [5.0]), conversations([5 + change for change in after]))
+        low, high = map(float, re.findall(r"95%: (\S+) to ([^\s,]+)", text)[0])
+        held += low <= -1 <= high
+    assert 0.9 <= held / 200 <= 0.99

@@ -252,6 +252,12 @@ def print_result(result: "RunResult") -> None:
     unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else f"loss on the {kind}"
     if found := metrics.get("standing"):
         console.print(found["statement"], markup=False)
+    if metrics["task"] == "chat" and "base" in metrics:
+        from pica.experiments.uncertainty import loss_change
+        from pica.report.run_files import read_predictions
+
+        told = read_predictions(result.output, metrics)
+        console.print(loss_change(told["base"], told["adapter"]), markup=False)
     console.print(f"{metric} ± standard error{_brackets(metrics)}; {unit}; times are medians")
     if head := metrics["adapter"]["parameters"]["head"]:
         console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pica.experiments.uncertainty import Contender, Outcomes, Standing, kept_outcomes, score_interval, standing
+from pica.experiments.outcomes import Outcomes, kept_outcomes
+from pica.experiments.uncertainty import Contender, Standing, score_interval, standing
 
 BASE = "base model"
 """What the model without training is called."""

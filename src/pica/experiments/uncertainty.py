@@ -2,26 +2,27 @@
 
 Methods are held against each other on the same problems and, where they share them, the same seeds: the difference of two
 scores is drawn anew 5,000 times, from problems and seeds drawn with replacement (a paired bootstrap), and two methods are
-told apart if 95% of the draws lie on one side of zero. Two known corrections keep it from being too sure of little:
+told apart if 95% of the draws lie on one side of zero. Known corrections keep it from being too sure of little:
 
 - One seed less than there are is drawn, which makes the variance of a mean over few seeds unbiased (Rao and Wu, 1988).
 - Shares of right answers have two made-up problems beside the real ones, each solved by one of the two methods alone
   (Bonett and Price, 2012): without them four problems that only one method solves would count as a difference.
+- Of means over the tokens of conversations, of which there may be few, the limits lie further out: by Student's t instead of
+  the normal distribution, and by the factor that makes the variance over conversations unbiased.
 
 Where the outcome of each problem has not been kept, the two methods' own intervals are combined (Newcombe's method for
 proportions); as that ignores that both met the same problems, it tells fewer apart.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
-from pica.tasks.base import REGRESSION_METRICS
-from pica.tasks.metrics import f1_of_tables, matthews_of_tables
+from pica.experiments.outcomes import POOLED, Outcomes, resampled, scores_of
 
 LEVEL = 0.95
 """Of every interval here."""
@@ -29,81 +30,9 @@ LEVEL = 0.95
 SHARES = ("accuracy", "f1", "token_accuracy")
 """Metrics that are shown in percent."""
 
-RESAMPLES = 5000
 _Z = 1.959963984540054  # the normal quantile of LEVEL
 _FEW = 10  # right or wrong answers; with fewer, a score ± its standard error would reach beyond what is possible
 _ROUNDING = 1e-9
-_AT_ONCE = 4_000_000  # counts of drawn problems in memory
-
-
-@dataclass(frozen=True, eq=False)
-class Outcomes:
-    """What one trained model did on each test problem.
-
-    Attributes:
-        metric: Name of the metric that the task is judged by.
-        predicted: Of shape (problems,): whether right (accuracy), a class index (f1, matthews), or a number.
-        gold: Class indices or numbers of the same shape; None for accuracy.
-        groups: Number of problems of each data set, in their order; accuracy is the mean over data sets.
-        classes: Number of classes (f1, matthews).
-    """
-
-    metric: str
-    predicted: np.ndarray
-    gold: np.ndarray | None = None
-    groups: tuple[int, ...] = ()
-    classes: int = 0
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """Equal for two models only if they were measured alike."""
-        return (self.metric, len(self.predicted), self.groups)
-
-    @classmethod
-    def read(cls, metric: str, kept: Mapping[str, Any] | None) -> "Outcomes | None":
-        """From what `kept_outcomes` made; None if that is None."""
-        if not kept:
-            return None
-        if "correct" in kept:
-            right = np.frombuffer(kept["correct"].encode(), dtype=np.uint8) - ord("0")
-            return cls(metric, right.astype(np.float32), None, tuple(kept.get("groups") or (len(right),)))
-        predicted, gold = np.asarray(kept["predicted"]), np.asarray(kept["gold"])
-        return cls(metric, predicted, gold, (len(gold),), kept.get("classes", 0))
-
-    @classmethod
-    def joined(cls, parts: Sequence["Outcomes | None"]) -> "Outcomes | None":
-        """Of several sets whose accuracies' mean is the score; None unless each of them was kept."""
-        known = [part for part in parts if part is not None and part.metric == "accuracy"]
-        if len(known) < len(parts):
-            return None
-        sizes = tuple(len(part.predicted) for part in known)
-        return cls("accuracy", np.concatenate([part.predicted for part in known]), None, sizes)
-
-
-def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What a record keeps of a file of predictions, so that methods can be held against each other problem by problem.
-
-    Args:
-        metric: Name of the metric that the task is judged by.
-        rows: The file's lines.
-
-    Returns:
-        JSON values, short; None for predictions that are no answers (drawn pictures).
-    """
-    if metric == "accuracy" and rows and all("correct" in row for row in rows):
-        parts: dict[str, str] = {}
-        for row in rows:
-            name = row.get("group", "")
-            parts[name] = parts.get(name, "") + "01"[bool(row["correct"])]
-        kept: dict[str, Any] = {"correct": "".join(parts.values())}
-        return kept | ({"groups": [len(part) for part in parts.values()]} if len(parts) > 1 else {})
-    if metric in REGRESSION_METRICS and rows and all("predicted" in row for row in rows):
-        return {key: [float(row[key]) for row in rows] for key in ("predicted", "gold")}
-    if metric in ("f1", "matthews") and rows and all("probabilities" in row for row in rows):
-        places = {name: index for index, name in enumerate(rows[0]["probabilities"])}
-        found = {key: [places[str(row[key])] for row in rows] for key in ("predicted", "gold")}
-        return {**found, "classes": len(places)}
-    return None
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
@@ -278,9 +207,10 @@ class Standing:
                 "paired test may tell more of them apart."
             )
         problems = next(run.shape[1] for run in self.best.runs.values() if run is not None)
+        what = "conversations" if self.metric in POOLED else "problems"
         fewest, most = min(one.seeds for one in paired), max(one.seeds for one in paired)
         seeds = "one seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-        text = f"95% paired bootstrap, {problems:,} test problems, {seeds}."
+        text = f"95% paired bootstrap, {problems:,} test {what}, {seeds}."
         if most == 1:
             text += " Another seed may order them otherwise."
         if len(paired) < len(self.differences):
@@ -322,6 +252,36 @@ def standing(metric: str, contenders: Sequence[Contender]) -> Standing | None:
     return Standing(metric, best, differences, usable)
 
 
+def loss_change(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str:
+    """How the loss changed on the same conversations, in one sentence.
+
+    Args:
+        before: Lines of a file of predictions on conversations.
+        after: Those of another model, on the same conversations.
+    """
+    pairs = [(old, new) for old, new in zip(before, after) if None not in (old["loss"], new["loss"])]
+    if not pairs:
+        return "The held-out loss is no number on any conversation."
+    runs = [_losses(side) for side in zip(*pairs)]
+    change = _Draws(runs[0].shape, [Contender("", 0.0, (0.0, 0.0), {0: run}) for run in runs]).difference(
+        [(runs[1], runs[0])]
+    )
+    changed = f"The held-out loss changes by {change.value:+.4f} nats a token"
+    if len(pairs) == 1:
+        return f"{changed} on one conversation; two or more are needed to say how sure that is."
+    lower = sum(new["loss"] < old["loss"] for old, new in pairs)
+    told = ", which may be chance" if change.low <= 0 <= change.high else ""
+    return (
+        f"{changed} (95%: {change.low:+.4f} to {change.high:+.4f}, paired bootstrap, {len(pairs):,} test conversations)"
+        f"{told}; it is lower in {lower:,} of {len(pairs):,}."
+    )
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> Outcomes:
+    summed, tokens = np.array([[row["loss"] * row["tokens"], row["tokens"]] for row in rows], dtype=float).T
+    return Outcomes("token_loss", summed, tokens, (len(rows),))
+
+
 def _shape(run: Outcomes | None) -> tuple[Any, ...] | None:
     return None if run is None else run.shape
 
@@ -338,10 +298,10 @@ class _Draws:
     """Scores of all models that were measured alike, on the same bootstrap samples of their problems."""
 
     def __init__(self, shape: Any, contenders: Sequence[Contender]) -> None:
-        self._accuracy = shape[0] == "accuracy"
+        self._students = _students(shape[1]) if shape[0] in POOLED else None
         runs = [run for one in contenders for run in one.runs.values() if _shape(run) == shape]
         self._runs: dict[int, Outcomes] = {id(run): run for run in runs if run is not None}
-        self._scores, self._favour = _resampled(list(self._runs.values()), shape[2])
+        self._scores, self._favour = resampled(list(self._runs.values()), shape[2])
         self._places = {key: place for place, key in enumerate(self._runs)}
 
     def difference(self, pairs: Sequence[tuple[Outcomes | None, Outcomes | None]]) -> Difference:
@@ -356,77 +316,16 @@ class _Draws:
             generator = np.random.default_rng(1)
             which = generator.integers(0, seeds, (seeds - 1, drawn.shape[1]))
             drawn = np.take_along_axis(drawn, which, axis=0)
-        low, high = np.quantile(drawn.mean(0) + self._favour, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Difference(value, float(low), float(high), paired=True, seeds=seeds)
+        low, high = map(float, np.quantile(drawn.mean(0) + self._favour, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+        if self._students is not None:
+            low, high = value - self._students * (value - low), value + self._students * (high - value)
+        return Difference(value, low, high, paired=True, seeds=seeds)
+
+
+def _students(count: int) -> float:
+    """How much further out limits lie than the draws of `count` conversations put them; of two or more."""
+    return float(stdtrit(count - 1, (1 + LEVEL) / 2)) / _Z * math.sqrt(count / (count - 1)) if count > 1 else math.nan
 
 
 def _mean_score(runs: Sequence[Outcomes]) -> float:
-    return float(np.mean([_scores(run, np.ones((1, len(run.predicted)), np.float32), run.groups)[0] for run in runs]))
-
-
-def _resampled(runs: Sequence[Outcomes], groups: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (runs, resamples), and what the made-up problems add to a difference, (resamples,).
-
-    Problems are drawn within their data set. For accuracy each data set has two more that a difference of scores counts as
-    +1 and as -1.
-    """
-    made_up = 2 if runs[0].metric == "accuracy" else 0
-    generator = np.random.default_rng(0)
-    scores, favours = [], []
-    done, step = 0, max(1, _AT_ONCE // sum(groups))
-    while done < RESAMPLES:
-        size = min(step, RESAMPLES - done)
-        counts, favour = [], np.zeros(size)
-        for group in groups:
-            drawn = generator.integers(0, group + made_up, (size, group + made_up))
-            drawn += np.arange(size)[:, None] * (group + made_up)
-            found = np.bincount(drawn.ravel(), minlength=size * (group + made_up)).reshape(size, -1)
-            counts.append(found[:, :group])
-            if made_up:
-                favour += (found[:, group] - found[:, group + 1]) / (group + made_up) / len(groups)
-        weights = np.concatenate(counts, axis=1).astype(np.float32)
-        sizes = [group + made_up for group in groups]
-        scores.append(np.stack([_scores(run, weights, sizes) for run in runs]))
-        favours.append(favour)
-        done += size
-    return np.concatenate(scores, axis=1), np.concatenate(favours)
-
-
-def _scores(run: Outcomes, weights: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """The metric of each sample; `weights` (samples, problems) says how often a problem is in it."""
-    if run.gold is None:
-        ends = list(itertools.accumulate(run.groups))
-        parts = [
-            (weights[:, end - group : end] @ run.predicted[end - group : end]).astype(float) / size  # exact counts
-            for group, end, size in zip(run.groups, ends, sizes)
-        ]
-        return np.mean(parts, axis=0)
-    if run.metric in ("f1", "matthews"):
-        pairs = np.zeros((len(run.gold), run.classes**2), np.float32)
-        pairs[np.arange(len(run.gold)), run.predicted * run.classes + run.gold] = 1
-        tables = (weights @ pairs).astype(float).reshape(-1, run.classes, run.classes)
-        return (f1_of_tables if run.metric == "f1" else matthews_of_tables)(tables)
-    sides = (run.predicted, run.gold)
-    first, second = (_ranks(weights, side) if run.metric == "spearman" else side[None] for side in sides)
-    return _correlation(weights, first, second)
-
-
-def _ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Each problem's rank in each sample, equal values sharing their mean rank: (samples, problems)."""
-    _, place, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    starts = np.cumsum(sizes) - sizes
-    counts = np.add.reduceat(weights[:, np.argsort(values, kind="stable")], starts, axis=1)
-    return (counts.cumsum(1) - (counts - 1) / 2)[:, place]
-
-
-def _correlation(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Pearson's, 0 where one side is constant; the sides are (1 or samples, problems)."""
-    total = weights.sum(1, keepdims=True)
-
-    def centred(side: np.ndarray) -> np.ndarray:
-        return side - (weights * side).sum(1, keepdims=True) / total
-
-    one, other = centred(first), centred(second)
-    both, left, right = ((weights * product).sum(1) for product in (one * other, one * one, other * other))
-    below = np.sqrt(left * right)
-    return np.divide(both, below, out=np.zeros_like(both), where=below > 0)
+    return float(np.mean([scores_of(run, np.ones((1, len(run.predicted)), np.float32), run.groups)[0] for run in runs]))

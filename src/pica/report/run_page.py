@@ -11,10 +11,9 @@ import yaml
 from markupsafe import Markup
 
 from pica.errors import ConfigError
-from pica.experiments.chat.measuring import pooled_mean
 from pica.experiments.evaluate.evaluation import shown_score
 from pica.experiments.recipes.recipe import Recipe
-from pica.experiments.uncertainty import shown
+from pica.experiments.uncertainty import loss_change, shown
 from pica.files.documents import parse_yaml
 from pica.files.output import RESOLVED, json_text, write_text
 from pica.foreign_code import FLAG
@@ -144,10 +143,10 @@ def _measurements(
     ]
     caption = f"Measured on the same {adapter['examples']:,} examples, from which nothing was learnt. One seed."
     blocks: list[Markup | str] = [html.table(columns, rows, caption=caption, sortable=False)]
-    if "base" in predictions and metric == "token_accuracy":
-        blocks.append(paired_change(predictions["base"], predictions["adapter"]))
-    elif found := metrics.get("standing"):
+    if found := metrics.get("standing"):
         blocks.append(found["statement"])
+    if "base" in predictions and metric == "token_accuracy":
+        blocks.append(loss_change(predictions["base"], predictions["adapter"]))
     if "groups" in adapter:
         blocks.append(_groups(models, titles))
     return blocks
@@ -166,25 +165,6 @@ def _perplexity(model: Mapping[str, Any]) -> Cell | None:
     digits = 2 if value < 100 else 0
     around = "" if error is None else f" ± {value * error:,.{digits}f}"  # the error of a logarithm is a relative one
     return Cell(f"{value:,.{digits}f}{around}", value)
-
-
-def paired_change(before: Rows, after: Rows) -> str:
-    """How loss and token accuracy changed on the same conversations, in one sentence, with standard errors.
-
-    Tokens of one conversation may depend on each other, conversations do not; since both models met the same ones, their
-    common ups and downs cancel out, and the change is surer than either number.
-    """
-    pairs = [(old, new) for old, new in zip(before, after) if None not in (old["loss"], new["loss"])]
-    if len(pairs) < 2:
-        return "Two or more conversations are needed to say how sure a change is."
-    tokens = [new["tokens"] for _, new in pairs]
-    loss = pooled_mean([(new["loss"] - old["loss"]) * new["tokens"] for old, new in pairs], tokens)
-    hits = pooled_mean([(new["token_accuracy"] - old["token_accuracy"]) * new["tokens"] for old, new in pairs], tokens)
-    lower = sum(new["loss"] < old["loss"] for old, new in pairs)
-    return (
-        f"On the same conversations the loss changes by {loss[0]:+.4f} ± {loss[1]:.4f} nats a token, token accuracy by "
-        f"{100 * hits[0]:+.1f} ± {100 * hits[1]:.1f} points; the loss is lower in {lower:,} of {len(pairs):,}."
-    )
 
 
 def _groups(models: Mapping[str, Any], titles: Mapping[str, str]) -> Markup:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pica.errors import ConfigError
+from pica.experiments.outcomes import Outcomes
 from pica.experiments.uncertainty import (
     Contender,
-    Outcomes,
     Standing,
     finite,
     score_interval,

@@ -8,8 +8,9 @@ from typing import Any
 
 from pica.errors import ConfigError
 from pica.experiments.methods import METHODS
+from pica.experiments.outcomes import Outcomes
 from pica.experiments.standings import read_outcomes
-from pica.experiments.uncertainty import Contender, Outcomes, Standing, score_interval, standing
+from pica.experiments.uncertainty import Contender, Standing, score_interval, standing
 from pica.files import output as files
 from pica.files.documents import read_json, read_yaml
 from pica.report.summary import COMPARISON, Stat, summarise
