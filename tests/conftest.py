@@ -51,17 +51,10 @@ def _logging_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def traceable(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     """Skips a test where the installed transformers cannot trace a model that has no adapter at all (5.6 cannot)."""
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = tiny_llama(num_hidden_layers=1)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
+    from tests.shared import IDS, Logits
 
     try:
-        torch.jit.trace(Logits().eval(), (torch.arange(6)[None],), check_trace=False)
+        torch.jit.trace(Logits(tiny_llama(num_hidden_layers=1)).eval(), (IDS,), check_trace=False)
     except Exception as error:
         pytest.skip(f"transformers {transformers.__version__} cannot trace its own model: {error}")
 

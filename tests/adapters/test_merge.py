@@ -13,8 +13,7 @@ from pica import PicaConfig
 from pica.adapters.merge import merge_in_full
 from pica.errors import QuantisationError
 from tests.quantising import KINDS, load_quantised
-
-IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+from tests.shared import IDS
 
 
 def adapted(folder: Any, kind: str) -> Any:

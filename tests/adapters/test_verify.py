@@ -13,8 +13,7 @@ from pica import PicaConfig
 from pica.cli import main
 from pica.errors import BasisMismatchError, ConfigError
 from pica.tuners.pica.layer import PicaLinear
-
-IDS = torch.arange(3, 12).unsqueeze(0)
+from tests.shared import logits
 
 
 @pytest.fixture
@@ -130,11 +129,6 @@ def test_a_base_that_is_not_to_be_had_is_one_sentence(adapter, tmp_path, tiny_ll
     if command in ("verify", "export") and recorded != 7:
         tiny_llama().save_pretrained(tmp_path / "base")
         assert main([command, str(adapter), *more, "--base-model", str(tmp_path / "base")]) == 0
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def test_hotswap_changes_the_weights_in_place(adapter, tiny_llama, tmp_path):

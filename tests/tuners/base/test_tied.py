@@ -8,18 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import pica
 from pica import PicaConfig, SvftConfig
-
-IDS = torch.arange(3, 15).unsqueeze(0)
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
+from tests.shared import logits
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -23,18 +23,13 @@ from transformers import (
 
 import pica
 from pica import PicaConfig
+from tests.shared import IDS, logits
 
-IDS = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(1))
 MIXED = ["a", "__base__", "b"]
 
 
 def config(**settings) -> PicaConfig:
     return PicaConfig(**{"r": 8, "init_weights": False, "task_type": "CAUSAL_LM", **settings})
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def make(model_class, model_config):
