@@ -66,10 +66,13 @@ def guesses(
 
     Args:
         model: On the device to use; is put into evaluation mode.
-        input_ids, labels: Of each row, of the same length; labels are -100 where nothing is asked.
+        input_ids: Of each row.
+        labels: Of each row, of the same length; -100 where nothing is asked.
         padding: Id that shorter rows are filled up with.
         batch_size: Rows in one forward pass.
         advance: Is told the rows that are done.
+    Yields:
+        Of each batch, what the model makes of it.
     """
     model.eval()
     lengths = [len(row) for row in input_ids]

@@ -35,6 +35,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
     A second one raises KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, the
     request is never made.
+
+    Yields:
+        Whether it was made.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -42,8 +42,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def device() -> torch.device:
-    """The device that `PICA_DEVICE` (`--device` of the command line) names; else the accelerator, or the CPU without one.
+    """Choose the device.
 
+    Returns:
+        The one that `PICA_DEVICE` (`--device` of the command line) names; else the accelerator, or the CPU without one.
     Raises:
         ConfigError: PyTorch finds no device of the kind that is named.
     """
@@ -61,8 +63,10 @@ def device() -> torch.device:
 
 
 def locate(path: str) -> str:
-    """Absolute folder of a local model (so that an adapter finds it from anywhere), or the hub name unchanged.
+    """Find a model.
 
+    Returns:
+        Absolute folder of a local one (so that an adapter finds it from anywhere), or the hub name unchanged.
     Raises:
         ConfigError: The location can't be a model.
     """
@@ -75,8 +79,10 @@ def locate(path: str) -> str:
 
 
 def load_model(section: ModelSection) -> PreTrainedModel:
-    """The frozen base model of a generation task, in evaluation mode on the CPU.
+    """Load the frozen base model of a generation task.
 
+    Returns:
+        The model, in evaluation mode on the CPU.
     Raises:
         ConfigError: The folder is incomplete, or the hub has no such model or cannot be reached.
     """
@@ -87,8 +93,10 @@ def load_model(section: ModelSection) -> PreTrainedModel:
 
 
 def quantisation(section: ModelSection) -> BitsAndBytesConfig:
-    """bitsandbytes' settings; 4-bit weights with double quantisation, as QLoRA has them, computing in `section.dtype`.
+    """Make bitsandbytes' settings.
 
+    Returns:
+        4-bit weights with double quantisation, as QLoRA has them, computing in `section.dtype`; or 8-bit ones.
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
@@ -206,8 +214,10 @@ def _head_within(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
-    """The model's configuration, without its weights.
+    """Load the model's configuration, without its weights.
 
+    Returns:
+        The configuration.
     Raises:
         ConfigError: It is not to be had.
     """
@@ -224,13 +234,14 @@ def _options(section: ModelSection) -> dict[str, Any]:
 def load_tokenizer(
     section: ModelSection, *, generates: bool = True, beside: Path | None = None
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token.
+    """Load the model's tokenizer.
 
     Args:
         section: Which model.
         generates: Whether texts are to be generated, which needs an end-of-text token.
         beside: An adapter's folder: a tokenizer that lies there goes before the base model's.
-
+    Returns:
+        The tokenizer, with a padding token.
     Raises:
         ConfigError: There is none, or it lacks a token that is needed.
     """
@@ -249,10 +260,10 @@ def load_tokenizer(
 
 
 def load_image_processor(section: ModelSection, *, beside: Path | None = None) -> Any:
-    """What makes pictures into a model's input; one that lies in an adapter's folder goes before the base model's.
+    """Load what makes pictures into a model's input; one that lies in an adapter's folder goes before the base model's.
 
-    That with Pillow is taken where there is a choice: its pixels do not depend on whether torchvision is installed.
-
+    Returns:
+        That with Pillow where there is a choice: its pixels do not depend on whether torchvision is installed.
     Raises:
         ConfigError: The model has none.
     """
@@ -263,6 +274,8 @@ def load_image_processor(section: ModelSection, *, beside: Path | None = None) -
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> peft.PeftModel:
     """Put a saved adapter, of any method that PEFT knows, on its base model, which gets as many tokens as the adapter has.
 
+    Returns:
+        The model with it, in evaluation mode.
     Raises:
         AdapterFileError: The folder holds no adapter, or one that is damaged or belongs to another model.
         PicaError: The method itself refuses the model.
@@ -282,8 +295,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") ->
 
 
 def base_of(adapter: Path, base: str | None = None) -> str:
-    """Where the base model of an adapter folder is: as given, else as recorded with the adapter.
+    """Find out where the base model of an adapter folder is.
 
+    Returns:
+        As given, else as recorded with the adapter.
     Raises:
         AdapterFileError: The folder holds no adapter, or its base model is not to be found.
     """
@@ -305,8 +320,10 @@ def base_of(adapter: Path, base: str | None = None) -> str:
 
 
 def revision_of(adapter: Path, base: str | None = None) -> str | None:
-    """Branch, tag or commit of the base model that an adapter records; None where another base is named.
+    """Read the revision of the base model that an adapter records.
 
+    Returns:
+        Branch, tag or commit; None where another base is named.
     Raises:
         AdapterFileError: The folder holds no readable adapter_config.json.
     """
@@ -324,8 +341,10 @@ def _recorded(adapter: Path) -> dict[str, Any]:
 
 
 def read_pretrained(loader: Any, section: ModelSection, options: dict[str, Any], *, beside: Path | None = None) -> Any:
-    """What a loader of transformers reads from the model, or from the adapter's folder `beside`.
+    """Read with a loader of transformers, from the model, or from the adapter's folder `beside`.
 
+    Returns:
+        What it reads.
     Raises:
         ConfigError: It is not to be had.
     """

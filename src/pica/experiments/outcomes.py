@@ -92,10 +92,13 @@ def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def resampled(runs: Sequence[Outcomes], groups: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (runs, resamples), and what the made-up problems add to a difference, (resamples,).
+    """Draw the problems of some runs anew.
 
     Problems are drawn within their data set. For accuracy each data set has two more that a difference of scores counts as
     +1 and as -1.
+
+    Returns:
+        Scores (runs, resamples), and what the made-up problems add to a difference, (resamples,).
     """
     made_up = 2 if runs[0].metric == "accuracy" else 0
     generator = np.random.default_rng(0)

@@ -126,11 +126,9 @@ _INSIDE = 0.9999  # of the update's energy: beyond what any training leaves by i
 
 
 def confinement(analysis: Analysis) -> str:
-    """Why shares of the column space are no finding: the update was trained inside a space made of W0; "" if it was not.
-
-    Of an adapter its configuration tells; of whole models (one that such an adapter was merged into) the numbers do: in
-    every role at most half of the input's directions hold all of the update.
-    """
+    """Why shares of the column space are no finding: the update was trained inside a space made of W0; "" if it was not."""
+    # Of an adapter its configuration tells; of whole models (one that such an adapter was merged into) the numbers do: in
+    # every role at most half of the input's directions hold all of the update.
     if analysis.confined:
         return (
             f"No finding: this adapter's update was trained inside {analysis.confined}. Its shares there, and what "
@@ -153,10 +151,8 @@ def confinement(analysis: Analysis) -> str:
 
 
 def verdict(analysis: Analysis) -> list[str]:
-    """What holds of the paper's claims in this pair of models, one sentence each, with the numbers.
-
-    Of an update that was trained inside a space made of W0, the questions that its method answers beforehand are left out.
-    """
+    """What holds of the paper's claims in this pair of models, one sentence each, with the numbers."""
+    # Of an update that was trained inside a space made of W0, the questions that its method answers beforehand are left out.
     rows = [s for s in summarise(analysis) if s.column is not None]
     if not rows:
         return []
@@ -207,6 +203,8 @@ def write(
 ) -> list[Path]:
     """Write everything into `folder` and remove the progress file; each file appears whole, and DATA_FILE last.
 
+    Returns:
+        The files.
     Raises:
         OutputError: The folder cannot be written.
     """

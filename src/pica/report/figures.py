@@ -115,15 +115,17 @@ def figure(
     height: float = 4.2,
     narrow_height: float | None = None,
 ) -> Markup:
-    """An HTML `figure` element, drawn by a function that is called for each width.
+    """Draw a figure, for a desk and for a phone.
 
     Args:
         name: Distinct on its page; letters, digits and "-".
-        draw: Draws on the sheet's figure; uses `INK`, `MUTED`, `SERIES` or `style` for colours.
+        draw: Called for each width; draws on the sheet's figure, with `INK`, `MUTED`, `SERIES` or `style` for colours.
         caption: A sentence or two below the figure: what is shown and what it says.
         alt: What a person who cannot see the figure needs to know.
         height: Of the wide version, in inches.
         narrow_height: Of the narrow version; `height` if None.
+    Returns:
+        An HTML `figure` element.
     """
     wide = _svg(name, draw, "wide", height, alt)
     narrow = _svg(name, draw, "narrow", narrow_height or height, alt)

@@ -133,12 +133,14 @@ def preformatted(text: str) -> Markup:
 def entries(
     items: Iterable[tuple[Markup, str, float, int]], *, kinds: Sequence[str], orders: Mapping[str, str]
 ) -> Markup:
-    """A list with a search box; without scripts, the list alone, in the order in which it is given.
+    """Make a list with a search box; without scripts, the list alone, in the order in which it is given.
 
     Args:
         items: Content, kind, a number that is the lower the better, and where it stands in the data.
         kinds: What a reader may choose one of.
         orders: Titles of "turns" (as given), "best", "worst" and "place".
+    Returns:
+        HTML.
     """
     options = Markup("").join(
         Markup('<option value="{}">{}</option>').format(*pair) for pair in [("", "all"), *((k, k) for k in kinds)]
@@ -163,7 +165,7 @@ def table(
     sortable: bool = True,
     marked: Collection[int] = (),
 ) -> Markup:
-    """A table whose first column names the row; a click on a heading sorts it.
+    """Make a table whose first column names the row; a click on a heading sorts it.
 
     Args:
         columns: What is shown.
@@ -171,6 +173,8 @@ def table(
         caption: One sentence above it.
         sortable: Whether headings sort.
         marked: Places of the rows that stand out.
+    Returns:
+        HTML.
     """
     heads = []
     for column in columns:

@@ -60,11 +60,7 @@ class LabelledPicture:
     identity: str = field(default="", compare=False)
 
     def read(self) -> bytes:
-        """The picture's file.
-
-        Raises:
-            OSError: It cannot be read.
-        """
+        """The picture's file; raises OSError where it cannot be read."""
         return self.source.read_bytes()
 
 
@@ -90,10 +86,12 @@ class Cell:
 
 
 def decode(data: bytes) -> Any:
-    """A picture as a PIL image in RGB, upright as its EXIF says.
+    """Decode a picture.
 
     Transparent parts are put on white, 16-bit grey values are scaled to 8 bits, and of an animation the first frame counts.
 
+    Returns:
+        A PIL image in RGB, upright as the picture's EXIF says.
     Raises:
         OSError: The bytes are no picture that Pillow reads, or are cut off.
         ConfigError: Pillow is not installed.
@@ -137,15 +135,16 @@ def has_pictures(location: str, split: Split) -> bool:
 
 
 def files_of(location: str, split: Split, columns: Mapping[str, str]) -> list[Path]:
-    """The files that decide one split: class folders' pictures, a list and the pictures that it names, or tables.
+    """Find the files that decide one split.
 
-    That includes pictures that a table names instead of holding. Those of a list or table that is in disorder are left
-    out: it is for `read_pictures` to say so.
+    Those of a list or table that is in disorder are left out: it is for `read_pictures` to say so.
 
     Args:
         location: As a source's.
         split: Which part of a folder is meant.
         columns: As a source's.
+    Returns:
+        Class folders' pictures, a list and the pictures that it names, or tables and the pictures that they name.
     """
     path = Path(location).expanduser()
     if is_hub(location) or not path.exists():
@@ -174,7 +173,8 @@ def read_pictures(
         target: What the labels are.
         numbered: Number of classes of a task whose labels are their indices; names in folders, sorted, become indices.
         fields: Accepted names of the fields of a table.
-
+    Returns:
+        The pictures, in the data's order.
     Raises:
         DataError: Nothing is there, a class folder has no pictures, a row lacks a field, or a picture is unreadable and
             the source does not say to leave those out.

@@ -143,7 +143,8 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter, replace: bo
         folder: Existing or new; takes PROGRESS until the results are written.
         reporter: Is told the progress.
         replace: Begin anew where `folder` holds the progress of another analysis, instead of refusing.
-
+    Returns:
+        What was measured.
     Raises:
         ConfigError: A model is not to be had, or no layer is left to analyse.
         AdapterFileError: The adapter does not belong to the base model, or is damaged.
@@ -223,13 +224,11 @@ def _float64(stored: Tensor, target: Target) -> Tensor:
 
 
 def _update_record(weight: Tensor, before: theory.Spectrum, tuned: Tensor, settings: Settings) -> dict[str, Any]:
-    """Everything that compares W0 with W*: plain numbers and lists.
-
-    energy: ||dW||_F^2. values, tuned: singular values of dW and W*. column, row: share of the update's energy in each right
-    (left) singular direction of W0. random: the same for as many seeded random directions. angle_*: principal
-    angles in degrees between the top-r input (output) directions. wedin, theorem1: the dataclasses. intruders: places.
-    entries: of E_P ("in") and E_Q ("out").
-    """
+    """Everything that compares W0 with W*: plain numbers and lists."""
+    # energy: ||dW||_F^2. values, tuned: singular values of dW and W*. column, row: share of the update's energy in each
+    # right (left) singular direction of W0. random: the same for as many seeded random directions. angle_*: principal
+    # angles in degrees between the top-r input (output) directions. wedin, theorem1: the dataclasses. intruders: places.
+    # entries: of E_P ("in") and E_Q ("out").
     delta = tuned - weight
     energy = float(delta.square().sum())
     if energy == 0:
@@ -456,11 +455,13 @@ def _summary(role: str, layers: list[Layer]) -> RoleSummary:
 
 
 def curve(layers: Iterable[Layer], kind: str) -> Tensor:
-    """Share of the layers' pooled update energy in the first 1, 2, ... directions.
+    """Measure where the layers' pooled update energy lies.
 
     Args:
         layers: Of equal width; unchanged ones are left out.
         kind: "column", "row", "random", "minor" (the column space from its end) or "best" (the update's own directions).
+    Returns:
+        Its share in the first 1, 2, ... of those directions, (k,).
     """
     total, sums = 0.0, torch.zeros(0, dtype=torch.float64)
     for layer in layers:
@@ -488,10 +489,8 @@ def wedin_bounds(layer: Layer) -> list[float]:
 
 
 def near_zero(analysis: Analysis) -> tuple[float, float]:
-    """Share of the entries of E_P and E_Q below NEAR_ZERO: as measured, and as two unrelated orthogonal matrices give it.
-
-    An entry of a random orthogonal (k, k) matrix is nearly normal with variance 1/k, hence near zero for large k.
-    """
+    """Share of the entries of E_P and E_Q below NEAR_ZERO: as measured, and as two unrelated orthogonal matrices give it."""
+    # An entry of a random orthogonal (k, k) matrix is nearly normal with variance 1/k, hence near zero for large k.
     near = expected = count = 0.0
     for layer, update in iterate_updates(analysis.layers):
         for side, width in (("in", layer.inn), ("out", layer.out)):

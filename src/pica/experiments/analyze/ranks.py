@@ -33,8 +33,10 @@ class Suggestion:
 
 
 def suggest(analysis: Analysis, share: float) -> Suggestion:
-    """The smallest rank of each role that holds `share`, pooled over its layers.
+    """Suggest the smallest rank of each role that holds `share`, pooled over its layers.
 
+    Returns:
+        The ranks, and what they come from.
     Raises:
         ConfigError: `share` is out of range.
     """
@@ -58,11 +60,13 @@ def suggest(analysis: Analysis, share: float) -> Suggestion:
 
 
 def patterns(roles: Mapping[str, Collection[str]], paths: Collection[str]) -> dict[str, str]:
-    """For each role the shortest regular expression that PEFT's `rank_pattern` matches with its layers and no others.
+    """Name roles in an adapter's `rank_pattern`.
 
     Args:
         roles: Layer paths by role.
         paths: All linear layers of the model.
+    Returns:
+        For each role the shortest regular expression that PEFT matches with its layers and no others.
     """
     found = {}
     for role, members in roles.items():

@@ -25,8 +25,10 @@ class Prompt:
 
 
 def read_prompts(location: str, adapter_column: str | None = None) -> list[Prompt]:
-    """The prompts of a file: conversations without what the assistant says last, or the lines of a .txt file.
+    """Read prompts: conversations without what the assistant says last, or the lines of a .txt file.
 
+    Returns:
+        The prompts, in the file's order.
     Raises:
         DataError: The file is missing, empty or malformed; with the line.
     """
@@ -66,10 +68,12 @@ def answer_file(
     batch_size: int,
     reporter: Reporter,
 ) -> int:
-    """Answer all prompts and write a line of JSON for each, in their order; returns how many there are.
+    """Answer all prompts and write a line of JSON for each, in their order.
 
     What is done is kept beside the output until all of it is there, so that the same call goes on after an interruption.
 
+    Returns:
+        How many there are.
     Raises:
         ConfigError: A prompt names an adapter that is not there.
         OutputError: The output exists, or cannot be written.

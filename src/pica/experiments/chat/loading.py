@@ -40,8 +40,10 @@ class Talker:
             raise ConfigError(f"There is no adapter {name!r} here; there are {known}.")
 
     def use(self, name: str) -> Any:
-        """A context in which the adapter of that name speaks, or the model alone (`BASE`).
+        """Let the adapter of that name speak, or the model alone (`BASE`).
 
+        Returns:
+            The context in which it does.
         Raises:
             ConfigError: There is no such adapter.
         """
@@ -70,9 +72,11 @@ def load_talker(
         dtype: Precision of the model; that of the run if unset.
         revision: Of a model on the hub.
         trust_remote_code: Whether code that comes with the model may run.
-
+    Returns:
+        The model, its adapters and their names.
     Raises:
-        PicaError: Something of it is not to be had, or does not fit together.
+        ConfigError: The adapters do not fit together, or a place holds none.
+        PicaError: Something of it is not to be had.
     """
     adapters = [find_adapter(Path(place).expanduser()) for place in places]
     if len(places) > 1 and None in adapters:

@@ -44,7 +44,7 @@ class HeldOutWords:
 def measure_rows(
     model: Any, rows: Rows, padding: int, *, batch_size: int, advance: Advance | None = None
 ) -> dict[int, Measured]:
-    """What the model makes of each conversation's learnt tokens, by the conversation's index.
+    """Measure what the model makes of each conversation's learnt tokens.
 
     Args:
         model: Causal language model, on the device to use.
@@ -52,6 +52,8 @@ def measure_rows(
         padding: Id that shorter rows are filled up with.
         batch_size: Rows in one forward pass.
         advance: Is told the rows that are done.
+    Returns:
+        The measurements, by the conversation's index.
     """
     found: dict[int, Measured] = {}
     for batch in guesses(model, rows.input_ids, rows.labels, padding, batch_size=batch_size, advance=advance):

@@ -82,7 +82,8 @@ def preview(
         max_length: Longest row.
         overflow: What becomes of longer conversations.
         examples: How many to show.
-
+    Returns:
+        Lengths, what is cut off and what stands twice, and the examples.
     Raises:
         DataError: The template refuses one, or nothing is left to learn.
     """

@@ -68,13 +68,15 @@ class Speaker:
     def answer_all(
         self, asked: Sequence[Asked], *, max_new_tokens: int, batch_size: int, advance: Advance | None = None
     ) -> list[str]:
-        """The likeliest answers (greedy), in the order of the questions.
+        """Answer questions greedily.
 
         Args:
             asked: The questions.
             max_new_tokens: Longest answer.
             batch_size: Questions at once.
             advance: Is told the questions that are done.
+        Returns:
+            The answers, in the order of the questions.
         """
         prompts = [self.renderer.prompt(messages, tools) for messages, tools in asked]
         texts = [""] * len(prompts)

@@ -25,8 +25,10 @@ def named_templates() -> dict[str, str]:
 
 
 def template_text(named: str) -> str:
-    """The template that `task.chat_template` names: one of the package's, a file, or the template itself.
+    """Read what `task.chat_template` names: a template of the package, a file, or the template itself.
 
+    Returns:
+        The template.
     Raises:
         ConfigError: It is none of these.
     """
@@ -47,13 +49,14 @@ def template_text(named: str) -> str:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, named: str | None, folder: Path | None = None) -> str:
-    """Give the tokenizer the chat template to use, and return it.
+    """Give the tokenizer the chat template to use.
 
     Args:
         tokenizer: Changed in place.
         named: What the recipe names; if unset, what an adapter's folder holds, else the tokenizer's own.
         folder: An adapter's folder.
-
+    Returns:
+        The template.
     Raises:
         ConfigError: There is none, or `named` is no template.
     """

@@ -95,8 +95,10 @@ def _page(talker: Talker, sampling: Sampling, system: str | None) -> Response:
 
 
 async def _question(request: Request, talker: Talker, sampling: Sampling) -> tuple[list[dict[str, str]], str, Sampling]:
-    """What is asked, of whom, and how.
+    """Read what is asked.
 
+    Returns:
+        The messages, whom they go to, and how the answer is drawn.
     Raises:
         ConfigError: It is not of the form that the page sends, or a setting is out of range.
     """
@@ -127,10 +129,8 @@ async def _question(request: Request, talker: Talker, sampling: Sampling) -> tup
 async def _answer(
     talker: Talker, turn: anyio.Lock, messages: list[dict[str, str]], speaker: str, sampling: Sampling
 ) -> AsyncIterator[str]:
-    """The answer as lines of JSON: pieces of text, then that it is done; or what went wrong.
-
-    Writing stops where nobody reads any more: the page was closed, or the answer stopped.
-    """
+    """The answer as lines of JSON: pieces of text, then that it is done; or what went wrong."""
+    # Writing stops where nobody reads any more: the page was closed, or the answer stopped.
     async with turn:
         with talker.use(speaker):
             pieces = talker.speaker.stream(messages, sampling)

@@ -67,8 +67,10 @@ class Comparison:
     ablations: tuple[Ablation, ...] = field(default=())
 
     def recipe(self, row: Row, seed: int, rates: Sequence[float]) -> Recipe:
-        """The recipe of one cell.
+        """Make the recipe of one cell.
 
+        Returns:
+            It, checked.
         Raises:
             ConfigError: As `load_recipe`.
         """
@@ -84,8 +86,10 @@ class Comparison:
         return load_recipe(None, list(values.items()))
 
     def selected(self, labels: Sequence[str]) -> tuple[Row, ...]:
-        """The rows with these labels (any case, or the beginning of one), all if there are none.
+        """Select rows by their labels (any case, or the beginning of one).
 
+        Returns:
+            The rows, in their own order; all if there are no labels.
         Raises:
             ConfigError: A label fits no row.
         """
@@ -122,7 +126,8 @@ def load_comparison(
         reference: Path of a YAML file, or the name of a built-in comparison.
         seeds: In place of the file's.
         overrides: Dotted recipe fields for every cell, as text or as values; those of the adapter too.
-
+    Returns:
+        The comparison.
     Raises:
         ConfigError: Lists what is wrong with the file, with the shared recipe or with a row.
     """

@@ -51,8 +51,10 @@ class ImageInputs:
         return [1] * len(rows)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`pixel_values`, (rows, channels, height, width).
+        """Make a batch of pictures.
 
+        Returns:
+            `pixel_values`, (rows, channels, height, width), in the model's precision.
         Raises:
             DataError: A picture that could be read when the run began cannot be any more.
         """

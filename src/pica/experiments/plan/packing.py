@@ -42,11 +42,9 @@ def is_unpacked(tensor: Tensor) -> bool:
 
 
 def packed(parameter: Any) -> nn.Parameter:
-    """What stands in a quantised layer in the place of `parameter`; to be called among fake tensors.
-
-    It is a plain parameter with the attributes that the layer looks for, since bitsandbytes' own class hides from torch
-    that a tensor has no content.
-    """
+    """What stands in a quantised layer in the place of `parameter`; to be called among fake tensors."""
+    # It is a plain parameter with the attributes that the layer looks for, since bitsandbytes' own class hides from torch
+    # that a tensor has no content.
     from bitsandbytes import functional
 
     weight = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")

@@ -100,11 +100,13 @@ class StepTracer:
                 _enable_checkpointing(model)
 
     def peak(self, batch: int, length: int) -> int:
-        """Highest bytes of one forward and backward pass beyond the model's own tensors, gradients included.
+        """Trace the memory of one forward and backward pass.
 
         Args:
-            batch, length: Samples, and tokens a sample (images and sounds have the length that the model takes).
-
+            batch: Samples.
+            length: Tokens a sample (images and sounds have the length that the model takes).
+        Returns:
+            Most bytes at a time beyond the model's own tensors, gradients included.
         Raises:
             TraceError: The model's forward pass depends on values, or needs an input that is not known here.
         """
@@ -126,8 +128,10 @@ class StepTracer:
 
 
 def example_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-    """Inputs of a training step: of the right shapes, dtypes and names, with zeros for values.
+    """Make inputs of a training step.
 
+    Returns:
+        Tensors of the right shapes, dtypes and names, with zeros for values.
     Raises:
         TraceError: The model's main input is of a kind that is not known here.
     """

@@ -59,7 +59,8 @@ def load_recipe(reference: str | None, overrides: Sequence[tuple[str, Any]] = ()
     Args:
         reference: Path of a YAML file, or the name of a built-in recipe; None gives all defaults.
         overrides: (dotted field, value) pairs; text is read as on the command line. Later ones win.
-
+    Returns:
+        The recipe.
     Raises:
         ConfigError: Lists all problems: unknown fields, wrong types, values out of range, files that do not exist.
     """
@@ -86,10 +87,12 @@ def load_recipe(reference: str | None, overrides: Sequence[tuple[str, Any]] = ()
 
 
 def recorded_recipe(path: Path) -> Recipe:
-    """The recipe of an earlier run, as far as this version knows its fields; nothing is asked of its places.
+    """Read the recipe of an earlier run; nothing is asked of its places.
 
     Data and models may have moved since, and what is recorded (the classes, how the base was quantised) holds all the same.
 
+    Returns:
+        The recipe, as far as this version knows its fields.
     Raises:
         ConfigError: The file cannot be read.
     """
@@ -105,8 +108,10 @@ def read_field(key: str, value: Any) -> Any:
 
 
 def change_recipe(recipe: Recipe, overrides: Sequence[tuple[str, Any]]) -> Recipe:
-    """A copy of a checked recipe with some fields changed, checked again.
+    """Change some fields of a checked recipe.
 
+    Returns:
+        A copy, checked again.
     Raises:
         ConfigError: As `load_recipe`.
     """
@@ -125,13 +130,15 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def read_named(what: str, reference: str, builtin: Mapping[str, str], wanted: str) -> dict[str, Any]:
-    """Top-level mapping of a YAML file, or of a built-in one.
+    """Read a YAML file, or a built-in one.
 
     Args:
         what: What it is, for messages: "Recipe".
         reference: A file's path, or a name in `builtin`.
         builtin: {name: text}.
         wanted: What its fields look like, for messages.
+    Returns:
+        Its top-level mapping.
     Raises:
         ConfigError: It is neither, cannot be read, or holds no mapping.
     """

@@ -31,11 +31,13 @@ _FREE = {"name", "output", "trainer.threads", *_PLACES}  # fields that may diffe
 
 
 def origin(recipe: Recipe, splits: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """What a run has begun with, as JSON holds it.
+    """Describe what a run has begun with.
 
     Args:
         recipe: All settings, classes included.
         splits: Examples of each split, as they were read.
+    Returns:
+        It as JSON holds it.
     """
     found = {
         "settings": _flat(dataclasses.asdict(recipe)),
@@ -86,10 +88,8 @@ def examples_digest(examples: Sequence[Any]) -> str:
 
 
 def model_digest(location: str, revision: str | None = None) -> dict[str, str]:
-    """Digest of each file that decides a model, pipeline or adapter in a folder, or of a model of the hub in the cache.
-
-    Empty for a model that is not on this machine.
-    """
+    """Digest of each file that decides a model, pipeline or adapter in a folder, or of a model of the hub in the cache."""
+    # empty for a model that is not on this machine
     folder = _local(location, revision)
     if folder is None:
         return {}
@@ -98,10 +98,8 @@ def model_digest(location: str, revision: str | None = None) -> dict[str, str]:
 
 
 def file_digest(path: Path, *, whole: bool = False) -> str:
-    """Of a file's content, or, unless the whole is asked for, of samples of a large one.
-
-    What has not changed since this process last asked is not read again.
-    """
+    """Of a file's content, or, unless the whole is asked for, of samples of a large one."""
+    # What has not changed since this process last asked is not read again.
     status = path.stat()
     if (
         time.time_ns() - status.st_mtime_ns < 2_000_000_000

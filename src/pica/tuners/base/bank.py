@@ -262,10 +262,8 @@ def _unwrapped(root: nn.Module) -> nn.Module:
 
 
 def get_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank | None:
-    """A method's bank of a base model, or None where no adapter of that method was ever added.
-
-    A PeftModel put into another tuner has it deeper inside: its layers refer to that one already.
-    """
+    """A method's bank of a base model, or None where no adapter of that method was ever added."""
+    # A PeftModel put into another tuner has it deeper inside: its layers refer to that one already.
     bank = _unwrapped(root)._modules.get(name)
     if isinstance(bank, PicaBank):
         return bank

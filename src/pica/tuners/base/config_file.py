@@ -27,13 +27,15 @@ ALLOW_TORCH_WEIGHTS = "PICA_ALLOW_TORCH_FILES"
 
 
 def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict[str, Any]:
-    """The fields of an adapter_config.json.
+    """Read an adapter_config.json.
 
     Args:
         path: The file.
         fields: Names that it may hold.
+    Returns:
+        Its fields.
     Raises:
-        AdapterFileError: it cannot be read, is no JSON object, or holds other fields with a value; those that are null,
+        AdapterFileError: It cannot be read, is no JSON object, or holds other fields with a value; those that are null,
             false, {} or [] are noted and left out.
     """
     try:
@@ -46,10 +48,16 @@ def read_config_file(path: str | PathLike[str], fields: Collection[str]) -> dict
 
 
 def known_fields(where: str, found: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """What a configuration file holds of `fields`; others without a value are noted and left out.
+    """Leave out what is not known; what has no value is noted, and nothing lost with it.
 
+    Args:
+        where: The file, for messages.
+        found: What it holds.
+        fields: What is known.
+    Returns:
+        The known fields.
     Raises:
-        AdapterFileError: it holds others with a value.
+        AdapterFileError: It holds others with a value.
     """
     strange = sorted(set(found) - set(fields))
     if valued := [name for name in strange if not _says_nothing(found[name])]:

@@ -51,12 +51,18 @@ _spent = threading.local()
 
 
 def matches(pattern: str, name: str, *, what: str) -> regex.Match[str] | None:
-    """The match of `pattern` with a module's `name`, as PEFT matches the setting `what`, or None.
+    """Match a module's name as PEFT does, within a time limit.
 
+    Args:
+        pattern: A regular expression of a configuration.
+        name: The module's path.
+        what: The setting that it is of, for messages.
+    Returns:
+        The match, or None.
     Raises:
-        ConfigError: it takes longer than `SECONDS`, all of an adapter take longer than `SECONDS_IN_ALL`, or it is no
+        ConfigError: It takes longer than `SECONDS`, all of an adapter take longer than `SECONDS_IN_ALL`, or it is no
             regular expression.
-    """
+    """  # noqa: DOC501 - TimeoutError is caught here
     expression = _compiled(pattern, what)
     match = expression.fullmatch if _FORMS[what].whole else expression.match
     before = getattr(_spent, "seconds", 0.0)

@@ -10,10 +10,8 @@ Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def is_pointwise(module: nn.Module) -> TypeGuard[Pointwise]:
-    """Whether a module is a convolution that acts on each position by itself: kernel 1, one group, no padding.
-
-    A stride only leaves out positions, so it does not matter.
-    """
+    """Whether a module is a convolution that acts on each position by itself: kernel 1, one group, no padding."""
+    # a stride only leaves out positions, so it does not matter
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not why_not_pointwise(module)
 
 
@@ -29,11 +27,9 @@ def why_not_pointwise(module: Pointwise) -> str:
 
 
 def read_positions(base: Pointwise, x: Tensor) -> Tensor:
-    """What the convolution reads of its input, (N, channels, *places) or without N, as (N, places, channels).
-
-    A view, unless a stride leaves out places. Channels-last memory gives rows that lie in one piece, other memory columns
-    that do; `coordinates` and `add_product` take both as they are.
-    """
+    """What the convolution reads of its input, (N, channels, *places) or without N, as (N, places, channels)."""
+    # A view, unless a stride leaves out places. Channels-last memory gives rows that lie in one piece, other memory columns
+    # that do; `coordinates` and `add_product` take both as they are.
     if any(step != 1 for step in base.stride):
         x = x[(..., *(slice(None, None, step) for step in base.stride))]
     return as_positions(base, x)

@@ -36,11 +36,13 @@ SUPPORTED = "bitsandbytes 8-bit and 4-bit, torchao, HQQ, GPTQ, AWQ, AQLM and EET
 
 
 def backend_of(layer: nn.Module, root: nn.Module | None = None) -> QuantizationBackend | None:
-    """PEFT's backend for a base layer; None where it is not quantised, or in a way that PEFT does not know.
+    """Find PEFT's backend for a base layer.
 
     Args:
         layer: The base layer.
         root: The base model, whose quantiser knows how torchao weights are quantised again.
+    Returns:
+        None where the layer is not quantised, or in a way that PEFT does not know.
     """
     wanted: dict[str, Any] = {} if root is None else get_quantization_kwargs(root)
     wanted.setdefault("get_apply_tensor_subclass", _no_torchao_recipe)
@@ -105,11 +107,9 @@ def _has_scheme(layer: nn.Module) -> bool:
 
 
 def rounds_its_input(layer: nn.Module, backend: QuantizationBackend | None) -> bool:
-    """Whether the layer quantises its input too, so that its output is W x only to a few per cent.
-
-    A projector that divides by singular values would amplify that, so it reads the input there. bitsandbytes' int8 does
-    so, though not when training on a CPU.
-    """
+    """Whether the layer quantises its input too, so that its output is W x only to a few per cent."""
+    # A projector that divides by singular values would amplify that, so it reads the input there. bitsandbytes' int8 does
+    # so, though not when training on a CPU.
     if backend is None:
         return False
     if backend.backend_name == "bnb 8bit":
@@ -132,10 +132,8 @@ def dequantised(layer: nn.Module, backend: QuantizationBackend, in_features: int
 
 
 def _by_forward(layer: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor:
-    """W^T as the layer's answers to the unit vectors, less its bias: in slices, without its hooks.
-
-    As if for training: GPTQModel's layers else turn to a kernel without a backward pass, see `keep_differentiable`.
-    """
+    """W^T as the layer's answers to the unit vectors, less its bias: in slices, without its hooks."""
+    # As if for training: GPTQModel's layers else turn to a kernel without a backward pass, see `keep_differentiable`.
     device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
     bias = getattr(layer, "bias", None)
     columns = []
@@ -176,11 +174,9 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def tensors_of_states(model: nn.Module) -> list[Tensor]:
-    """Tensors that bitsandbytes keeps beside the parameters of its 8-bit layers, after moving them there.
-
-    Otherwise the first forward pass moves them, out of the parameter: of two layers that share it, as in a copy of a model
-    that shares its tensors, the second would then find none.
-    """
+    """Tensors that bitsandbytes keeps beside the parameters of its 8-bit layers, after moving them there."""
+    # Otherwise the first forward pass moves them, out of the parameter: of two layers that share it, as in a copy of a model
+    # that shares its tensors, the second would then find none.
     found = []
     for module in model.modules():
         state = module.__dict__.get("state")

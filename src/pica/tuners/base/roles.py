@@ -78,14 +78,17 @@ def check_share(share: object) -> str | None:
 
 
 def plan_groups(members: Sequence[Member], share: Share) -> list[Group]:
-    """Partition `members` (in the model's order) into groups that share one matrix.
+    """Partition layers into groups that share one matrix. Layers of different widths never do.
 
-    "role": same role and width. "none": each layer for itself. k: each k consecutive layers of a role. A mapping: the
-    first regular expression that matches a path (as PEFT matches `rank_pattern`: its end, from a dot on) names the
-    group; layers that none matches are grouped by role. Layers of different widths never share.
-
+    Args:
+        members: The layers, in the model's order.
+        share: "role": same role and width. "none": each layer for itself. k: each k consecutive layers of a role. A
+            mapping: the first regular expression that matches a path (as PEFT matches `rank_pattern`: its end, from a dot
+            on) names the group; layers that none matches are grouped by role.
+    Returns:
+        The groups, by their first layers.
     Raises:
-        ConfigError: an expression of a mapping matches no layer.
+        ConfigError: An expression of a mapping matches no layer.
     """
     buckets: dict[tuple[str, int], list[Member]] = {}
     used: set[str] = set()

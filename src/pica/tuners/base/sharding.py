@@ -32,12 +32,14 @@ def in_parts(weight: Tensor) -> bool:
 
 
 def whole(tensor: Tensor, numel: int, name: str) -> Tensor:
-    """`tensor` itself where this process has all of it, else a gathered copy.
+    """Give all of a tensor that may be in parts.
 
     Args:
         tensor: A parameter of the base model, or what stands for it.
         numel: How many numbers the whole has.
         name: The layer, for messages.
+    Returns:
+        `tensor` itself where this process has all of it, else a gathered copy.
     Raises:
         BasisError: Only a part is here, and there is no way to gather the rest.
     """

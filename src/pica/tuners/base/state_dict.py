@@ -45,11 +45,14 @@ def slots_of(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, A
 def select_state(
     model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Entries of `state_dict` that are the adapter's, its fingerprint, and with `save_basis` its projectors.
+    """Select what a file of the adapter holds.
 
+    Returns:
+        Entries of `state_dict` that are the adapter's, its fingerprint, and with `save_basis` its projectors.
     Raises:
-        AdapterFileError: A matrix is not whole, or is missing, since the model is sharded and nobody has gathered it.
-        AdapterFileError, BasisMismatchError: A loader has just written the adapter, and it is refused.
+        AdapterFileError: A matrix is not whole, or is missing, since the model is sharded and nobody has gathered it; or
+            a loader has just written the adapter, and it is refused.
+        BasisMismatchError: Likewise, since it was trained on another base model.
     """
     selected: dict[str, Tensor] = {}
     for bank_name, bank, slot in slots_of(model, adapter_name):
@@ -88,10 +91,13 @@ def _check_gathered(slot: AdapterSlot, entries: dict[str, Tensor]) -> None:
 def remap_state(
     model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """File entries renamed to the model's names, after the file was held against the model and its bases.
+    """Hold a file against the model and its bases, and give its entries the model's names.
 
+    Returns:
+        The entries.
     Raises:
-        AdapterFileError, BasisMismatchError: see `PicaModel`.
+        AdapterFileError: A matrix is missing, not expected, not finite or of another shape.
+        BasisMismatchError: The adapter was trained with another basis.
     """
     renamed = dict(state_dict)
     for bank_name, bank, slot in slots_of(model, adapter_name):
@@ -131,10 +137,12 @@ def no_fingerprint(adapter_name: str) -> str:
 
 
 def _as_bytes(fingerprint: Tensor) -> Tensor:
-    """A fingerprint that was averaged with others, like every tensor of their state dicts: of equal ones it is the same.
+    """Read a fingerprint that was averaged with others, like every tensor of their state dicts.
 
+    Returns:
+        Of equal ones it is the same.
     Raises:
-        AdapterFileError: they were not equal.
+        AdapterFileError: They were not equal.
     """
     if not fingerprint.is_floating_point() or fingerprint.is_meta:
         return fingerprint

@@ -40,8 +40,10 @@ class Remade:
         self._again: Tensor | None = None
 
     def again(self) -> Tensor:
-        """The tensor, made once for all views of it that one backward pass asks for.
+        """Make the tensor again, once for all views of it that one backward pass asks for.
 
+        Returns:
+            The tensor.
         Raises:
             RuntimeError: A source was written to since.
         """
@@ -74,11 +76,9 @@ class _View:
 
 
 def can_be_remade(sources: Iterable[Tensor]) -> bool:
-    """Whether `kept_as_recipes` applies here, to tensors made of these.
-
-    Not without autograd, while compiling (the compiler decides itself what to make again), within torch.func, and for
-    sources that a framework takes apart outside of autograd's sight (DeepSpeed ZeRO-3, tensors over a mesh of devices).
-    """
+    """Whether `kept_as_recipes` applies here, to tensors made of these."""
+    # Not without autograd, while compiling (the compiler decides itself what to make again), within torch.func, and for
+    # sources that a framework takes apart outside of autograd's sight (DeepSpeed ZeRO-3, tensors over a mesh of devices).
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if not hasattr(_autograd, "_top_saved_tensors_default_hooks"):  # torch 2.6 and 2.7

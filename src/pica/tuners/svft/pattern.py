@@ -39,10 +39,18 @@ def band_positions(n: int, off_diagonals: int) -> Tensor:
 
 
 def random_positions(n: int, count: int, seed: int, label: str) -> Tensor:
-    """`count` different positions of an n x n matrix, (count,), int32, all equally likely.
+    """Draw different positions of an n x n matrix, all equally likely.
 
     They are the first different values of SplitMix64, started by a hash of `seed` and `label`, modulo n^2 (whose bias is
     below 2^-30): the same with every library. Of more than half of all positions, those left out are drawn.
+
+    Args:
+        n: Rows of the matrix.
+        count: How many.
+        seed: Of the configuration.
+        label: What they are for.
+    Returns:
+        (count,), int32, rising.
     """
     cells = n * n
     draw = count if 2 * count <= cells else cells - count
@@ -66,7 +74,7 @@ def random_positions(n: int, count: int, seed: int, label: str) -> Tensor:
 
 
 def affinity(left: Tensor, right: Tensor) -> Tensor:
-    """How strongly left and right singular vectors align, (n, n), float32: |<u_i, v_j>|, which no sign changes.
+    """Measure how strongly left and right singular vectors align, which no sign changes.
 
     The SVFT paper selects by the inner product of u_i and v_j, which exists for square weights only. For others it is
     taken here over the coordinates that both vectors have, the first n = min(out, in); its authors' code takes entries of
@@ -75,6 +83,8 @@ def affinity(left: Tensor, right: Tensor) -> Tensor:
     Args:
         left: U, (out, n).
         right: V^T, (n, in).
+    Returns:
+        |<u_i, v_j>|, (n, n), float32.
     """
     shared = min(left.shape[0], right.shape[1])
     return (left[:shared].T.float() @ right[:, :shared].T.float()).abs()

@@ -29,8 +29,10 @@ def generator_of(*parts: object) -> torch.Generator:
 
 
 def picture_size(pipeline: Any, component: str, section: DreamBoothSection) -> int:
-    """Side of the square pictures that a pipeline is trained on, in pixels: as asked for, else the model's own.
+    """Choose the size of the square pictures that a pipeline is trained on.
 
+    Returns:
+        Their side in pixels: as asked for, else the model's own.
     Raises:
         ConfigError: The model cannot take that size.
     """
@@ -55,10 +57,8 @@ def fitted(picture: Any, size: int) -> Any:
 
 @torch.no_grad()
 def moments(pipeline: Any, pictures: Sequence[Any], size: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pictures' latents, each (count, channels, height, width), float32 on the CPU.
-
-    The autoencoder works in float32, since those of some models overflow in float16; it is put back as it was.
-    """
+    """Mean and standard deviation of the pictures' latents, each (count, channels, height, width), float32 on the CPU."""
+    # The autoencoder works in float32, since those of some models overflow in float16; it is put back as it was.
     rows = [torch.from_numpy(np.asarray(fitted(picture, size)).copy()) for picture in pictures]
     values = torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (count, 3, size, size) in [-1, 1]
     vae = pipeline.vae

@@ -13,12 +13,14 @@ _INK, _MUTED, _GROUND = "#1a1a1a", "#666666", "#ffffff"
 def picture_grid(
     columns: Mapping[str, Sequence[Image.Image]], labels: Sequence[str], subject: Sequence[Image.Image]
 ) -> Image.Image:
-    """A picture of pictures.
+    """Put pictures side by side.
 
     Args:
         columns: Title of each column and its pictures, as many as there are labels.
         labels: What each row shows; a label that repeats the one above is not written again.
         subject: Square pictures of the real subject, for the strip at the top.
+    Returns:
+        One picture of them all.
     """
     first = next(iter(columns.values()))[0]
     tile = min(max(first.width, _SMALLEST), _TILE)

@@ -29,10 +29,12 @@ _MAY_BE_ABSENT = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
 
 
 def load_pipeline(section: ModelSection) -> tuple[Any, Family]:
-    """A text-to-image pipeline on the CPU, in evaluation mode, and how it is trained.
+    """Load a text-to-image pipeline.
 
     A safety checker is left out: it would blacken pictures that are then learnt from. Only safetensors files are read.
 
+    Returns:
+        The pipeline, on the CPU and in evaluation mode, and how it is trained.
     Raises:
         ConfigError: The place holds no such pipeline, or one of a kind that is not known here.
     """
@@ -58,8 +60,10 @@ def load_pipeline(section: ModelSection) -> tuple[Any, Family]:
 
 
 def local_folder(section: ModelSection) -> Path:
-    """Where a pipeline's files are on this machine; one of the hub is downloaded.
+    """Find a pipeline's files; one of the hub is downloaded.
 
+    Returns:
+        Their folder on this machine.
     Raises:
         ConfigError: It is neither a folder nor to be had from the hub.
     """
@@ -78,8 +82,10 @@ def local_folder(section: ModelSection) -> Path:
 
 
 def read_index(folder: Path, shown: str) -> dict[str, Any]:
-    """The content of a pipeline's model_index.json.
+    """Read a pipeline's model_index.json.
 
+    Returns:
+        Its content.
     Raises:
         ConfigError: There is none, it is damaged, names a kind of pipeline that is not known here, or a part whose class
             is neither diffusers' nor transformers': older diffusers import such a part, and that runs its code.

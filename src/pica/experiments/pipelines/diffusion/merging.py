@@ -24,9 +24,11 @@ def merge_pipeline(adapter: Path, target: Path, section: ModelSection, *, dtype:
         target: New or empty folder.
         section: The pipeline.
         dtype: Precision of the merged parts; that of their files if None.
-
+    Returns:
+        `target`.
     Raises:
-        ConfigError, AdapterFileError: The pipeline or the adapter is not to be had, or the result is not finite.
+        ConfigError: The pipeline is not to be had.
+        AdapterFileError: The adapter is not to be had, or the result is not finite.
         OutputError: `target` can't be written.
     """
     folder = local_folder(section)

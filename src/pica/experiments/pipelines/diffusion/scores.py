@@ -47,12 +47,14 @@ class SubjectScores:
         self._model("clip", ("clip_i", "clip_t"), (AutoModel, AutoImageProcessor, AutoTokenizer))
 
     def measure(self, drawn: Sequence[Any], prompts: Sequence[str], real: Sequence[Any]) -> dict[str, list[float]]:
-        """Each drawn picture's score by the names of `SCORES`, without those that are not measured.
+        """Score drawn pictures.
 
         Args:
             drawn: PIL images.
             prompts: One for each of them.
             real: PIL images of the subject.
+        Returns:
+            Each drawn picture's score by the names of `SCORES`, without those that are not measured.
         """
         self.load()
         for loaded in self._loaded.values():
