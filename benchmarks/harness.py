@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe_machine() -> dict[str, Any]:
     """Cores, threads, accelerators and versions; no host names."""
-    return {"machine": {**machine(), "load_before": round(os.getloadavg()[0], 2)}, "versions": versions()}
+    return {"machine": {**vars(machine()), "load_before": round(os.getloadavg()[0], 2)}, "versions": versions()}
 
 
 def interleaved(

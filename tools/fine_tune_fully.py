@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
                 "after": after,
                 "seconds": round(seconds, 1),
                 "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
-                "machine": machine(),
+                "machine": vars(machine()),
                 "versions": versions(),
             },
         )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests import results
 
 from pica.cli.train import _print_answers
 from pica.experiments.train.run import RunResult
@@ -34,7 +35,7 @@ def test_both_answers_and_the_next_commands_fit_the_screen(
     folder.mkdir()
     write(folder / "predictions-base.jsonl", "w" * 300, 6)
     write(folder / "predictions-adapter.jsonl", "[bold]learnt\u2028words[/bold]", 6)
-    _print_answers(RunResult(folder, {"adapter": {"method": "pica"}}), " --trust-remote-code")
+    _print_answers(RunResult(folder, results.metrics()), " --trust-remote-code")
     printed = capsys.readouterr().out
     table = printed[: printed.index("Talk to it:")]
     assert max(map(len, table.splitlines())) <= (columns or 80)
@@ -47,7 +48,7 @@ def test_both_answers_and_the_next_commands_fit_the_screen(
 
 def test_where_only_the_adapter_was_asked_there_is_one_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write(tmp_path / "predictions-adapter.jsonl", "learnt", 3)
-    _print_answers(RunResult(tmp_path, {"adapter": {"method": "lora"}}), "")
+    _print_answers(RunResult(tmp_path, results.metrics(adapter=results.trained(method="lora"))), "")
     printed = capsys.readouterr().out
     assert "with the adapter" in printed
     assert "base model" not in printed

@@ -43,6 +43,7 @@ from pica.basis import _progress, _split
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.reporting import Silent
+from pica.experiments.results.documents import result_document
 from pica.experiments.train.run import resume as resume_run
 from pica.experiments.train.run import start
 from pica.tuners.base.sharding import in_parts, is_dtensor
@@ -406,7 +407,7 @@ def run_recipe(
             with _launched_otherwise(launch):
                 otherwise = complaint(lambda: resume_run(Path(fields["output"]), reporter=reporter))
             result = resume_run(Path(fields["output"]), reporter=reporter)
-    return {"stopped": stopped, "otherwise": otherwise, "metrics": result.metrics}
+    return {"stopped": stopped, "otherwise": otherwise, "metrics": result_document(result.metrics)}
 
 
 @contextmanager

@@ -30,8 +30,11 @@ from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.recipes.recipe import ModelSection, Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.train.run import preference, resume, start
+from pica.experiments.results.run import SplitSizes
+from pica.experiments.train.run import resume, start
+from pica.experiments.train.search import preference
 from pica.tasks import LabelledText, get_task
+from tests import results
 from tests.experiments.tiny_encoder import reviews, write_tiny_bert
 from tests.experiments.train.test_run import Recorder
 
@@ -79,17 +82,18 @@ def prepared(made: Recipe):
 def test_a_run_learns_and_writes_what_a_generation_run_writes(recipe: Callable[..., Recipe], tmp_path: Path):
     reporter = Recorder()
     metrics = start(recipe(evaluate_base=True, trainer__max_steps=60), reporter=reporter).metrics
-    assert metrics["problems"] == {"train": 80, "validation": 0, "test": 30}
-    adapter = metrics["adapter"]
-    assert adapter["metric"] == "accuracy"
-    assert adapter["score"] == adapter["accuracy"] > 0.9
-    assert metrics["base"]["score"] < 0.7, "with an untrained head"
-    assert adapter["loss"] < metrics["base"]["loss"]
+    results.check_file("metrics", tmp_path / "out" / "metrics.json")
+    assert metrics.problems == SplitSizes(train=80, validation=0, test=30)
+    adapter = metrics.adapter
+    assert adapter.metric == "accuracy"
+    assert adapter.score == adapter.scores["accuracy"] > 0.9
+    assert metrics.models["base"].score < 0.7, "with an untrained head"
+    assert adapter.loss < metrics.models["base"].loss
     # 2 classes, width 32: a head of 66 and a pooler of 1056, both new; rank 8 times the outputs of the six roles
-    assert adapter["parameters"]["head"] == 66 + 1056
-    assert adapter["parameters"]["trainable"] - adapter["parameters"]["head"] == 8 * (5 * 32 + 48)
+    assert adapter.parameters.head == 66 + 1056
+    assert adapter.parameters.trainable - adapter.parameters.head == 8 * (5 * 32 + 48)
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions-adapter.jsonl").read_text().splitlines()]
-    assert sum(row["correct"] for row in rows) / 30 == pytest.approx(adapter["score"])
+    assert sum(row["correct"] for row in rows) / 30 == pytest.approx(adapter.score)
     assert all(row["probabilities"][row["predicted"]] >= 0.5 for row in rows)
     resolved = load_recipe(str(tmp_path / "out" / "recipe.resolved.yaml"))
     assert resolved.task.labels == ["bad", "good"]
@@ -99,17 +103,18 @@ def test_a_run_learns_and_writes_what_a_generation_run_writes(recipe: Callable[.
 
 def test_the_best_classifier_of_a_training_is_kept(recipe: Callable[..., Recipe], tmp_path: Path):
     made = recipe(trainer__eval_steps=4, trainer__learning_rate=1.0, trainer__schedule="constant")
-    adapter = start(made, reporter=Silent()).metrics["adapter"]
+    adapter = start(made, reporter=Silent()).metrics.adapter
     rows = csv.DictReader((tmp_path / "out" / "loss_curve.csv").open())
     losses = {int(row["step"]): float(row["validation_loss"]) for row in rows if row["validation_loss"]}
     best = min(losses, key=losses.__getitem__)
     assert list(losses) == [4, 8, 12, 16, 20]
     assert best < 20
-    assert adapter["training"]["best"]["step"] == best
+    assert adapter.training.best is not None
+    assert adapter.training.best.step == best
     pipeline, splits = prepared(made)
     found = pipeline.held_out(pipeline.read(tmp_path / "out" / "adapter"), splits.validation)
-    assert found.loss == adapter["validation_loss"] == pytest.approx(losses[best], rel=1e-6)
-    assert found.score == adapter["validation_score"]
+    assert found.loss == adapter.validation_loss == pytest.approx(losses[best], rel=1e-6)
+    assert found.score == adapter.validation_score
 
 
 def test_head_and_pooler_are_stored_since_each_load_would_make_others(recipe: Callable[..., Recipe], tmp_path: Path):
@@ -171,18 +176,15 @@ def test_outputs_are_the_models_own_for_every_batch_size(recipe: Callable[..., R
 
 
 def test_the_rate_is_chosen_by_score_then_by_loss(recipe: Callable[..., Recipe]):
-    candidates = [
-        {"validation_score": 0.5, "validation_loss": 0.1},
-        {"validation_score": 0.9, "validation_loss": 0.8},
-        {"validation_score": 0.9, "validation_loss": 0.7},
-    ]
+    pairs = [(0.5, 0.1), (0.9, 0.8), (0.9, 0.7)]
+    candidates = [results.candidate(validation_score=score, validation_loss=loss) for score, loss in pairs]
     assert min(candidates, key=preference) is candidates[2]
-    generated = [{"validation_score": None, "validation_loss": loss} for loss in (2.0, 1.0)]
+    generated = [results.candidate(validation_loss=loss) for loss in (2.0, 1.0)]
     assert min(generated, key=preference) is generated[1]
     metrics = start(recipe(trainer__learning_rates=[1e-6, 0.02], trainer__max_steps=40), reporter=Silent()).metrics
-    assert metrics["problems"]["validation"] == 20, "the folder's own dev file, all of it"
-    assert metrics["adapter"]["learning_rate"] == 0.02
-    scores = [candidate["validation_score"] for candidate in metrics["adapter"]["candidates"]]
+    assert metrics.problems.validation == 20, "the folder's own dev file, all of it"
+    assert metrics.adapter.learning_rate == 0.02
+    scores = [candidate.validation_score or 0.0 for candidate in metrics.adapter.usable]
     assert scores[1] > scores[0]
 
 
@@ -207,7 +209,7 @@ def test_resumed_run_equals_one_that_was_left_alone(recipe: Callable[..., Recipe
     resumed = resume(tmp_path / "out", reporter=Silent())
     files = [folder / "adapter" / "adapter_model.safetensors" for folder in (whole.output, resumed.output)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert whole.metrics["adapter"]["loss"] == resumed.metrics["adapter"]["loss"]
+    assert whole.metrics.adapter.loss == resumed.metrics.adapter.loss
 
 
 def test_the_head_can_have_a_rate_of_its_own(recipe: Callable[..., Recipe], tmp_path: Path):
@@ -238,30 +240,30 @@ def test_regression_measures_correlation(recipe: Callable[..., Recipe], tmp_path
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = recipe(data__train=str(tmp_path), task__metric="pearson", trainer__max_steps=60)
-    adapter = start(made, reporter=Silent()).metrics["adapter"]
-    assert adapter["metric"] == "pearson"
-    assert adapter["score"] == adapter["pearson"] > 0.8
-    assert 0 < adapter["stderr"] < 0.2
-    assert adapter["parameters"]["head"] == 33 + 1056
+    adapter = start(made, reporter=Silent()).metrics.adapter
+    assert adapter.metric == "pearson"
+    assert adapter.score == adapter.scores["pearson"] > 0.8
+    assert 0 < adapter.stderr < 0.2
+    assert adapter.parameters.head == 33 + 1056
     row = json.loads((tmp_path / "out" / "predictions-adapter.jsonl").read_text().splitlines()[0])
     assert set(row) == {"text", "predicted", "gold"}
     found = assess(Request(str(tmp_path / "out")), reporter=Silent())
-    assert found.result.score == adapter["score"]
+    assert found.result.score == adapter.score
 
 
 def test_evaluate_knows_the_runs_classes_and_a_model_with_a_head_of_its_own(
     recipe: Callable[..., Recipe], tmp_path: Path, data: Path, encoder: Path
 ):
-    trained = start(recipe(), reporter=Silent()).metrics["adapter"]
+    trained = start(recipe(), reporter=Silent()).metrics.adapter
     again = assess(Request(str(tmp_path / "out")), reporter=Silent())
-    assert (again.result.score, again.result.loss) == (trained["score"], trained["loss"])
+    assert (again.result.score, again.result.loss) == (trained.score, trained.loss)
     test = str(data / "test.tsv")
     # The adapter alone, with nothing around it that knows the classes.
     (tmp_path / "out" / "adapter").rename(tmp_path / "moved")
     alone = assess(Request(str(tmp_path / "moved"), task="sentiment", data=test), reporter=Silent())
-    assert alone.result.loss == trained["loss"]
+    assert alone.result.loss == trained.loss
     swapped = Request(str(tmp_path / "moved"), task="sentiment", data=test, labels=["good", "bad"])
-    assert assess(swapped, reporter=Silent()).result.score == pytest.approx(1 - trained["score"])
+    assert assess(swapped, reporter=Silent()).result.score == pytest.approx(1 - trained.score)
     with pytest.raises(
         AdapterFileError, match=r"classifier.weight of shape \(2, 32\), and this model has one of shape \(3, 32\)"
     ):
@@ -282,13 +284,13 @@ def test_what_a_run_recorded_holds_when_its_data_has_moved(recipe: Callable[...,
 
 
 def test_merged_classifier_predicts_what_the_adapter_does(recipe: Callable[..., Recipe], tmp_path: Path, data: Path):
-    trained = start(recipe(), reporter=Silent()).metrics["adapter"]
+    trained = start(recipe(), reporter=Silent()).metrics.adapter
     merge(tmp_path / "out" / "adapter", tmp_path / "merged")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.id2label == {0: "bad", 1: "good"}
     found = assess(Request(str(tmp_path / "merged"), task="sentiment", data=str(data / "test.tsv")), reporter=Silent())
-    assert found.result.loss == pytest.approx(trained["loss"], rel=1e-4)
-    assert found.result.score == trained["score"]
+    assert found.result.loss == pytest.approx(trained.loss, rel=1e-4)
+    assert found.result.score == trained.score
 
 
 def test_a_class_that_training_never_saw_is_an_error_with_its_line(recipe: Callable[..., Recipe], tmp_path: Path):

@@ -27,11 +27,13 @@ from pica.experiments.pipelines.diffusion.families import Flow, Variance
 from pica.experiments.recipes.parsing import builtin_recipes, load_recipe
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
+from pica.experiments.results.run import SplitSizes
 from pica.experiments.train.run import resume, start
 from pica.experiments.train.training import save_adapter
 from pica.report.pictures_page import write_picture_page
 from pica.tasks import get_task
 from pica.tasks.base import Source
+from tests import results
 from tests.experiments.tiny_diffusion import WIDTH, WRITERS, write_subject
 from tests.experiments.train.test_run import Recorder
 
@@ -127,8 +129,9 @@ def test_a_subject_is_learnt_loaded_fused_merged_and_exported(
     """The same picture five ways: in the run, with pica in a pipeline, fused, merged, and as a LoRA without pica."""
     metrics = start(recipe(kind, evaluate_base=True, trainer__max_steps=12, **more), reporter=Silent()).metrics
     out = tmp_path / "out"
-    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
-    assert metrics["adapter"]["r2"] > metrics["base"]["r2"]
+    results.check_file("metrics", tmp_path / "out" / "metrics.json")
+    assert metrics.adapter.loss < metrics.models["base"].loss
+    assert metrics.adapter.scores["r2"] > metrics.models["base"].scores["r2"]
     with Image.open(out / "grid.png") as grid:
         assert grid.size[0] > 2 * WIDTH
 
@@ -158,7 +161,7 @@ def test_a_subject_is_learnt_loaded_fused_merged_and_exported(
     assert prefixes == set(parts)
 
     again = assess(Request(str(out)), reporter=Silent())
-    assert again.result.loss == metrics["adapter"]["loss"]
+    assert again.result.loss == metrics.adapter.loss
 
 
 def test_resumed_run_equals_one_that_was_left_alone(recipe: Callable[..., Recipe], tmp_path: Path):
@@ -175,7 +178,7 @@ def test_resumed_run_equals_one_that_was_left_alone(recipe: Callable[..., Recipe
     for part in (Path(), Path("text_encoder")):
         files = [run.output / "adapter" / part / "adapter_model.safetensors" for run in (whole, resumed)]
         assert files[0].read_bytes() == files[1].read_bytes()
-    assert resumed.metrics["adapter"]["loss"] == whole.metrics["adapter"]["loss"]
+    assert resumed.metrics.adapter.loss == whole.metrics.adapter.loss
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
@@ -186,8 +189,8 @@ def test_another_seed_trains_another_adapter_and_is_measured_on_the_same_noise(
         start(recipe(output=str(tmp_path / str(seed)), evaluate_base=True, trainer__seed=seed), reporter=Silent())
         for seed in (0, 1)
     ]
-    assert runs[0].metrics["base"]["loss"] == runs[1].metrics["base"]["loss"]
-    assert runs[0].metrics["adapter"]["loss"] != runs[1].metrics["adapter"]["loss"]
+    assert runs[0].metrics.models["base"].loss == runs[1].metrics.models["base"].loss
+    assert runs[0].metrics.adapter.loss != runs[1].metrics.adapter.loss
     pictures = [(run.output / "pictures-base" / "00-00.png").read_bytes() for run in runs]
     assert pictures[0] == pictures[1]
 
@@ -201,10 +204,10 @@ def test_rivals_are_trained_beside_and_a_learning_rate_is_chosen(recipe: Callabl
         trainer__eval_steps=3,
     )
     metrics = start(made, reporter=Silent()).metrics
-    assert metrics["problems"] == {"train": 2, "validation": 1, "test": 2}
-    losses = {c["learning_rate"]: c["validation_loss"] for c in metrics["adapter"]["candidates"]}
-    assert metrics["adapter"]["learning_rate"] == min(losses, key=losses.__getitem__)
-    assert metrics["baseline"]["loss"] != metrics["adapter"]["loss"]
+    assert metrics.problems == SplitSizes(train=2, validation=1, test=2)
+    losses = {c.learning_rate: c.validation_loss or 0.0 for c in metrics.adapter.usable}
+    assert metrics.adapter.learning_rate == min(losses, key=losses.__getitem__)
+    assert metrics.trained["baseline"].loss != metrics.adapter.loss
     folders = {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("pictures")}
     assert folders == {"pictures-base", "pictures-adapter", "pictures-baseline-lora"}
     rows = list(csv.DictReader((tmp_path / "out" / "loss_curve.csv").open()))
@@ -436,9 +439,9 @@ def test_pictures_of_all_sizes_and_modes_become_one_kind(recipe: Callable[..., R
     turned.save(folder / "turned.jpg", exif=exif)
     (folder / "notes.txt").write_text("no one's business")
     result = start(recipe(data__train=str(folder), dreambooth__validation_pictures=0), reporter=Silent())
-    assert result.metrics["problems"]["train"] == 4
+    assert result.metrics.problems.train == 4
     assert not (tmp_path / "out" / "grid.png").exists()
-    assert result.metrics["not_measured"]["dino"] == "dreambooth.validation_pictures is 0"
+    assert result.metrics.not_measured["dino"] == "dreambooth.validation_pictures is 0"
 
 
 @pytest.mark.parametrize(

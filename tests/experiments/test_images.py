@@ -18,6 +18,7 @@ from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
+from pica.experiments.results.run import SplitSizes
 from pica.experiments.train.run import resume, start
 from pica.tasks import get_task
 from tests.experiments.tiny_vision import CONVNEXT, SWIN, picture, write_pictures, write_tiny_vision
@@ -65,17 +66,17 @@ def prepared(made: Recipe):
 
 def test_a_run_learns_and_its_folder_is_all_that_others_need(recipe: Callable[..., Recipe], tmp_path: Path, data: Path):
     metrics = start(recipe(evaluate_base=True, trainer__max_steps=40), reporter=Silent()).metrics
-    adapter = metrics["adapter"]
-    assert metrics["problems"] == {"train": 64, "validation": 0, "test": 30}
-    assert adapter["metric"] == "accuracy"
-    assert adapter["score"] > 0.9 > 0.75 > metrics["base"]["score"]
+    adapter = metrics.adapter
+    assert metrics.problems == SplitSizes(train=64, validation=0, test=30)
+    assert adapter.metric == "accuracy"
+    assert adapter.score > 0.9 > 0.75 > metrics.models["base"].score
     # 2 classes, width 32: a head of 66; rank 8 times the outputs of the six roles
-    assert adapter["parameters"]["head"] == 66
-    assert adapter["parameters"]["trainable"] - 66 == 8 * (5 * 32 + 48)
+    assert adapter.parameters.head == 66
+    assert adapter.parameters.trainable - 66 == 8 * (5 * 32 + 48)
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions-adapter.jsonl").read_text().splitlines()]
     assert {Path(row["picture"]).parent.name == row["gold"] for row in rows} == {True}
     again = assess(Request(str(tmp_path / "out")), reporter=Silent())
-    assert (again.result.score, again.result.loss) == (adapter["score"], adapter["loss"])
+    assert (again.result.score, again.result.loss) == (adapter.score, adapter.loss)
     # and the merged model is a plain one, whose processor came along
     merge(tmp_path / "out" / "adapter", tmp_path / "merged")
     model = ViTForImageClassification.from_pretrained(tmp_path / "merged").eval()
@@ -86,7 +87,7 @@ def test_a_run_learns_and_its_folder_is_all_that_others_need(recipe: Callable[..
         logits = model(**processor(images=shown, return_tensors="pt")).logits
     assert logits.argmax(-1).tolist() == [0, 1]
     found = assess(Request(str(tmp_path / "merged"), task="images", data=str(data)), reporter=Silent())
-    assert found.result.loss == pytest.approx(adapter["loss"], rel=1e-4)
+    assert found.result.loss == pytest.approx(adapter.loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("phase", ["rate 0.01", "answering"])
@@ -106,9 +107,9 @@ def test_refit_learns_from_validation_pictures_in_the_end(
     """As VTAB-1K has it: the rate is chosen on 200 pictures, and the adapter that counts has learnt from all 1,000."""
     made = recipe(data__refit=True, trainer__learning_rates=rates)
     result = start(made, reporter=Silent())
-    assert result.metrics["problems"]["validation"] == 16
-    adapter = result.metrics["adapter"]
-    assert adapter["learning_rate"] == 0.01
+    assert result.metrics.problems.validation == 16
+    adapter = result.metrics.adapter
+    assert adapter.learning_rate == 0.01
     # The same adapter as one that is given all pictures as training data at once.
     lists = tmp_path / "all.txt"
     listed = [path for part in ("train", "val") for path in sorted((data / part).rglob("*.png"))]
@@ -119,9 +120,9 @@ def test_refit_learns_from_validation_pictures_in_the_end(
     one = start(other, reporter=Silent())
     files = [folder / "adapter" / "adapter_model.safetensors" for folder in (result.output, one.output)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert adapter["loss"] == one.metrics["adapter"]["loss"]
-    assert adapter["training"]["last_loss"] == one.metrics["adapter"]["training"]["last_loss"]
-    assert [each["validation_score"] is None for each in adapter["candidates"]] == [len(rates) == 1] * len(rates)
+    assert adapter.loss == one.metrics.adapter.loss
+    assert adapter.training.last_loss == one.metrics.adapter.training.last_loss
+    assert [each.validation_score is None for each in adapter.usable] == [len(rates) == 1] * len(rates)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,10 @@ def test_hierarchical_backbones_share_by_width(
     rows = pica.coverage(model).rows
     assert all(len({out for out, _ in row.shapes}) == 1 for row in rows), "no group mixes widths"
     assert {row.shapes[0][0] for row in rows} == widths
-    found = start(made, reporter=Silent()).metrics["adapter"]
-    assert found["training"]["last_loss"] < found["training"]["first_loss"]
+    found = start(made, reporter=Silent()).metrics.adapter
+    assert (found.training.last_loss or 0) < (found.training.first_loss or 0)
     reread = pipeline.read(tmp_path / "out" / "adapter")
-    assert pipeline.evaluate(reread, splits.test, reporter=Silent(), label="").loss == found["loss"]
+    assert pipeline.evaluate(reread, splits.test, reporter=Silent(), label="").loss == found.loss
 
 
 def test_pixels_are_the_processors_and_have_the_models_precision(recipe: Callable[..., Recipe], vit: Path):
@@ -185,7 +186,7 @@ def test_unreadable_pictures_stop_a_run_or_are_left_out(
         start(recipe(**given), reporter=Silent())
     assert not (tmp_path / "out").exists()
     metrics = start(recipe(**given, data__skip_unreadable=True), reporter=Silent()).metrics
-    assert metrics["problems"]["train"] == 14
+    assert metrics.problems.train == 14
     assert "2 of 16 pictures cannot be read and are left out" in caplog.text
 
 

@@ -80,7 +80,7 @@ def test_a_run_goes_on_with_what_it_began_with_or_not_at_all(
         place.write_text(before)
     moved = train.rename(tmp_path / "elsewhere.json")
     (out / files.RESOLVED).write_text(kept[2].replace(str(train), str(moved)))
-    assert resume(out, reporter=Silent()).metrics["adapter"]["training"]["steps"] == 6
+    assert resume(out, reporter=Silent()).metrics.adapter.training.steps == 6
 
 
 def test_a_held_out_loss_that_is_no_number_leaves_no_adapter(recipe: Callable[..., Recipe], tmp_path: Path):

@@ -17,7 +17,10 @@ from pica.experiments.interrupts import Interrupted
 from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
+from pica.experiments.results.documents import to_document
+from pica.experiments.results.run import BestStep
 from pica.experiments.train.run import resume, start
+from tests import results
 
 
 class CrashError(Exception):
@@ -132,25 +135,26 @@ def test_the_adapter_with_the_lowest_held_out_loss_is_written(chat: Callable[...
     assert list(losses) == [2, 4, 6, 8]
     best = min(losses, key=losses.__getitem__)
     assert best < 8
-    assert kept["adapter"]["training"]["best"] == {"step": best, "validation_loss": losses[best]}
-    assert kept["adapter"]["validation_loss"] == losses[best]
-    assert last["adapter"]["validation_loss"] == losses[8]
+    results.check_file("metrics", tmp_path / "kept" / "metrics.json")
+    assert kept.adapter.training.best == BestStep(step=best, validation_loss=losses[best])
+    assert kept.adapter.validation_loss == losses[best]
+    assert last.adapter.validation_loss == losses[8]
     assert any(f"kept that of step {best}" in line for line in seen.said)
     assert any("step 3: Say " in line for line in seen.said)
     shorter = start(
         chat("shorter", adapter__method=method, trainer__max_steps=best, trainer__keep_best=False), reporter=Silent()
     )
     assert weights(tmp_path / "kept") == weights(shorter.output) != weights(tmp_path / "last")
-    assert kept["adapter"]["loss"] == shorter.metrics["adapter"]["loss"]
-    assert "first_loss" in kept["adapter"]["training"]
-    assert "samples" not in json.dumps(kept)
+    assert kept.adapter.loss == shorter.metrics.adapter.loss
+    assert kept.adapter.training.first_loss is not None
+    assert "samples" not in json.dumps(to_document(kept))
 
 
 def test_training_stops_where_the_held_out_loss_no_longer_falls(chat: Callable[..., Recipe], tmp_path: Path):
     options = {"trainer__max_steps": 20, "trainer__eval_steps": 1, "trainer__patience": 3, "trainer__save_steps": 1}
     result = start(chat("out", **options), reporter=(seen := Watcher()))
     losses = validation_losses(tmp_path / "out")
-    training = result.metrics["adapter"]["training"]
+    training = to_document(result.metrics.adapter.training)
     assert training["stopped_early"]
     assert training["steps"] == training["best"]["step"] + 3 == len(losses) < 20
     assert any(f"stopped at step {training['steps']}" in line for line in seen.said)
@@ -174,7 +178,7 @@ def test_each_rate_and_the_baseline_are_watched(recipe: Callable[..., Recipe], t
         rows = [row for row in curve(tmp_path / "out") if row["run"] == name and row["validation_loss"]]
         assert len(rows) == 2 * count
         lowest = min(float(row["validation_loss"]) for row in rows)
-        assert metrics[name]["validation_loss"] == lowest
+        assert metrics.trained[name].validation_loss == lowest
 
 
 def test_every_step_has_its_own_note(recipe: Callable[..., Recipe], tmp_path: Path):

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import results
 from tests.report.browser import check_page, document_after, needs_browser
 
 from pica import cli
 from pica.cli.train import split_arguments
 from pica.experiments.recipes.parsing import dump_recipe, load_recipe
+from pica.experiments.results.documents import write_result
+from pica.experiments.results.run import METRICS, ParameterCounts
 from pica.report.run_page import command_of, write_run_page
 
 NASTY = "</p><script>alert(1)</script> & \x1b[31m"
-MEASURED = {"metric": "token_accuracy", "stderr": 0.01, "loss_stderr": 0.2, "examples": 4, "tokens": 100}
+MEASURED = {"metric": "token_accuracy", "stderr": 0.01, "examples": 4, "tokens": 100}
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -28,27 +31,15 @@ def finished_run(folder: Path, task: str, base: dict[str, Any], adapter: dict[st
     folder.mkdir()
     rates = [("adapter.r", "7"), ("trainer.learning_rates", "[0.01, 0.03]"), ("data.train", "embedded")]
     (folder / "recipe.resolved.yaml").write_text(dump_recipe(load_recipe(None, [("model.path", "embedded"), *rates])))
-    tried = [{"learning_rate": rate, "validation_loss": 5 - rate, "validation_score": None} for rate in (0.01, 0.03)]
+    tried = [results.candidate(learning_rate=rate, validation_loss=5 - rate) for rate in (0.01, 0.03)]
     trained = {
         "title": "pica r=7",
-        "method": "pica",
         "learning_rate": 0.03,
-        "parameters": {"trainable": 1234, "head": 0, "total": 99999},
-        "training": {"steps": 40},
+        "parameters": ParameterCounts(trainable=1234, head=0, total=99999),
         "candidates": tried,
     }
-    metrics = {
-        "name": f"my {NASTY}",
-        "seed": 0,
-        "model": "a/b",
-        "task": task,
-        "problems": {"train": 30, "validation": 2, "test": 4},
-        "versions": {"torch": "2.13"},
-        "machine": {"cores": 2, "accelerators": []},
-        "base": base,
-        "adapter": {**trained, **adapter},
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    measured = {"base": results.measurement(**base), "adapter": results.trained(**trained, **adapter)}
+    write_result(folder / METRICS, results.metrics(name=f"my {NASTY}", task=task, **measured))
     lines = ["run,method,peak_rate,step,epoch,loss,learning_rate,grad_norm"]
     lines += [f"adapter,pica,{rate},{step},,{9 - step / 10},0.1,1.0" for rate in (0.01, 0.03) for step in (1, 10, 20)]
     (folder / "loss_curve.csv").write_text("\n".join(lines) + "\n")
@@ -63,9 +54,13 @@ def without_curve(run: Path) -> None:
 
 @pytest.fixture
 def chat(tmp_path: Path) -> Path:
-    scores = {"score": 0.1, "token_accuracy": 0.1, "loss": 8.0, "perplexity": 2981.0}
-    after = {"score": 0.3, "token_accuracy": 0.3, "loss": 4.0, "perplexity": 54.6}
-    run = finished_run(tmp_path / "chat", "chat", MEASURED | scores, MEASURED | after)
+    before, after = (
+        MEASURED
+        | {"score": score, "loss": loss}
+        | {"scores": {"token_accuracy": score, "perplexity": perplexity, "loss_stderr": 0.2}}
+        for score, loss, perplexity in ((0.1, 8.0, 2981.0), (0.3, 4.0, 54.6))
+    )
+    run = finished_run(tmp_path / "chat", "chat", before, after)
     told = [{"role": "system", "content": f"Be {NASTY}"}, {"role": "user", "content": "Where is the ship?"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
     talks: list[Any] = [
@@ -86,7 +81,7 @@ def chat(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sums(tmp_path: Path) -> Path:
-    scores = {"metric": "accuracy", "score": 0.5, "accuracy": 0.5, "stderr": 0.25, "loss": 2.0, "examples": 4}
+    scores = {"loss": 2.0}
     run = finished_run(tmp_path / "sums", "arithmetic", scores, scores)
     for name, right in (("base", (1, 0, 0, 1)), ("adapter", (1, 0, 1, 0))):
         rows = [

@@ -7,23 +7,31 @@ from pathlib import Path
 import html5lib
 import pytest
 import yaml
+from tests import results
 from tests.report.browser import check_page
 
 from pica.cli import main
 from pica.errors import ConfigError
+from pica.experiments.results.documents import write_result
+from pica.experiments.results.run import METRICS, ParameterCounts
 from pica.report.vtab import overall_standing, read_vtab
 from pica.report.vtab_page import vtab_page
 from pica.tasks.vtab import GROUPS
 
-LORA = {"method": "lora", "title": "lora r=8", "parameters": {"trainable": 1002, "head": 2}}
+LORA = {
+    "method": "lora",
+    "title": "lora r=8",
+    "parameters": ParameterCounts(trainable=1002, head=2, total=9999),
+}
 
 
 def write_run(folder: Path, subset: str, score: float, task: str = "vtab") -> Path:
     """What a finished run leaves that a report needs."""
     folder.mkdir(parents=True)
     (folder / "recipe.resolved.yaml").write_text(yaml.safe_dump({"task": {"name": task, "subset": subset}}))
-    result = {"method": "pica", "title": "pica r=64", "accuracy": score, "parameters": {"trainable": 10, "head": 2}}
-    (folder / "metrics.json").write_text(json.dumps({"adapter": result, "baseline": result | LORA}))
+    counts = ParameterCounts(trainable=10, head=2, total=9999)
+    result = results.trained(title="pica r=64", score=score, parameters=counts)
+    write_result(folder / METRICS, results.metrics(adapter=result, baseline=results.trained(score=score, **LORA)))
     return folder
 
 

@@ -73,10 +73,11 @@ def run(arguments: Sequence[str]) -> int:
 
     with loading() as shown:
         from pica.experiments.evaluate.assessing import Request, assess
+        from pica.experiments.results.documents import to_document
         from pica.files.output import json_text
     options = {name: value for name, value in vars(given).items() if name != "json"}
     found = assess(Request(**options), reporter=shown)
-    summary = {"model": found.model, "task": found.task, "data": found.data, **found.result.summary()}
+    summary = {"model": found.model, "task": found.task, "data": found.data, **to_document(found.result.measurement())}
     if given.json:
         show(json_text(summary, indent=2))
         return 0
@@ -86,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         error = _uncertainty(result) if name == result.metric else ""
         show(f"{name:<15}{_shown(name, value)}{error}")
     for name, group in result.groups.items():
-        show(f"  {name:<14} {group['accuracy']:.2%} ± {group['stderr']:.2%} of {group['examples']:.0f}")
+        show(f"  {name:<14} {group.accuracy:.2%} ± {group.stderr:.2%} of {group.examples}")
     unit = f"nats a token over {result.tokens} tokens" if result.tokens is not None else "an example"
     show(f"held-out loss  {result.loss:.4f} {unit}")
     if given.output is not None:

@@ -14,6 +14,7 @@ from pica.text import shortened
 
 if TYPE_CHECKING:
     from pica.experiments.recipes.recipe import Recipe
+    from pica.experiments.results.run import Measurement, RunMetrics
     from pica.experiments.train.run import RunResult
 
 DEFAULT = "arithmetic-tiny"
@@ -91,9 +92,9 @@ def run(arguments: Sequence[str]) -> int:
 
     if leads():
         print_result(result)
-        if result.metrics["task"] == "dreambooth":
+        if result.metrics.task == "dreambooth":
             _print_pictures(result)
-        if result.metrics["task"] == "chat":
+        if result.metrics.task == "chat":
             trusts = options["trust"] or (recipe is not None and recipe.model.trust_remote_code)
             _print_answers(result, f" {FLAG}" if trusts else "")
     return 0
@@ -227,47 +228,45 @@ def print_result(result: "RunResult") -> None:
     from pica.cli.console import table_console
 
     metrics = result.metrics
-    kind = "pictures" if metrics["task"] == "dreambooth" else "test problems"
-    title = f"{metrics['name']}: {metrics['problems']['test']} {kind}, one seed"
+    kind = "pictures" if metrics.task == "dreambooth" else "test problems"
+    title = f"{metrics.name}: {metrics.problems.test} {kind}, one seed"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
-    metric = metrics["adapter"]["metric"]
+    adapter, metric = metrics.adapter, metrics.adapter.metric
     for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak\nMiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    if "base" in metrics:
-        table.add_row("base model", "", "", *_scores(metrics["base"]), "", "")
-    for name in ("adapter", "baseline"):
-        if row := metrics.get(name):
-            training = row["training"]
-            step, peak = training["step_seconds"], training["peak_memory"]
-            table.add_row(
-                Text(row["title"]),
-                f"{row['parameters']['trainable'] - row['parameters']['head']:,}",
-                f"{row['learning_rate']:g}",
-                *_scores(row),
-                f"{1000 * step:.1f}" if step else "",
-                f"{peak.get('gpu', peak['host']):.0f}",
-            )
+    if metrics.base is not None:
+        table.add_row("base model", "", "", *_scores(metrics.base), "", "")
+    for row in metrics.trained.values():
+        step = row.training.step_seconds
+        table.add_row(
+            Text(row.title),
+            f"{row.parameters.trainable - row.parameters.head:,}",
+            f"{row.learning_rate:g}",
+            *_scores(row),
+            f"{1000 * step:.1f}" if step else "",
+            f"{row.training.peak:.0f}",
+        )
     console = table_console()
     console.print(table)
-    unit = "loss on the gold answers in nats a token" if "tokens" in metrics["adapter"] else f"loss on the {kind}"
-    if found := metrics.get("standing"):
-        console.print(found["statement"], markup=False)
-    if metrics["task"] == "chat" and "base" in metrics:
+    unit = "loss on the gold answers in nats a token" if adapter.tokens is not None else f"loss on the {kind}"
+    if metrics.standing is not None:
+        console.print(metrics.standing.statement, markup=False)
+    if metrics.task == "chat" and metrics.base is not None:
         from pica.experiments.uncertainty import loss_change
         from pica.report.run_files import read_predictions
 
         told = read_predictions(result.output, metrics)
         console.print(loss_change(told["base"], told["adapter"]), markup=False)
     console.print(f"{metric} ± standard error{_brackets(metrics)}; {unit}; times are medians")
-    if head := metrics["adapter"]["parameters"]["head"]:
+    if head := adapter.parameters.head:
         console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")
     console.print()
-    sizes = f"{metrics['adapter']['file_bytes'] / 1024:.0f} KiB"
+    sizes = f"{adapter.file_bytes / 1024:.0f} KiB"
     console.print(f"Adapter:     {result.output / 'adapter'} ({sizes})", markup=False)
     console.print(f"Numbers:     {result.output / 'metrics.json'}, {result.output / 'loss_curve.csv'}", markup=False)
     console.print(f"Predictions: {result.output / 'predictions-*.jsonl'}", markup=False)
     console.print(f"Recipe:      {result.output / 'recipe.resolved.yaml'}", markup=False)
-    if metrics["task"] != "dreambooth":  # its page is written at once
+    if metrics.task != "dreambooth":  # its page is written at once
         console.print(f"One page:    pica report {shlex.quote(str(result.output))}", markup=False)
 
 
@@ -307,7 +306,7 @@ def _print_answers(result: "RunResult", option: str) -> None:
     console.print()
     console.print(f"Talk to it:  pica chat {place}{option}", markup=False)
     console.print(f"Merge it:    pica merge {place} -o merged{option}", markup=False)
-    if result.metrics["adapter"]["method"] == "pica":
+    if result.metrics.adapter.method == "pica":
         console.print(f"Serve it:    pica export {place} -o lora --for vllm{option}", markup=False)
 
 
@@ -322,16 +321,16 @@ def _answers(folder: Path) -> list[tuple[str, str | None, str]]:
     return [(row["messages"][-2]["content"], other.get("answer"), row["answer"]) for row, other in answered]
 
 
-def _scores(row: dict[str, Any]) -> tuple[str, str]:
+def _scores(row: "Measurement") -> tuple[str, str]:
     from pica.experiments.evaluate.evaluation import shown_score
 
-    return shown_score(row["metric"], row["score"], row["stderr"], row["examples"]), f"{row['loss']:.4f}"
+    return shown_score(row.metric, row.score, row.stderr, row.examples), f"{row.loss:.4f}"
 
 
-def _brackets(metrics: dict[str, Any]) -> str:
+def _brackets(metrics: "RunMetrics") -> str:
     """What brackets hold, if a score has them."""
     from pica.experiments.evaluate.evaluation import near_the_end
 
-    rows = [metrics[name] for name in ("base", "adapter", "baseline") if name in metrics]
-    found = any(near_the_end(row["metric"], row["score"], row["examples"]) for row in rows)
+    rows = metrics.models.values()
+    found = any(near_the_end(row.metric, row.score, row.examples) for row in rows)
     return " (in brackets the 95% interval, where few are right or wrong)" if found else ""

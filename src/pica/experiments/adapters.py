@@ -12,6 +12,7 @@ import pica
 from pica.errors import PicaError, TargetError
 from pica.experiments.methods import METHODS, configuration
 from pica.experiments.recipes.recipe import AdapterSection, BaselineSection
+from pica.experiments.results.run import ParameterCounts
 
 _TOLD = ("projection", "share", "rank_pattern", "lora_alpha", "lora_dropout")  # by a title, where they are set
 
@@ -77,10 +78,11 @@ def attach(
     return adapted
 
 
-def parameter_counts(model: peft.PeftModel) -> dict[str, int]:
-    """Trainable parameters, how many of them belong to modules trained in full (a classifier's head), and all parameters."""
+def parameter_counts(model: peft.PeftModel) -> ParameterCounts:
+    """Of a model that carries an adapter."""
     trainable, total = model.get_nb_trainable_parameters()
-    return {"trainable": trainable, "head": sum(p.numel() for p in head_parameters(model)), "total": total}
+    head = sum(parameter.numel() for parameter in head_parameters(model))
+    return ParameterCounts(trainable=trainable, head=head, total=total)
 
 
 def head_parameters(model: peft.PeftModel) -> list[torch.nn.Parameter]:

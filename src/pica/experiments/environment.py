@@ -17,7 +17,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions(),
         "ranges": {name: {"declared": declared(name), "fits": fits(name, installed(name))} for name in HOSTS},
-        "machine": machine(),
+        "machine": vars(machine()),
         "torch": {
             "cuda": torch.version.cuda,
             "blas": "MKL" if torch.backends.mkl.is_available() else "other",

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from pica.experiments.results.run import Machine
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "numpy", "pica-peft")
 
@@ -30,15 +31,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """Cores this process may use, threads torch uses, and accelerators."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "system": platform.platform(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-    }
+    return Machine(
+        system=platform.platform(),
+        cores=len(affinity(0)) if affinity else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        accelerators=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    )
 
 
 class PeakMemory:

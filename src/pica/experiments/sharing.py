@@ -12,6 +12,7 @@ from pica.errors import AdapterFileError, ConfigError, OutputError
 from pica.experiments.evaluate.assessing import find_adapter
 from pica.experiments.evaluate.evaluation import shown_score
 from pica.experiments.recipes.recipe import Recipe, weights_of
+from pica.experiments.results.run import RunMetrics
 from pica.files.documents import read_json
 
 CONFIG = "adapter_config.json"
@@ -23,46 +24,43 @@ _MORE = ("preprocessor_config.json", "processor_config.json", "generation_config
 # ---- the card of a run ----------------------------------------------------------------------------------------------
 
 
-def write_run_card(adapter: Path, recipe: Recipe, metrics: Mapping[str, Any], described: Sequence[str] = ()) -> None:
+def write_run_card(adapter: Path, recipe: Recipe, metrics: RunMetrics, described: Sequence[str] = ()) -> None:
     """Write the card of the adapter that a run has trained and measured.
 
     Args:
         adapter: Its folder.
         recipe: Of the run.
-        metrics: What becomes metrics.json.
+        metrics: What the run measured.
         described: Sentences on the training data.
     """
-    trained, counts, task = metrics["adapter"], metrics["problems"], metrics["task"]
+    trained, counts, task = metrics.adapter, metrics.problems, metrics.task
     what = "conversations" if task == "chat" else "pictures" if task == "dreambooth" else "examples"
     subset = f", {recipe.task.subset}" if recipe.task.subset else ""
     names = [name if name.startswith("hub:") else Path(name).name for name in weights_of(recipe.data.train)]
-    learnt = [text.removeprefix("Training data: ") for text in described] or [f"{counts['train']:,} {what} learnt from"]
+    learnt = [text.removeprefix("Training data: ") for text in described] or [f"{counts.train:,} {what} learnt from"]
     facts = {
         "task": f"{task}{subset}",
-        "data": f"{', '.join(f'`{name}`' for name in names)}: {'; '.join(learnt)}; {counts['test']:,} held out",
-        "training": f"{trained['training']['steps']:,} steps, learning rate {trained['learning_rate']:g}, seed "
-        f"{metrics['seed']}",
+        "data": f"{', '.join(f'`{name}`' for name in names)}: {'; '.join(learnt)}; {counts.test:,} held out",
+        "training": f"{trained.training.steps:,} steps, learning rate {trained.learning_rate:g}, seed {metrics.seed}",
         "base in training": f"quantised ({recipe.model.quantization})" if recipe.model.quantization else "",
         "classes": ", ".join(map(str, recipe.task.labels or ())),
         "chat template": "in `chat_template.jinja`" if task == "chat" else "",
         "system prompt": recipe.task.system or "" if task == "chat" else "",
     }
-    models = {title: metrics[name] for name, title in (("base", "before"), ("adapter", "after")) if name in metrics}
-    metric = trained["metric"]
+    models = ([("before", metrics.base)] if metrics.base else []) + [("after", trained)]
+    measured = [one for _, one in models]
     rows = [
-        ["", *models],
+        ["", *(title for title, _ in models)],
         [
-            metric.replace("_", " "),
-            *(shown_score(metric, one["score"], one["stderr"], one["examples"]) for one in models.values()),
+            trained.metric.replace("_", " "),
+            *(shown_score(trained.metric, one.score, one.stderr, one.examples) for one in measured),
         ],
-        ["held-out loss", *(_with_error(one["loss"], one.get("loss_stderr")) for one in models.values())],
+        ["held-out loss", *(_with_error(one.loss, one.loss_stderr) for one in measured)],
     ]
-    if "perplexity" in trained:
-        rows.append(["perplexity", *(f"{one['perplexity']:,.2f}" for one in models.values())])
-    note = f"On {trained['examples']:,} held-out {what}, one seed; ± is the standard error, brackets the 95% interval."
-    write_card(
-        adapter, title=f"{metrics['name']}: {trained['title']}", facts=facts, measures=rows, note=note, tags=[task]
-    )
+    if "perplexity" in trained.scores:
+        rows.append(["perplexity", *(f"{one.scores['perplexity']:,.2f}" for one in measured)])
+    note = f"On {trained.examples:,} held-out {what}, one seed; ± is the standard error, brackets the 95% interval."
+    write_card(adapter, title=f"{metrics.name}: {trained.title}", facts=facts, measures=rows, note=note, tags=[task])
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pica.experiments.outcomes import Outcomes, kept_outcomes
+from pica.experiments.results.run import Measurement, RunMetrics
 from pica.experiments.uncertainty import Contender, Standing, score_interval, standing
 
 BASE = "base model"
@@ -17,56 +18,50 @@ def predictions_file(kind: str, method: str | None = None) -> str:
     return f"predictions-{kind}-{method}.jsonl" if kind == "baseline" else f"predictions-{kind}.jsonl"
 
 
-def prediction_files(metrics: Mapping[str, Any]) -> dict[str, str]:
+def prediction_files(metrics: RunMetrics) -> dict[str, str]:
     """The `predictions_file` of each of base, adapter and baseline that a run has measured."""
-    names = {kind: predictions_file(kind) for kind in ("base", "adapter") if kind in metrics}
-    if "baseline" in metrics:
-        names["baseline"] = predictions_file("baseline", metrics["baseline"]["method"])
-    return names
+    methods = {kind: result.method for kind, result in metrics.trained.items()}
+    return {kind: predictions_file(kind, methods.get(kind)) for kind in metrics.models}
 
 
-def run_standing(folder: Path, metrics: Mapping[str, Any]) -> Standing | None:
+def run_standing(folder: Path, metrics: RunMetrics) -> Standing | None:
     """Hold base model, adapter and baseline of a run against each other, on the problems that all of them answered.
 
     Args:
         folder: Holds the predictions files.
-        metrics: What becomes metrics.json.
+        metrics: What the run measured.
 
     Returns:
         None where there is nothing to compare: one model only, or pictures instead of answers.
     """
-    found = {kind: metrics[kind] for kind in ("base", "adapter", "baseline") if kind in metrics}
-    if len(found) < 2 or metrics["task"] == "dreambooth":
+    if len(metrics.models) < 2 or metrics.task == "dreambooth":
         return None
     kept = read_outcomes(folder, metrics)
-    contenders = [contender(_label(kind, metrics), result, kept.get(kind)) for kind, result in found.items()]
-    return standing(metrics["adapter"]["metric"], contenders)
+    contenders = [contender(_label(kind, metrics), result, kept.get(kind)) for kind, result in metrics.models.items()]
+    return standing(metrics.adapter.metric, contenders)
 
 
-def contender(label: str, result: Mapping[str, Any], kept: Mapping[str, Any] | None) -> Contender:
+def contender(label: str, result: Measurement, kept: Mapping[str, Any] | None) -> Contender:
     """One model that was measured once."""
-    interval = score_interval(result["metric"], result["score"], result["stderr"], result["examples"])
-    return Contender(label, result["score"], interval, {0: Outcomes.read(result["metric"], kept)})
+    interval = score_interval(result.metric, result.score, result.stderr, result.examples)
+    return Contender(label, result.score, interval, {0: Outcomes.read(result.metric, kept)})
 
 
-def read_outcomes(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def read_outcomes(folder: Path, metrics: RunMetrics) -> dict[str, Any]:
     """`kept_outcomes` of base, adapter and baseline, from the predictions files of a run; without those that have none."""
     found = {}
     for kind, name in prediction_files(metrics).items():
         file = folder / name
         if file.is_file():
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-            if kept := kept_outcomes(metrics[kind].get("metric", "accuracy"), rows):
+            if kept := kept_outcomes(metrics.models[kind].metric, rows):
                 found[kind] = kept
     return found
 
 
-def _label(kind: str, metrics: Mapping[str, Any]) -> str:
+def _label(kind: str, metrics: RunMetrics) -> str:
     if kind == "base":
         return BASE
-    title = metrics[kind]["title"]
-    return (
-        f"{title} ({kind})"
-        if title == metrics.get("baseline", {}).get("title") == metrics["adapter"]["title"]
-        else title
-    )
+    title = metrics.trained[kind].title
+    titles = [result.title for result in metrics.trained.values()]
+    return f"{title} ({kind})" if titles.count(title) == 2 else title

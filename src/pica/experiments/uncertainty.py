@@ -23,6 +23,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from pica.experiments.outcomes import POOLED, Outcomes, resampled, scores_of
+from pica.experiments.results.standing import Behind, Placed, StandingResult
 
 LEVEL = 0.95
 """Of every interval here."""
@@ -169,34 +170,24 @@ class Standing:
             first = f"Highest {what}: a tie of {listed(names)}."
         return f"{first} {self.basis()}"
 
-    def summary(self) -> dict[str, Any]:
-        """As JSON values, the highest score first."""
+    def result(self) -> StandingResult:
+        """As files have it."""
         scores = {
-            one.label: {
-                "score": one.score,
-                "low": one.interval[0],
-                "high": one.interval[1],
-                "place": self.place(one.label),
-            }
+            one.label: Placed(
+                score=one.score,
+                low=one.interval[0],
+                high=one.interval[1],
+                place=self.place(one.label),
+            )
             for one in self.contenders
         }
         behind = {
-            label: {
-                "value": one.value,
-                "low": finite(one.low),
-                "high": finite(one.high),
-                "paired": one.paired,
-                "tie": one.tie,
-            }
+            label: Behind(value=one.value, low=one.low, high=one.high, paired=one.paired, tie=one.tie)
             for label, one in self.differences.items()
         }
-        return {
-            "statement": self.statement(),
-            "metric": self.metric,
-            "level": LEVEL,
-            "scores": scores,
-            "behind_the_best": behind,
-        }
+        return StandingResult(
+            statement=self.statement(), metric=self.metric, level=LEVEL, scores=scores, behind_the_best=behind
+        )
 
     def basis(self) -> str:
         """What the statement rests on."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pica.experiments.results.documents import to_document
 from pica.experiments.uncertainty import listed, shown, shown_interval
 from pica.files.output import json_text, write_text
 from pica.report import page as html
@@ -41,7 +42,7 @@ def write_report(folder: Path, *, page: Path | None = None) -> Summary:
     rows = flat_rows(summary)
     columns = list(max(rows, key=len))
     csv = html.csv_text(rows, columns)
-    standing = summary.standing.summary() if summary.standing else None
+    standing = to_document(summary.standing.result()) if summary.standing else None
     content = {"name": summary.name, "base": summary.base, "rows": rows, "standing": standing}
     numbers = json_text(content, indent=2) + "\n"
     write_text(folder / TABLE, csv)

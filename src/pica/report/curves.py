@@ -5,15 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
+from pica.experiments.results.run import RunMetrics
 from pica.report.figures import INK, Sheet, figure, style
 
 HELD_OUT = "validation_loss"
 """The column of loss_curve.csv with the loss on held-out examples, where it was measured while training went on."""
 
 
-def run_titles(models: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-    """What base, adapter and baseline of a run are called; no two alike."""
-    titles = {name: str(model.get("title", "before")) for name, model in models.items()}
+def run_titles(metrics: RunMetrics, *, base: str) -> dict[str, str]:
+    """What adapter and baseline of a run are called, and its `base`, if they were measured; no two alike."""
+    titles = {name: trained.title for name, trained in metrics.trained.items()}
+    titles = ({"base": base} if metrics.base is not None else {}) | titles
     if titles.get("baseline") == titles.get("adapter"):
         titles |= {name: f"{titles[name]} ({name})" for name in ("adapter", "baseline") if name in titles}
     return titles

@@ -3,12 +3,13 @@
 import base64
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from pica.errors import ConfigError
-from pica.files.documents import read_json
+from pica.experiments.results.documents import read_result, result_document
+from pica.experiments.results.run import METRICS, RunMetrics, Trained
+from pica.experiments.uncertainty import finite
 from pica.files.output import RESOLVED, json_text, write_text
 from pica.report import page as html
 from pica.report.curves import loss_figure, run_titles
@@ -32,8 +33,8 @@ _NAMES = {
 def is_picture_run(folder: Path) -> bool:
     """Whether a folder holds a finished run of task dreambooth."""
     try:
-        return read_json(folder / "metrics.json")["task"] == "dreambooth"
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_result(RunMetrics, folder / METRICS).task == "dreambooth"
+    except (OSError, ValueError):
         return False
 
 
@@ -64,16 +65,15 @@ def write_picture_page(folder: Path, *, page: Path | None = None) -> Path:
     return target
 
 
-def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], picture: bytes | None) -> str:
-    models = {name: metrics[name] for name in ("base", "adapter", "baseline") if name in metrics}
+def _page(metrics: RunMetrics, recipe: str, curve: list[dict[str, str]], picture: bytes | None) -> str:
     made = Page(
-        metrics["name"],
+        metrics.name,
         lead="DreamBooth: a text-to-image model before and after it has learnt a subject.",
         facts={
-            "Model": metrics["model"],
-            "Pictures learnt from": metrics["problems"]["train"],
-            "Steps": metrics["adapter"]["training"]["steps"],
-            "Seed": metrics["seed"],
+            "Model": metrics.model,
+            "Pictures learnt from": metrics.problems.train,
+            "Steps": metrics.adapter.training.steps,
+            "Seed": metrics.seed,
         },
     )
     if picture is not None:
@@ -81,35 +81,35 @@ def _page(metrics: Mapping[str, Any], recipe: str, curve: list[dict[str, str]], 
         alt = "Drawn pictures in a column for each model, a row for each prompt and noise, the subject above."
         grid = '<figure><img alt="{}" src="data:image/png;base64,{}"><figcaption>{}</figcaption></figure>'
         made.section("Pictures", Markup(grid).format(alt, data, "In each row every model starts from the same noise."))
-    titles = run_titles(models)
-    made.section("Measurements", *_measurements(metrics, models, titles))
+    titles = run_titles(metrics, base="before")
+    made.section("Measurements", *_measurements(metrics, titles))
     if curve:
         made.section("Loss", loss_figure(curve, titles, caption=_CAPTION))
     made.section("Recipe", html.preformatted(recipe))
-    made.download("metrics.json", json_text(metrics, indent=2), kind="application/json")
+    made.download(METRICS, json_text(result_document(metrics), indent=2), kind="application/json")
     made.download(RESOLVED, recipe, kind="text/yaml")
     return made.html()
 
 
-def _measurements(
-    metrics: Mapping[str, Any], models: Mapping[str, Any], titles: Mapping[str, str]
-) -> list[Markup | str]:
-    found = [name for name in _NAMES if name in metrics["adapter"]]
+def _measurements(metrics: RunMetrics, titles: Mapping[str, str]) -> list[Markup | str]:
+    values = {kind: {"loss": model.loss, **model.scores} for kind, model in metrics.models.items()}
+    found = [name for name in _NAMES if name in values["adapter"]]
     columns = [Column("model", "model", numeric=False), Column("parameters", "trained parameters", lower_first=True)]
     columns += [Column(name, _NAMES[name]) for name in found]
     rows = [
         {
             "model": titles[kind],
-            "parameters": model["parameters"]["trainable"] if "parameters" in model else None,
-            **{name: model[name] for name in found},
+            "parameters": model.parameters.trainable if isinstance(model, Trained) else None,
+            **{name: finite(values[kind][name]) for name in found},
         }
-        for kind, model in models.items()
+        for kind, model in metrics.models.items()
     ]
     caption = (
-        f"Denoising loss over {metrics['adapter']['examples']} pictures at fixed noise (lower is better); all else: "
+        f"Denoising loss over {metrics.adapter.examples} pictures at fixed noise (lower is better); all else: "
         "higher is better."
     )
     blocks: list[Markup | str] = [html.table(columns, rows, caption=caption, sortable=False)]
-    if missing := metrics.get("not_measured"):
-        blocks.append(html.bullets(f"{_NAMES[name]}: not measured: {reason}" for name, reason in missing.items()))
+    if metrics.not_measured:
+        lines = (f"{_NAMES[name]}: not measured: {reason}" for name, reason in metrics.not_measured.items())
+        blocks.append(html.bullets(lines))
     return blocks

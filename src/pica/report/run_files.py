@@ -1,13 +1,13 @@
 """What the folder of a finished run holds, read for its page."""
 
 import csv
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pica.experiments.results.documents import read_result
+from pica.experiments.results.run import METRICS, RunMetrics
 from pica.experiments.standings import prediction_files
-from pica.files.documents import parse_json, read_json
+from pica.files.documents import parse_json
 from pica.files.output import RESOLVED
 from pica.report.answers import Rows
 
@@ -17,12 +17,12 @@ class RunFiles:
     """The files that every finished run has.
 
     Attributes:
-        metrics: Content of metrics.json.
+        metrics: What it measured.
         recipe: Text of the whole recipe.
         curve: Rows of loss_curve.csv.
     """
 
-    metrics: dict[str, Any]
+    metrics: RunMetrics
     recipe: str
     curve: list[dict[str, str]]
 
@@ -35,10 +35,10 @@ def read_run(folder: Path) -> RunFiles:
     """
     with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
         curve = list(csv.DictReader(file))
-    return RunFiles(read_json(folder / "metrics.json"), (folder / RESOLVED).read_text(encoding="utf-8"), curve)
+    return RunFiles(read_result(RunMetrics, folder / METRICS), (folder / RESOLVED).read_text(encoding="utf-8"), curve)
 
 
-def read_predictions(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Rows]:
+def read_predictions(folder: Path, metrics: RunMetrics) -> dict[str, Rows]:
     """The lines of the predictions files by "base", "adapter" and "baseline", of those that were measured.
 
     Raises:

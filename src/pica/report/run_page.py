@@ -13,7 +13,9 @@ from markupsafe import Markup
 from pica.errors import ConfigError
 from pica.experiments.evaluate.evaluation import shown_score
 from pica.experiments.recipes.recipe import Recipe
-from pica.experiments.uncertainty import loss_change, shown
+from pica.experiments.results.documents import result_document
+from pica.experiments.results.run import METRICS, Candidate, FailedCandidate, Measurement, RunMetrics, Trained
+from pica.experiments.uncertainty import finite, loss_change, shown
 from pica.files.documents import parse_yaml
 from pica.files.output import RESOLVED, json_text, write_text
 from pica.foreign_code import FLAG
@@ -24,16 +26,7 @@ from pica.report.page import Cell, Column, Page
 from pica.report.run_files import read_predictions, read_run
 
 PAGE = "report.html"
-_COMMON = {
-    "score",
-    "stderr",
-    "loss",
-    "loss_stderr",
-    "perplexity",
-    "learning_rate",
-    "validation_loss",
-    "validation_score",
-}
+_IN_COLUMNS_OF_THEIR_OWN = {"loss_stderr", "perplexity"}
 
 
 def is_run(folder: Path) -> bool:
@@ -55,7 +48,7 @@ def write_run_page(folder: Path, *, page: Path | None = None) -> Path:
         ConfigError: The run is not finished, or a file of it is missing or damaged.
         OutputError: The page can't be written.
     """
-    if not (folder / "metrics.json").is_file():
+    if not (folder / METRICS).is_file():
         raise ConfigError(
             f"The run in {str(folder)!r} is not finished, so there is nothing to report yet; go on with it: "
             f"pica train --resume {shlex.quote(str(folder))}"
@@ -73,31 +66,30 @@ def write_run_page(folder: Path, *, page: Path | None = None) -> Path:
 
 
 def _page(
-    metrics: Mapping[str, Any],
+    metrics: RunMetrics,
     text: str,
     recipe: Mapping[str, Any],
     curve: list[dict[str, str]],
     predictions: Mapping[str, Rows],
 ) -> str:
-    models = {name: metrics[name] for name in ("base", "adapter", "baseline") if name in metrics}
-    titles = run_titles(models) | ({"base": "base model"} if "base" in models else {})
-    adapter, counts = metrics["adapter"], metrics["problems"]
-    what = "conversations" if metrics["task"] == "chat" else "problems"
+    titles = run_titles(metrics, base="base model")
+    adapter, counts = metrics.adapter, metrics.problems
+    what = "conversations" if metrics.task == "chat" else "problems"
     made = Page(
-        metrics["name"],
-        lead=f"{metrics['model']} on task {metrics['task']}, before and after training {adapter['title']}.",
+        metrics.name,
+        lead=f"{metrics.model} on task {metrics.task}, before and after training {adapter.title}.",
         facts={
-            "Model": metrics["model"],
-            "Method": adapter["title"],
-            "Trained parameters": f"{adapter['parameters']['trainable']:,} of {adapter['parameters']['total']:,}",
-            f"{what} learnt from".capitalize(): f"{counts['train']:,}",
-            f"{what} held out".capitalize(): f"{counts['test']:,}",
-            "Steps": f"{adapter['training']['steps']:,}",
-            "Learning rate": f"{adapter['learning_rate']:g}",
-            "Seed": metrics["seed"],
+            "Model": metrics.model,
+            "Method": adapter.title,
+            "Trained parameters": f"{adapter.parameters.trainable:,} of {adapter.parameters.total:,}",
+            f"{what} learnt from".capitalize(): f"{counts.train:,}",
+            f"{what} held out".capitalize(): f"{counts.test:,}",
+            "Steps": f"{adapter.training.steps:,}",
+            "Learning rate": f"{adapter.learning_rate:g}",
+            "Seed": metrics.seed,
         },
     )
-    made.section("Before and after", *_measurements(metrics, models, titles, predictions))
+    made.section("Before and after", *_measurements(metrics, titles, predictions))
     if curve:
         caption = "Training loss, the mean since the point before. The table above is of what was held out."
         made.section("Loss", loss_figure(curve, titles, caption=caption), *_rates(metrics))
@@ -105,49 +97,54 @@ def _page(
         made.section("Answers", *answers_block(predictions, titles))
     made.section("Repeat it", *_repeating(metrics, recipe, text))
     made.download(RESOLVED, text, kind="text/yaml")
-    made.download("metrics.json", json_text(metrics, indent=2), kind="application/json")
+    made.download(METRICS, json_text(result_document(metrics), indent=2), kind="application/json")
     return made.html()
 
 
 def _measurements(
-    metrics: Mapping[str, Any],
-    models: Mapping[str, Any],
-    titles: Mapping[str, str],
-    predictions: Mapping[str, Rows],
+    metrics: RunMetrics, titles: Mapping[str, str], predictions: Mapping[str, Rows]
 ) -> list[Markup | str]:
-    adapter = metrics["adapter"]
-    metric = adapter["metric"]
-    more = [key for key, value in adapter.items() if isinstance(value, float) and key not in {*_COMMON, metric}]
+    adapter, models = metrics.adapter, metrics.models
+    metric = adapter.metric
+    more = [
+        name
+        for name, value in adapter.scores.items()
+        if math.isfinite(value) and name not in {*_IN_COLUMNS_OF_THEIR_OWN, metric}
+    ]
     columns = [
         Column("model", "model", numeric=False),
         Column("score", metric.replace("_", " "), "± standard error; in brackets the 95% interval."),
         Column("loss", "loss", "Held-out loss, in nats a token for tasks that write text.", lower_first=True),
-        *([Column("perplexity", "perplexity", "exp(loss).", lower_first=True)] if "perplexity" in adapter else []),
+        *(
+            [Column("perplexity", "perplexity", "exp(loss).", lower_first=True)]
+            if "perplexity" in adapter.scores
+            else []
+        ),
         *(Column(key, key.replace("_", " ")) for key in more),
         Column("parameters", "trained parameters", lower_first=True),
     ]
     rows = [
         {
             "model": titles[name],
-            "score": Cell(shown_score(metric, model["score"], model["stderr"], model["examples"]), model["score"]),
-            "loss": _with_error(model["loss"], model.get("loss_stderr"), 4),
+            "score": Cell(shown_score(metric, model.score, model.stderr, model.examples), finite(model.score)),
+            "loss": _with_error(finite(model.loss), model.loss_stderr, 4),
             "perplexity": _perplexity(model),
-            "parameters": model["parameters"]["trainable"] if "parameters" in model else 0,
+            "parameters": model.parameters.trainable if isinstance(model, Trained) else 0,
             **{
                 key: Cell(shown("accuracy" if key == "exact_match" else key, value), value)
                 for key in more
-                if (value := model.get(key)) is not None
+                if math.isfinite(value := model.scores.get(key, math.nan))
             },
         }
         for name, model in models.items()
     ]
-    caption = f"Measured on the same {adapter['examples']:,} examples, from which nothing was learnt. One seed."
+    caption = f"Measured on the same {adapter.examples:,} examples, from which nothing was learnt. One seed."
     blocks: list[Markup | str] = [html.table(columns, rows, caption=caption, sortable=False)]
-    if found := metrics.get("standing"):
-        blocks.append(found["statement"])
+    if metrics.standing is not None:
+        blocks.append(metrics.standing.statement)
     if "base" in predictions and metric == "token_accuracy":
         blocks.append(loss_change(predictions["base"], predictions["adapter"]))
-    if "groups" in adapter:
+    if adapter.groups:
         blocks.append(_groups(models, titles))
     return blocks
 
@@ -158,34 +155,35 @@ def _with_error(value: float | None, error: float | None, digits: int) -> Cell:
     return Cell(f"{value:.{digits}f} ± {error:.{digits}f}", value)
 
 
-def _perplexity(model: Mapping[str, Any]) -> Cell | None:
-    value, error = model.get("perplexity"), model.get("loss_stderr")
-    if value is None:
+def _perplexity(model: Measurement) -> Cell | None:
+    value, error = model.scores.get("perplexity", math.nan), model.loss_stderr
+    if not math.isfinite(value):
         return None
     digits = 2 if value < 100 else 0
     around = "" if error is None else f" ± {value * error:,.{digits}f}"  # the error of a logarithm is a relative one
     return Cell(f"{value:,.{digits}f}{around}", value)
 
 
-def _groups(models: Mapping[str, Any], titles: Mapping[str, str]) -> Markup:
-    names = list(models["adapter"]["groups"])
+def _groups(models: Mapping[str, Measurement], titles: Mapping[str, str]) -> Markup:
+    names = list(models["adapter"].groups)
     columns = [Column("set", "set", numeric=False), *(Column(name, titles[name]) for name in models)]
     rows = []
     for group in names:
         row: dict[str, Any] = {"set": group}
         for name, model in models.items():
-            found = model["groups"][group]
-            text = shown_score("accuracy", found["accuracy"], found["stderr"], int(found["examples"]))
-            row[name] = Cell(text, found["accuracy"])
+            found = model.groups[group]
+            row[name] = Cell(
+                shown_score("accuracy", found.accuracy, found.stderr, found.examples), finite(found.accuracy)
+            )
         rows.append(row)
     return html.table(columns, rows, caption="Accuracy on each set; each counts the same.")
 
 
-def _rates(metrics: Mapping[str, Any]) -> list[Markup]:
+def _rates(metrics: RunMetrics) -> list[Markup]:
     """The learning rates that were tried, where there were several."""
     tables = []
-    for name in ("adapter", "baseline"):
-        tried = metrics.get(name, {}).get("candidates", [])
+    for trained in metrics.trained.values():
+        tried = trained.candidates
         if len(tried) < 2:
             continue
         columns = [
@@ -196,25 +194,23 @@ def _rates(metrics: Mapping[str, Any]) -> list[Markup]:
         ]
         rows = [
             {
-                "rate": f"{one['learning_rate']:g}",
-                "loss": one.get("validation_loss"),
-                "score": one.get("validation_score"),
-                "failed": one.get("failed"),
+                "rate": f"{one.learning_rate:g}",
+                "loss": one.validation_loss if isinstance(one, Candidate) else None,
+                "score": one.validation_score if isinstance(one, Candidate) else None,
+                "failed": one.failed if isinstance(one, FailedCandidate) else None,
             }
             for one in tried
         ]
-        chosen = [place for place, one in enumerate(tried) if one["learning_rate"] == metrics[name]["learning_rate"]]
-        caption = (
-            f"Learning rates tried for {metrics[name]['title']}; the marked one was chosen on the validation part."
-        )
+        chosen = [place for place, one in enumerate(tried) if one.learning_rate == trained.learning_rate]
+        caption = f"Learning rates tried for {trained.title}; the marked one was chosen on the validation part."
         used = [column for column in columns if any(row[column.key] is not None for row in rows)]
         tables.append(html.table(used, rows, caption=caption, marked=chosen))
     return tables
 
 
-def _repeating(metrics: Mapping[str, Any], recipe: Mapping[str, Any], text: str) -> list[Markup | str]:
+def _repeating(metrics: RunMetrics, recipe: Mapping[str, Any], text: str) -> list[Markup | str]:
     trust = f" {FLAG}" if recipe["model"]["trust_remote_code"] else ""
-    machine = {**metrics["versions"], **{key: value for key, value in metrics["machine"].items() if value}}
+    machine = metrics.versions | {key: value for key, value in vars(metrics.machine).items() if value}
     return [
         f"With the recipe below, saved as `{RESOLVED}`:",
         html.preformatted(f"pica train {RESOLVED} -o again{trust}"),

@@ -9,10 +9,12 @@ from typing import Any
 from pica.errors import ConfigError
 from pica.experiments.methods import METHODS
 from pica.experiments.outcomes import Outcomes
+from pica.experiments.results.documents import read_result
+from pica.experiments.results.run import METRICS, RunMetrics, Trained
 from pica.experiments.standings import read_outcomes
 from pica.experiments.uncertainty import Contender, Standing, score_interval, standing
 from pica.files import output as files
-from pica.files.documents import read_json, read_yaml
+from pica.files.documents import read_yaml
 from pica.report.summary import COMPARISON, Stat, summarise
 from pica.tasks.vtab import GROUPS, VtabTask, group_means
 
@@ -145,11 +147,10 @@ def _comparison(folder: Path) -> tuple[str, list[VtabMethod]]:
 def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
     try:
         recipe = read_yaml(folder / files.RESOLVED)
-        metrics = read_json(folder / "metrics.json")
+        metrics = read_result(RunMetrics, folder / METRICS)
         name = _set_of(folder, recipe["task"])
         kept = read_outcomes(folder, metrics)
-        kinds = [kind for kind in ("adapter", "baseline") if kind in metrics]
-        return name, [_of_result(name, metrics[kind], kept.get(kind)) for kind in kinds]
+        return name, [_of_result(name, result, kept.get(kind)) for kind, result in metrics.trained.items()]
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise ConfigError(f"{str(folder)!r} holds no {missing}: it is no finished run or comparison.") from None
@@ -159,14 +160,13 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
         raise ConfigError(f"A file in {str(folder)!r} is damaged ({type(error).__name__}: {error}).") from None
 
 
-def _of_result(name: str, result: dict[str, Any], kept: dict[str, Any] | None) -> VtabMethod:
-    method = METHODS.get(result.get("method", ""))
-    counts = result.get("parameters") or {}
-    trained = counts["trainable"] - counts.get("head", 0) if counts else None
-    score = float(result["accuracy"])
-    interval = score_interval("accuracy", score, result.get("stderr", math.nan), result.get("examples", 0))
-    held = Contender(result["title"], score, interval, {0: Outcomes.read("accuracy", kept)})
-    return VtabMethod(result["title"], method.family if method else "", trained, {name: Stat.of([score])}, {name: held})
+def _of_result(name: str, result: Trained, kept: dict[str, Any] | None) -> VtabMethod:
+    method = METHODS.get(result.method)
+    trained = result.parameters.trainable - result.parameters.head
+    score = result.scores["accuracy"]
+    interval = score_interval("accuracy", score, result.stderr, result.examples)
+    held = Contender(result.title, score, interval, {0: Outcomes.read("accuracy", kept)})
+    return VtabMethod(result.title, method.family if method else "", trained, {name: Stat.of([score])}, {name: held})
 
 
 def _set_of(folder: Path, task: dict[str, object]) -> str:

@@ -17,6 +17,7 @@ from pica.cli.chat import Conversation
 from pica.errors import PicaError
 from pica.experiments.chat.loading import Talker, load_talker
 from pica.experiments.chat.talking import Sampling
+from tests import results
 
 QUESTIONS = ("Tom has 3 apples.", "How many in all?", "Ann buys 5 pens.", "What is left?")
 
@@ -58,6 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_part_is_held_out_and_measured_before_and_after(run: Path):
     metrics = json.loads((run / "metrics.json").read_text())
+    results.check_file("metrics", run / "metrics.json")
     assert metrics["task"] == "chat"  # found by what the data looks like
     assert metrics["problems"] == {"train": 27, "validation": 0, "test": 3}
     before, after = metrics["base"], metrics["adapter"]

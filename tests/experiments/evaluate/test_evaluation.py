@@ -10,6 +10,8 @@ from pica.experiments.evaluate.evaluation import evaluate, held_out_loss
 from pica.experiments.models import load_model, load_tokenizer
 from pica.experiments.recipes.recipe import ModelSection
 from pica.experiments.reporting import Silent
+from pica.experiments.results.documents import to_document
+from pica.experiments.results.run import GroupScore
 from pica.tasks import Example, Source
 from pica.tasks.arithmetic import ArithmeticTask
 from pica.tasks.commonsense import CommonsenseTask
@@ -77,7 +79,7 @@ def test_accuracy_and_its_error_count_right_answers(loaded, monkeypatch: pytest.
     assert found.score == 0.5
     assert found.stderr == pytest.approx(0.25)
     assert [prediction.extracted for prediction in found.predictions] == ["4", "5", "4", None]
-    assert "predictions" not in found.summary()
+    assert "predictions" not in to_document(found.measurement())
 
 
 def test_problems_without_a_gold_solution_have_no_part_in_the_loss(loaded: tuple, recipe: Callable):
@@ -102,8 +104,8 @@ def test_several_sets_count_the_same_whatever_their_sizes(loaded, monkeypatch: p
     )
     assert found.score == (1.0 + 0.5) / 2
     assert found.stderr == pytest.approx(0.25 / 2)
-    assert found.groups["b"] == {"accuracy": 0.5, "stderr": 0.25, "examples": 4}
-    assert found.summary()["groups"] == found.groups
+    assert found.groups["b"] == GroupScore(accuracy=0.5, stderr=0.25, examples=4)
+    assert found.measurement().groups == found.groups
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -192,9 +192,9 @@ def test_every_recipe_trains_two_steps_and_evaluates_in_miniature(name: str, tmp
     if "baseline" in given:
         changes["baseline.learning_rates"] = given["baseline"]["learning_rates"][:1]
     metrics = start(load_recipe(name, list(changes.items())), reporter=Silent()).metrics
-    assert metrics["adapter"]["training"]["steps"] == 2
-    assert metrics["adapter"]["examples"] == 4
-    assert 0 < metrics["adapter"]["loss"] < 20
+    assert metrics.adapter.training.steps == 2
+    assert metrics.adapter.examples == 4
+    assert 0 < metrics.adapter.loss < 20
     assert len((tmp_path / "out" / "predictions-adapter.jsonl").read_text().splitlines()) == 4
 
 

@@ -14,7 +14,10 @@ from pica.experiments.interrupts import Interrupted
 from pica.experiments.recipes.parsing import dump_recipe, load_recipe
 from pica.experiments.recipes.recipe import Recipe, with_absolute_paths
 from pica.experiments.reporting import Silent
-from pica.experiments.train.run import preference, resume, start
+from pica.experiments.results.documents import result_document, to_document
+from pica.experiments.train.run import resume, start
+from pica.experiments.train.search import preference
+from tests import results
 
 FILES = ["adapter", "loss_curve.csv", "metrics.json", "predictions-adapter.jsonl", "recipe.resolved.yaml"]
 
@@ -51,7 +54,8 @@ def test_a_run_writes_its_files_and_says_what_it_measured(recipe: Callable[..., 
     assert listing(tmp_path / "out") == sorted([*FILES, "predictions-base.jsonl"])
     assert load_recipe(str(tmp_path / "out" / "recipe.resolved.yaml")) == made
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics == json.loads(json.dumps(result.metrics))
+    assert metrics == json.loads(json.dumps(result_document(result.metrics)))
+    results.check_file("metrics", tmp_path / "out" / "metrics.json")
     assert metrics["problems"] == {"train": 40, "validation": 0, "test": 4}
     assert metrics["seed"] == 0
     assert {"torch", "peft", "trl", "pica-peft"} <= set(metrics["versions"])
@@ -87,27 +91,27 @@ def test_what_is_left_out_of_the_data_is_listed(recipe: Callable[..., Recipe], t
 
 @pytest.mark.parametrize("start_from", ["pissa", "olora"])
 def test_the_base_is_measured_as_it_is_where_the_method_changes_it(recipe: Callable[..., Recipe], start_from: str):
-    plain = start(recipe(evaluate_base=True, trainer__max_steps=1), reporter=Silent()).metrics["base"]
+    plain = start(recipe(evaluate_base=True, trainer__max_steps=1), reporter=Silent()).metrics.models["base"]
     moved = recipe(
         evaluate_base=True,
         trainer__max_steps=1,
         adapter__method="lora",
         adapter__options={"init_lora_weights": start_from},
     )
-    assert start(moved, reporter=Silent(), overwrite=True).metrics["base"]["loss"] == plain["loss"]
+    assert start(moved, reporter=Silent(), overwrite=True).metrics.models["base"].loss == plain.loss
 
 
 def test_rates_that_six_digits_do_not_tell_apart_are_two_trainings(recipe: Callable[..., Recipe]):
     rates = [0.012345678, 0.012345679]
-    adapter = start(recipe(trainer__max_steps=1, trainer__learning_rates=rates), reporter=Silent()).metrics["adapter"]
-    assert [candidate["learning_rate"] for candidate in adapter["candidates"]] == rates
+    adapter = start(recipe(trainer__max_steps=1, trainer__learning_rates=rates), reporter=Silent()).metrics.adapter
+    assert [candidate.learning_rate for candidate in adapter.candidates] == rates
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best():
     losses = [float("nan"), 2.0, float("inf"), 1.0, float("nan")]
-    candidates = [{"validation_score": None, "validation_loss": loss} for loss in losses]
-    assert min(candidates, key=preference)["validation_loss"] == 1.0
-    assert min(reversed(candidates), key=preference)["validation_loss"] == 1.0
+    candidates = [results.candidate(validation_loss=loss) for loss in losses]
+    assert min(candidates, key=preference).validation_loss == 1.0
+    assert min(reversed(candidates), key=preference).validation_loss == 1.0
 
 
 @pytest.mark.parametrize(
@@ -130,10 +134,11 @@ def test_svft_trains_and_is_measured_like_pica(
     reporter = Recorder()
     made = recipe(adapter__method="svft", evaluate_base=True, baseline__method="svft", **settings)
     metrics = start(made, reporter=reporter).metrics
-    assert metrics["adapter"]["title"] == title
-    assert metrics["adapter"]["parameters"]["trainable"] == trainable
-    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
-    assert (metrics["baseline"]["title"], metrics["baseline"]["pattern"]) == ("svft plain", "plain")
+    assert metrics.adapter.title == title
+    assert metrics.adapter.parameters.trainable == trainable
+    assert metrics.adapter.loss < metrics.models["base"].loss
+    assert (metrics.trained["baseline"].title, metrics.trained["baseline"].pattern) == ("svft plain", "plain")
+    results.check_file("metrics", tmp_path / "out" / "metrics.json")
     said = "\n".join(reporter.said)
     assert f"Trainable parameters ({title}): {trainable} of" in said
     assert "up_proj" in said, "the table of adapted layers"
@@ -143,13 +148,14 @@ def test_the_rate_with_the_lowest_validation_loss_is_kept(recipe: Callable[..., 
     # The second trains best; the third has no finite loss and must not end the run.
     made = recipe(trainer__learning_rates=[1e-6, 0.01, 1e30], trainer__max_grad_norm=0.0, baseline__method="lora")
     metrics = start(made, reporter=Recorder()).metrics
-    candidates = metrics["adapter"]["candidates"]
-    assert metrics["adapter"]["learning_rate"] == 0.01
-    assert candidates[1]["validation_loss"] < candidates[0]["validation_loss"]
-    assert "The loss became nan" in candidates[2]["failed"]
-    assert metrics["problems"]["validation"] == 4
+    first, second, third = (to_document(one) for one in metrics.adapter.candidates)
+    assert metrics.adapter.learning_rate == 0.01
+    assert second["validation_loss"] < first["validation_loss"]
+    assert "The loss became nan" in third["failed"]
+    results.check_file("metrics", tmp_path / "out" / "metrics.json")
+    assert metrics.problems.validation == 4
     # LoRA r=1: in + out a layer, two layers
-    assert metrics["baseline"]["parameters"]["trainable"] == 2 * ((32 + 32) + (32 + 16) + (32 + 48))
+    assert metrics.trained["baseline"].parameters.trainable == 2 * ((32 + 32) + (32 + 16) + (32 + 48))
     assert (tmp_path / "out" / "baseline" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "checkpoints").exists()
     alone = start(recipe(output=str(tmp_path / "alone"), trainer__max_grad_norm=0.0), reporter=Silent())
@@ -172,7 +178,7 @@ def test_resuming_from_any_phase_ends_in_the_same_adapters(recipe: Callable[...,
     for name in ("adapter", "baseline"):
         paths = [folder / name / "adapter_model.safetensors" for folder in (whole.output, resumed.output)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
-        assert whole.metrics[name]["loss"] == resumed.metrics[name]["loss"]
+        assert whole.metrics.models[name].loss == resumed.metrics.models[name].loss
     assert listing(whole.output) == listing(resumed.output)
 
 

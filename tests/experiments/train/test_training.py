@@ -76,9 +76,9 @@ def test_training_lowers_the_loss_and_touches_nothing_but_the_adapter(recipe: Ca
     assert changed == {name for name, value in model.named_parameters() if value.requires_grad}
     assert measured.curve[-1]["loss"] < measured.curve[0]["loss"]
     assert [point["step"] for point in measured.curve] == [1, 2, 4, 6, 8, 10, 12]
-    assert measured.steps == 12
-    assert (measured.step_seconds or 0) > 0
-    assert measured.peak_memory["host"] > 50
+    assert measured.result.steps == 12
+    assert (measured.result.step_seconds or 0) > 0
+    assert measured.result.peak_memory["host"] > 50
 
 
 def test_the_written_adapter_is_the_trained_one(recipe: Callable[..., Recipe], tmp_path: Path):
@@ -120,8 +120,8 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     assert len(times) == 4
     (checkpoint / "step_times.json").write_text(json.dumps([1000.0] * 4))
     rest = run(made, tmp_path / "cut", method=method)
-    assert rest.steps == 6
-    assert 4000 < rest.seconds < 4500  # those before the interruption and after it
+    assert rest.result.steps == 6
+    assert 4000 < rest.result.seconds < 4500  # those before the interruption and after it
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_with_damaged_times_is_gone_on_from(
     assert caught.value.checkpoint is not None
     times = caught.value.checkpoint / "step_times.json"
     times.unlink() if content is None else times.write_text(content)
-    assert run(made, tmp_path).steps == 6
+    assert run(made, tmp_path).result.steps == 6
 
 
 def test_signal_in_the_last_step_loses_nothing(recipe: Callable[..., Recipe], tmp_path: Path):

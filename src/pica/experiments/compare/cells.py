@@ -25,6 +25,8 @@ from pica.experiments.methods import METHODS
 from pica.experiments.recipes.parsing import dump_recipe
 from pica.experiments.recipes.recipe import Recipe, columns_of, with_absolute_paths
 from pica.experiments.reporting import Advance
+from pica.experiments.results.documents import read_result, to_document
+from pica.experiments.results.run import METRICS, RunMetrics
 from pica.experiments.train.origins import file_digest, model_digest
 from pica.files import output as files
 from pica.tasks import TASKS, Split
@@ -166,16 +168,15 @@ def _run(cell: Cell, run: Path, reporter: "_Messenger") -> dict[str, Any]:
     elif metrics is None:
         shutil.rmtree(run, ignore_errors=True)
         metrics = start(recipe, reporter=reporter).metrics
-    chosen = metrics["adapter"]
     record = _head(cell) | {
         "status": "done",
-        "base": metrics.get("base"),
-        "result": chosen,
+        "base": to_document(metrics.base) if metrics.base is not None else None,
+        "result": to_document(metrics.adapter),
         "outcomes": read_outcomes(run, metrics),
-        "curve": _curve(run, chosen["learning_rate"]),
-        "problems": metrics["problems"],
+        "curve": _curve(run, metrics.adapter.learning_rate),
+        "problems": to_document(metrics.problems),
         "versions": versions(),
-        "machine": machine(),
+        "machine": to_document(machine()),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "wall_seconds": round(time.time() - begun, 1),
     }
@@ -195,9 +196,9 @@ def _head(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _finished(run: Path) -> dict[str, Any] | None:
+def _finished(run: Path) -> RunMetrics | None:
     with suppress(OSError, ValueError):
-        return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        return read_result(RunMetrics, run / METRICS)
     return None
 
 

@@ -13,6 +13,7 @@ from pica.experiments.batches import guesses, left_padded, length_batches
 from pica.experiments.data import encode, prompt_ids, special_ids
 from pica.experiments.limits import limits_of, takes_positions
 from pica.experiments.reporting import Advance, Reporter
+from pica.experiments.results.run import GroupScore, Measurement
 from pica.experiments.uncertainty import near_the_end, score_interval, shown, shown_interval
 from pica.tasks import Example, GenerationTask
 
@@ -58,15 +59,21 @@ class Evaluation:
     examples: int
     tokens: int | None
     predictions: Sequence[Any]
-    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    groups: Mapping[str, GroupScore] = field(default_factory=dict)
     pictures: Mapping[str, Any] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
-        """All numbers, without the predictions, the metrics by their names."""
-        chosen = {"metric": self.metric, "score": self.score, "stderr": self.stderr, **self.metrics, "loss": self.loss}
-        counts = {"examples": self.examples, "tokens": self.tokens}
-        given = {name: count for name, count in counts.items() if count is not None}
-        return chosen | given | ({"groups": self.groups} if self.groups else {})
+    def measurement(self) -> Measurement:
+        """All numbers, without the predictions."""
+        return Measurement(
+            metric=self.metric,
+            score=self.score,
+            stderr=self.stderr,
+            loss=self.loss,
+            examples=self.examples,
+            tokens=self.tokens,
+            groups=dict(self.groups),
+            scores=dict(self.metrics),
+        )
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The predictions as they are written to a file."""
@@ -75,14 +82,14 @@ class Evaluation:
             yield {name: value for name, value in given.items() if name != "group" or value}
 
 
-def shown_score(metric: str, score: float | None, stderr: float | None, examples: int | None = None) -> str:
+def shown_score(metric: str, score: float, stderr: float, examples: int | None = None) -> str:
     """A score with its standard error: shares in percent, correlations as they are; either may be undefined.
 
     Where fewer than ten of `examples` answers are right, or wrong, Wilson's 95% interval stands in its place, in brackets.
     """
-    if score is None or not math.isfinite(score):
+    if not math.isfinite(score):
         return "undefined"
-    if stderr is None or not math.isfinite(stderr):
+    if not math.isfinite(stderr):
         return shown(metric, score)
     if near_the_end(metric, score, examples):
         interval = score_interval(metric, score, stderr, examples or 0)
@@ -129,8 +136,8 @@ def evaluate(
         for name in dict.fromkeys(example.group for example in examples)
     }
     # The mean over data sets, each counting the same, as papers report several; of one set it is simply its share.
-    accuracy = sum(group["accuracy"] for group in groups.values()) / len(groups)
-    stderr = math.sqrt(sum(group["stderr"] ** 2 for group in groups.values())) / len(groups)
+    accuracy = sum(group.accuracy for group in groups.values()) / len(groups)
+    stderr = math.sqrt(sum(group.stderr**2 for group in groups.values())) / len(groups)
     metrics = {"accuracy": accuracy}
     for name, right in task.other_scores.items():
         metrics[name] = sum(right(text, example.answer) for text, example in zip(texts, examples)) / len(texts)
@@ -148,9 +155,9 @@ def evaluate(
     )
 
 
-def _share(right: Sequence[bool]) -> dict[str, float]:
+def _share(right: Sequence[bool]) -> GroupScore:
     share = sum(right) / len(right)
-    return {"accuracy": share, "stderr": math.sqrt(share * (1 - share) / len(right)), "examples": len(right)}
+    return GroupScore(accuracy=share, stderr=math.sqrt(share * (1 - share) / len(right)), examples=len(right))
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """How each kind of task meets a model. The rest of the package only knows `Pipeline`, and so works for all of them.
 
-A new kind is one file here that satisfies `Pipeline`, a line in `_MAKERS`, and its name in `pica.tasks.base.Kind`. What
+A new kind is one file here with a subclass of `Pipeline`, a line in `_MAKERS`, and its name in `pica.tasks.base.Kind`. What
 has a classification head shares `classification.py` and brings only its `Inputs`.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pica.errors import ConfigError
-from pica.experiments.pipelines.base import AnsweringPipeline, HeldOut, PicturePipeline, Pipeline
+from pica.experiments.pipelines.base import AnsweringPipeline, HeldOut, Pipeline
 from pica.experiments.pipelines.chat import ChatPipeline
 from pica.experiments.pipelines.classification import text_classification
 from pica.experiments.pipelines.generation import GenerationPipeline
@@ -52,4 +52,4 @@ def make_pipeline(recipe: Recipe) -> Pipeline:
     return _MAKERS[task.kind](recipe, task)
 
 
-__all__ = ["AnsweringPipeline", "HeldOut", "PicturePipeline", "Pipeline", "make_pipeline"]
+__all__ = ["AnsweringPipeline", "HeldOut", "Pipeline", "make_pipeline"]

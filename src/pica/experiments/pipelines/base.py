@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import datasets
 import peft
@@ -30,7 +30,7 @@ class HeldOut:
 class Pipeline(Protocol):
     """From a recipe to a model with an adapter, its inputs, its trainer and its measurements.
 
-    `Any` stands for the task's own kind of example.
+    `Any` stands for the task's own kind of example. A pipeline is a subclass, for what it has no use for.
     """
 
     def load_base(self) -> PreTrainedModel:
@@ -83,17 +83,42 @@ class Pipeline(Protocol):
         """Measure a model, on whatever device it is, on one or more examples; shows a bar called `label`."""
         ...
 
-    def describe(self, examples: Sequence[Any]) -> list[str]:
-        """What is to be learnt, in lines for whoever watches."""
-        ...
-
-    def accompany(self, folder: Path) -> None:
-        """Write what belongs beside an adapter into its folder."""
-        ...
-
     def held_out(self, model: Any, examples: Sequence[Any]) -> HeldOut:
         """Measure what learning rates are chosen by, on one or more examples."""
         ...
+
+    # What follows is for those that have a use for it.
+
+    measured: ClassVar[str] = "test problems, held-out"
+    """What the loss of `evaluate` is of, in words."""
+
+    def describe(self, examples: Sequence[Any]) -> list[str]:
+        """What is to be learnt beyond the number of examples, in lines for whoever watches."""
+        return []
+
+    def prepare(self, model: Any, folder: Path, reporter: Reporter) -> None:
+        """Make what training needs; `folder` is the run's, `model` None where no training is left.
+
+        Raises:
+            DataError, OutputError: Something cannot be read, or not be written.
+        """
+
+    def accompany(self, folder: Path) -> None:
+        """Write what belongs beside an adapter into its folder."""
+
+    def finish(self, folder: Path, examples: Sequence[Any], titles: Mapping[str, str]) -> Mapping[str, str]:
+        """Complete a run's folder when all is measured.
+
+        Args:
+            folder: The run's.
+            examples: Those that were learnt from.
+            titles: What base, adapter and baseline are called, by the name of the folder that the pictures of each are in,
+                if they draw.
+
+        Returns:
+            Why a score was not measured, by its name.
+        """
+        return {}
 
 
 @runtime_checkable
@@ -102,26 +127,4 @@ class AnsweringPipeline(Pipeline, Protocol):
 
     def samples(self, model: Any, examples: Sequence[Any]) -> list[tuple[str, str]]:
         """Questions out of a few of the examples, and the model's answers."""
-        ...
-
-
-@runtime_checkable
-class PicturePipeline(Pipeline, Protocol):
-    """A pipeline whose models draw pictures."""
-
-    @property
-    def missing_scores(self) -> Mapping[str, str]:
-        """Scores of pictures that were not measured, and why."""
-        ...
-
-    def prepare(self, model: Any, folder: Path, reporter: Reporter) -> None:
-        """Make what training needs and can be seen; `folder` is the run's, `model` None where no training is left.
-
-        Raises:
-            DataError, OutputError: Pictures cannot be read, or not be written.
-        """
-        ...
-
-    def finish(self, folder: Path, examples: Sequence[Any], titles: Mapping[str, str]) -> None:
-        """Put the pictures in the run's folders, `titles` by name of the folder, side by side."""
         ...

@@ -19,7 +19,7 @@ from pica.experiments.data import IGNORED, special_ids
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
-from pica.experiments.pipelines.base import HeldOut
+from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter, Silent
 from pica.experiments.train.trainers import generation_trainer
@@ -33,7 +33,7 @@ DEFAULT_ANSWER = 128
 """Longest answer, in tokens, where the recipe sets none."""
 
 
-class ChatPipeline:
+class ChatPipeline(Pipeline):
     """See `Pipeline`. The metric is the share of the assistant's tokens that the model finds the likeliest."""
 
     def __init__(self, recipe: Recipe, task: Any) -> None:

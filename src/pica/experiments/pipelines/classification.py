@@ -24,7 +24,7 @@ from pica.experiments.data import target_of
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, limits_of, longest, planned_limits
 from pica.experiments.models import load_adapter, load_classifier, load_config, load_tokenizer
-from pica.experiments.pipelines.base import HeldOut
+from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter, Silent
 from pica.experiments.train.trainers import classification_trainer
@@ -149,7 +149,7 @@ def text_classification(recipe: Recipe, task: ClassificationTask) -> "Classifica
     return ClassificationPipeline(recipe, target_of(recipe, task), TextInputs(recipe))
 
 
-class ClassificationPipeline:
+class ClassificationPipeline(Pipeline):
     """See `Pipeline`. Learning rates are chosen by the task's metric, equal ones by the loss.
 
     Whatever layers the model's files do not have (head, often a pooler) are trained in full and stored with the adapter:
@@ -243,13 +243,6 @@ class ClassificationPipeline:
                 for shown, index, right, shares in zip(described, predicted, gold, outputs.softmax(-1).tolist())
             ]
         return Evaluation(metric, metrics[metric], stderr, metrics, loss, len(examples), None, rows)
-
-    def describe(self, examples: Sequence[Any]) -> list[str]:
-        """Nothing beyond their number."""
-        return []
-
-    def accompany(self, folder: Path) -> None:
-        """Nothing: the adapter is all there is."""
 
     def held_out(self, model: Any, examples: Sequence[Any]) -> HeldOut:
         """The metric and the loss."""

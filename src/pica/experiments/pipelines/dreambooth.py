@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback
 from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders
 from pica.errors import AdapterFileError, ConfigError, DataError, TargetError
 from pica.experiments.adapters import attach
+from pica.experiments.distributed import launched
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.methods import changes_base
 from pica.experiments.models import load_adapter, locate
-from pica.experiments.pipelines.base import HeldOut
+from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.pipelines.diffusion.drawing import (
     complete_class_pictures,
     draw,
@@ -54,12 +55,14 @@ CLASS_PICTURES = "class-pictures"
 """Folder in the output folder for drawn pictures of the class, where the recipe names none."""
 
 
-class DreamBoothPipeline:
-    """See `Pipeline` and `PicturePipeline`. Learning rates are chosen by the denoising loss on validation pictures.
+class DreamBoothPipeline(Pipeline):
+    """See `Pipeline`. Learning rates are chosen by the denoising loss on validation pictures.
 
     Raises:
         ConfigError: The model is no pipeline that can be trained, or the metric asks for a model that is not to be had.
     """
+
+    measured = "pictures, denoising"
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe, self._section = recipe, recipe.dreambooth
@@ -76,11 +79,6 @@ class DreamBoothPipeline:
         self._numbers: list[int] = []
         self._folder: Path | None = None
         self._reporter: Reporter = Silent()
-
-    @property
-    def missing_scores(self) -> Mapping[str, str]:
-        """Scores that were not measured, and why."""
-        return self._scores.missing
 
     def load_base(self) -> Any:
         """See `Pipeline.load_base`."""
@@ -122,7 +120,17 @@ class DreamBoothPipeline:
         return self._subject(pipeline, family, parts)
 
     def encode(self, examples: Sequence[LabelledPicture]) -> datasets.Dataset:
-        """Numbers of a picture of the subject and of one of its class; each of the larger set comes once an epoch."""
+        """Numbers of a picture of the subject and of one of its class; each of the larger set comes once an epoch.
+
+        Args:
+            examples: The pictures.
+        Returns:
+            Columns `picture` and `prior`.
+        Raises:
+            ConfigError: There are several processes.
+        """
+        if launched():
+            raise ConfigError(f"Task {self._recipe.task.name} trains in one process; start it without a launcher.")
         begin = len(self._pictures)
         self._pictures.extend(examples)
         count = self._section.class_count if self._with_prior else 0
@@ -131,7 +139,7 @@ class DreamBoothPipeline:
         return datasets.Dataset.from_dict(numbers | {"prior": [row % max(count, 1) for row in rows]})
 
     def prepare(self, model: Any, folder: Path, reporter: Reporter) -> None:
-        """See `PicturePipeline.prepare`: draws what is missing of the class, and encodes all pictures."""
+        """See `Pipeline.prepare`: draws what is missing of the class, and encodes all pictures."""
         self._folder, self._reporter = folder, reporter
         if model is not None:
             self._ready(model)
@@ -194,20 +202,13 @@ class DreamBoothPipeline:
             self._metric, means[self._metric], stderr, means, loss, len(examples), None, rows, pictures=files
         )
 
-    def describe(self, examples: Sequence[Any]) -> list[str]:
-        """Nothing beyond their number."""
-        return []
-
-    def accompany(self, folder: Path) -> None:
-        """Nothing: the adapter is all there is."""
-
     def held_out(self, model: Any, examples: Sequence[LabelledPicture]) -> HeldOut:
         """The denoising loss at fixed noise."""
         errors, _ = self._losses(model, examples, lambda count: None)
         return HeldOut(errors.mean().item())
 
-    def finish(self, folder: Path, examples: Sequence[LabelledPicture], titles: Mapping[str, str]) -> None:
-        """See `PicturePipeline.finish`: puts the drawn pictures side by side in one file."""
+    def finish(self, folder: Path, examples: Sequence[LabelledPicture], titles: Mapping[str, str]) -> Mapping[str, str]:
+        """See `Pipeline.finish`: puts the drawn pictures side by side in one file."""
         number = self._section.validation_pictures
         labels = [prompt for prompt in self._validation_prompts() for _ in range(number)]
         columns: dict[str, list[Image.Image]] = {}
@@ -218,6 +219,7 @@ class DreamBoothPipeline:
         if columns:
             subject = [fitted(self._decoded(example), 256) for example in examples]
             write_picture(folder / GRID, picture_grid(columns, labels, subject))
+        return dict(self._scores.missing)
 
     @property
     def _with_prior(self) -> bool:

@@ -14,14 +14,14 @@ from pica.experiments.data import encode
 from pica.experiments.evaluate.evaluation import Evaluation, evaluate, held_out_loss
 from pica.experiments.limits import fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
-from pica.experiments.pipelines.base import HeldOut
+from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter
 from pica.experiments.train.trainers import generation_trainer
 from pica.tasks import Example, GenerationTask
 
 
-class GenerationPipeline:
+class GenerationPipeline(Pipeline):
     """See `Pipeline`. Learning rates are chosen by the loss on gold answers: generating them would cost many times more."""
 
     def __init__(self, recipe: Recipe, task: GenerationTask) -> None:
@@ -89,13 +89,6 @@ class GenerationPipeline:
             label=label,
             by_likelihood=self._recipe.task.scoring == "likelihood",
         )
-
-    def describe(self, examples: Sequence[Any]) -> list[str]:
-        """Nothing beyond their number."""
-        return []
-
-    def accompany(self, folder: Path) -> None:
-        """Nothing: the adapter is all there is."""
 
     def held_out(self, model: Any, examples: Sequence[Example]) -> HeldOut:
         """The loss on the gold answers."""

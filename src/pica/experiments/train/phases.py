@@ -3,11 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pica.errors import OutputError
 from pica.experiments import distributed
+from pica.experiments.results.documents import from_document, to_document
 from pica.files import output as files
+from pica.files.documents import DocumentError
+
+T = TypeVar("T")
 
 
 class Phases:
@@ -24,29 +28,40 @@ class Phases:
             try:
                 self._results = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
-                raise OutputError(f"{str(path)!r} is damaged; start the run again with --overwrite.") from None
+                raise self._damaged() from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._results
 
-    def __getitem__(self, name: str) -> Any:
-        return self._results[name]
+    def names(self) -> list[str]:
+        """Of all phases that are noted, in the order of noting."""
+        return list(self._results)
 
-    def items(self) -> list[tuple[str, Any]]:
-        """All that is noted, by its name, in the order of noting."""
-        return list(self._results.items())
+    def read(self, name: str, kind: type[T]) -> T:
+        """The noted result of a phase, which is of this kind.
 
-    def done(self, name: str, make: Callable[[], Any]) -> Any:
+        Raises:
+            OutputError: It is none.
+        """
+        try:
+            return from_document(kind, self._results[name])
+        except DocumentError as error:
+            raise self._damaged(f" ({name}: {error})") from None
+
+    def done(self, name: str, make: Callable[[], T], kind: type[T]) -> T:
         """Note the result of a phase, which the first process makes, and return it in all of them.
 
         It is the same before and after a resume: as JSON holds it, None for what is no number.
         """
-        self._results[name] = files.plain(distributed.in_first(make))
+        self._results[name] = distributed.in_first(lambda: to_document(make()))
         if distributed.leads():
             files.write_json(self._path, self._results)
-        return self._results[name]
+        return self.read(name, kind)
 
     def forget(self, name: str) -> None:
         """Have a phase done anew when the run goes on. For the first process, at the end of the others."""
         self._results.pop(name, None)
         files.write_json(self._path, self._results)
+
+    def _damaged(self, how: str = "") -> OutputError:
+        return OutputError(f"{str(self._path)!r} is damaged{how}; start the run again with --overwrite.")

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from pica.experiments.interrupts import Interrupted, StopRequest, stop_on_signal
 from pica.experiments.measuring import PeakMemory
 from pica.experiments.recipes.recipe import TrainerSection
 from pica.experiments.reporting import Advance, Reporter
+from pica.experiments.results.run import BestStep, TrainingResult
 from pica.experiments.train.allocation import RankAllocation
 from pica.experiments.watching import Watch, Watching, add_reports, best_point, samples
 from pica.files.output import atomic_folder, write_json
@@ -40,29 +41,16 @@ class Training:
     """What one training measured.
 
     Attributes:
-        steps: Optimizer steps.
-        seconds: Wall time of the steps, those before a resume included, and of nothing else; processor time where there is
-            one thread and no accelerator, so that it does not depend on what else the machine does.
-        step_seconds: Median time of a step, the first two left out; None for fewer than three steps.
-        peak_memory: Highest memory use in MiB, see `PeakMemory`.
+        result: What it took. The time is the processor's where there is one thread and no accelerator, so that it does not
+            depend on what else the machine does.
         curve: Points with step, epoch, and loss, learning_rate, grad_norm (each `log_steps`) or validation_loss (each
             `eval_steps`) or both.
-        sharded: Whether the model was left split between processes, so that none can use it alone.
-        best: Step, validation_loss, and validation_score where there is one, of the adapter that was written, where that is
-            the best of several.
-        stopped_early: Whether `patience` ran out.
         samples: Answers as training went on.
     """
 
-    steps: int
-    seconds: float
-    step_seconds: float | None
-    peak_memory: dict[str, float]
+    result: TrainingResult
     curve: list[dict[str, float]]
-    sharded: bool = False
-    best: dict[str, float] | None = None
-    stopped_early: bool = False
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]]
 
 
 def train(
@@ -130,16 +118,18 @@ def train(
             load_whole()
         if stop.made and trainer.state.global_step < trainer.state.max_steps and not watching.ended:
             raise Interrupted(checkpoint=last_checkpoint(checkpoints))
-        measured = Training(
+        curve = _curve(trainer.state.log_history)
+        losses = [point["loss"] for point in curve if "loss" in point]
+        measured = TrainingResult(
             steps=trainer.state.global_step,
             seconds=round(sum(watcher.times), 3),
             step_seconds=round(statistics.median(watcher.times[2:]), 5) if len(watcher.times) > 2 else None,
             peak_memory=memory.read(),
-            curve=_curve(trainer.state.log_history),
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
             sharded=is_sharded(trainer),
             best=_best(trainer.state.log_history) if watching.keeps else None,
             stopped_early=watching.ended,
-            samples=samples(trainer.state.log_history),
         )
         if best := watching.best_folder(trainer.state):
             if leads():
@@ -150,7 +140,7 @@ def train(
             save_adapter(model, adapter, state=_gathered(trainer))
     if stop.made:  # the signal came with the last step: this training is complete, the run is not
         raise KeyboardInterrupt
-    return measured
+    return Training(measured, curve, samples(trainer.state.log_history))
 
 
 def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -303,9 +293,8 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     return list(points.values())
 
 
-def _best(history: list[dict[str, Any]]) -> dict[str, float] | None:
+def _best(history: list[dict[str, Any]]) -> BestStep | None:
     point = best_point(history)
     if point is None:
         return None
-    names = {"step": "step", "eval_loss": "validation_loss", "eval_score": "validation_score"}
-    return {new: point[old] for old, new in names.items() if old in point}
+    return BestStep(step=point["step"], validation_loss=point["eval_loss"], validation_score=point.get("eval_score"))

@@ -1,0 +1,15 @@
+"""What runs, comparisons, plans and analyses found, as dataclasses, and the one way to write them to files and read them.
+
+    metrics = read_result(RunMetrics, folder / METRICS)
+    metrics.adapter.score, metrics.models["base"].loss
+    write_result(folder / METRICS, metrics)
+
+A key of a file is spelt here and nowhere else. Each file of results has a JSON schema in `pica/assets/schemas`, made from
+the dataclasses by tools/write_schemas.py.
+"""
+
+from pica.experiments.results.documents import Result
+from pica.experiments.results.run import RunMetrics
+
+FILES: dict[str, type[Result]] = {"metrics": RunMetrics}
+"""What has a file of its own, by the name of its schema."""
