@@ -68,7 +68,7 @@ def test_signs_are_those_of_the_decomposition(tiny_llama, tokens, tmp_path: Path
     model = import_reference(tiny_llama(), tmp_path / "ref")
     layers = [m for m in model.modules() if isinstance(m, PicaLinear)]
     assert len(layers) == 6
-    signs = torch.cat([direction_signs(m.directions(m.pica_projection["default"], m.frozen_weight())) for m in layers])
+    signs = torch.cat([direction_signs(m.directions(m.pica_projection["default"], m.frozen.read())) for m in layers])
     assert 0 < int((signs < 0).sum()) < len(signs)
     wanted = plain_formula(tiny_llama(), matrices, tokens)
     ours = pica.PicaConfig(r=RANK, target_modules=["q_proj", "v_proj"])

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pica.errors import QuantisationError
 from pica.tuners.base.bank import drop_bank
-from pica.tuners.base.layer import AdaptedLinear, features_of
+from pica.tuners.base.frozen_weight import features_of
+from pica.tuners.base.layer import AdaptedLinear
 from pica.tuners.base.quantised import backend_of, dequantised
 
 
@@ -37,8 +38,8 @@ def merge_in_full(model: PeftModel, dtype: torch.dtype = torch.float32) -> nn.Mo
     with torch.no_grad():
         for path, module in list(root.named_modules()):
             layer = module.get_base_layer() if isinstance(module, AdaptedLinear) else module
-            if isinstance(module, AdaptedLinear) and module.quantization_backend is not None:
-                weight = module.frozen_weight().to(torch.float32)
+            if isinstance(module, AdaptedLinear) and module.frozen.quantised:
+                weight = module.frozen.read().to(torch.float32)
                 for name in module.active_adapters:
                     if name in module.pica_group:
                         weight = weight + module.get_delta_weight(name)

@@ -116,8 +116,8 @@ def test_forward_and_gradients_are_the_formula_on_the_dequantised_weight(folders
     plain = load(folders[""])
     logits_of(model)
     for layer in layers_of(model.train())[:7]:
-        assert layer.quantised_as == kind
-        weight = layer.frozen_weight().double()
+        assert layer.frozen.quantised_as == kind
+        weight = layer.frozen.read().double()
         assert 0.01 < error(weight, plain.get_submodule(layer.pica_name).weight) < 0.3
         x = torch.randn(3, 5, layer.in_features, requires_grad=True)
         y = layer(x)
@@ -125,7 +125,7 @@ def test_forward_and_gradients_are_the_formula_on_the_dequantised_weight(folders
         base = x.detach().double() @ weight.T + (0 if bias is None else bias.detach().double())
         assert error(layer.base_layer(x), base) < 1e-5
         rows = torch.linalg.svd(weight, full_matrices=False)[2][:8]
-        used = layer.directions(layer.pica_projection["default"], layer.frozen_weight()).double()
+        used = layer.directions(layer.pica_projection["default"], layer.frozen.read()).double()
         matrix = layer.matrix("default").detach().double()[:, :8]
         update = matrix @ (rows * (used * rows).sum(dim=1, keepdim=True).sign())
         assert error(y - layer.base_layer(x), x.detach().double() @ update.T) < 2e-5

@@ -45,7 +45,7 @@ def by_formula(model: nn.Module, adapter: str, x: Tensor) -> Tensor:
     for layer in (m for m in model.modules() if isinstance(m, PicaLinear)):
         base: Any = layer.base_layer
         weight = base.weight.detach().double().flatten(1)
-        own = layer.directions(layer.pica_projection[adapter], layer.frozen_weight()).double()
+        own = layer.directions(layer.pica_projection[adapter], layer.frozen.read()).double()
         rows = torch.linalg.svd(weight)[2][: layer.r[adapter]]
         rows = rows * torch.sign((rows * own).sum(1, keepdim=True))
         torch.testing.assert_close(own, rows, atol=1e-5, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_output_and_gradients_are_those_of_the_formula(kind: str, inn: int, out:
         matrix.grad = None
         (y * weights).sum().backward()
         merged = [
-            layer.frozen_weight() + layer.get_delta_weight("default").flatten(1)
+            layer.frozen.read() + layer.get_delta_weight("default").flatten(1)
             for layer in model.modules()
             if isinstance(layer, PicaLinear)
         ]
@@ -90,7 +90,7 @@ def test_output_and_gradients_are_those_of_the_formula(kind: str, inn: int, out:
         torch.testing.assert_close(memory.grad, dx, atol=1e-9, rtol=1e-9)
         assert matrix.grad is not None
         h = sum(
-            torch.einsum("ri,ni...->nr...", layer.directions("principal", layer.frozen_weight()), x[steps])
+            torch.einsum("ri,ni...->nr...", layer.directions("principal", layer.frozen.read()), x[steps])
             for layer in model.modules()
             if isinstance(layer, PicaLinear)
         )

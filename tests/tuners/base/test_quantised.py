@@ -25,6 +25,7 @@ from pica.basis import checkpoint as checkpoints
 from pica.basis.fingerprint import decode
 from pica.errors import BasisMismatchError, ConfigError, QuantisationError, TargetError
 from pica.tuners.base.bank import find_banks
+from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.pica.layer import PicaLinear
 from tests.quantising import KINDS, WEIGHT_ONLY, WEIGHT_ONLY_NAMES, load_quantised
 
@@ -77,7 +78,7 @@ def directions(weight: Tensor, rank: int) -> Tensor:
 
 def formula(layer: PicaLinear, rows: Tensor) -> Tensor:
     """dW = M P for P `rows` up to signs, which are the layer's own: float64."""
-    used = layer.directions(layer.pica_projection["default"], layer.frozen_weight()).double()
+    used = layer.directions(layer.pica_projection["default"], layer.frozen.read()).double()
     signs = (used * rows).sum(dim=1).sign()
     return layer.matrix("default").detach().double()[:, : len(rows)] @ (rows * signs[:, None])
 
@@ -89,7 +90,7 @@ def test_forward_and_gradients_are_the_formula_on_the_dequantised_weight(folder,
     """y = base(x) + M P x with P from the SVD of the dequantised weight; gradients of M and x, in float64."""
     model = adapted(folder, kind).train()  # in evaluation bitsandbytes' int8 rounds the input as well
     for layer in layers_of(model)[:7]:
-        weight = layer.frozen_weight().double()
+        weight = layer.frozen.read().double()
         assert weight.shape == (layer.out_features, layer.in_features)
         update = formula(layer, directions(weight, 8))
         x = torch.randn(3, 5, layer.in_features, requires_grad=True)
@@ -120,7 +121,7 @@ def test_no_forward_pass_dequantises_for_the_adapter(folder, kind, monkeypatch):
     model = adapted(folder, kind)
     for name in ("dequantised", "_by_forward"):
         monkeypatch.setattr(pica.tuners.base.quantised, name, pytest.fail)
-    monkeypatch.setattr(PicaLinear, "frozen_weight", pytest.fail)
+    monkeypatch.setattr(FrozenWeight, "read", pytest.fail)
     logits_of(model)
     if not kind.endswith("dynamic"):
         model(IDS, labels=IDS).loss.backward()
@@ -327,7 +328,7 @@ def test_merging_quantises_the_sum_and_unmerging_is_exact(folder, kind):
             for matrix in bank.matrices("default").values():
                 matrix *= 0.2
     before = logits_of(model)
-    sums = [layer.frozen_weight() + layer.get_delta_weight("default") for layer in layers_of(model)]
+    sums = [layer.frozen.read() + layer.get_delta_weight("default") for layer in layers_of(model)]
     with pytest.warns(UserWarning, match="quantises the merged weight again"):
         model.merge_adapter()
     for layer, wanted in zip(layers_of(model), sums):
@@ -359,16 +360,16 @@ def step(kind: str, weight: Tensor) -> Tensor:
 def test_a_second_adapter_over_a_merged_one(folder):
     """Its basis is of the unmerged weights, and both merge from there."""
     model = adapted(folder, "bnb nf4")
-    plain = {layer.pica_name: layer.frozen_weight() for layer in layers_of(model)}
+    plain = {layer.pica_name: layer.frozen.read() for layer in layers_of(model)}
     with pytest.warns(UserWarning, match="quantises"):
         model.merge_adapter()
     model.add_adapter("second", PicaConfig(**SETTINGS))
     for layer in layers_of(model):
-        assert torch.equal(layer.frozen_weight(), plain[layer.pica_name])
+        assert torch.equal(layer.frozen.read(), plain[layer.pica_name])
         assert layer.pica_projection["second"] == layer.pica_projection["default"]
     model.unmerge_adapter()
     for layer in layers_of(model):
-        assert torch.equal(layer.frozen_weight(), plain[layer.pica_name])
+        assert torch.equal(layer.frozen.read(), plain[layer.pica_name])
 
 
 @pytest.mark.parametrize("kind", ["bnb nf4", "bnb int8", "torchao int8", "hqq int4"])
@@ -540,8 +541,8 @@ def test_a_checkpoint_that_transformers_dequantises_is_a_plain_model(folder, tmp
         pytest.skip("on a GPU it stays quantised")
     model = get_peft_model(load(str(tmp_path)), PicaConfig(**SETTINGS)).eval()
     for layer in layers_of(model):
-        assert layer.quantised_as == ""
-        assert error(layer.frozen_weight(), wanted[layer.pica_name]) < 1e-6
+        assert layer.frozen.quantised_as == ""
+        assert error(layer.frozen.read(), wanted[layer.pica_name]) < 1e-6
     before = logits_of(model)
     assert error(logits_of(model.merge_and_unload()), before) < 1e-5
 
@@ -567,8 +568,8 @@ def test_kinds_that_only_run_forward_have_their_weight_from_there(tiny_llama, mo
             continue
         tuned = get_peft_model(model, PicaConfig(r=8, target_modules=["k_proj"]))
         found = layers_of(tuned)[0]
-        assert found.quantised_as == "gptq"
-        assert error(found.frozen_weight(), layer.weight.detach()) < 1e-5
+        assert found.frozen.quantised_as == "gptq"
+        assert error(found.frozen.read(), layer.weight.detach()) < 1e-5
         with pytest.raises(QuantisationError, match="a gptq layer cannot be merged into"):
             tuned.merge_adapter()
 
@@ -590,7 +591,7 @@ def test_svft_takes_its_singular_vectors_from_the_dequantised_weight(folder, kin
     x = torch.randn(4, layer.in_features)
     with torch.no_grad():
         change = layer(x) - layer.base_layer(x)
-    left, _, right = torch.linalg.svd(layer.frozen_weight().double(), full_matrices=False)
+    left, _, right = torch.linalg.svd(layer.frozen.read().double(), full_matrices=False)
     core = left.T @ layer.get_delta_weight("default").double() @ right.T  # banded in the singular basis
     band = torch.ones_like(core).tril(1).triu(-1)
     assert error(core * band, core) < 1e-4

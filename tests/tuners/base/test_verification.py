@@ -327,7 +327,7 @@ def test_a_larger_rank_later_keeps_what_smaller_adapters_were_trained_with(saved
     model.set_adapter("small")
     torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
     layer = next(m for m in model.modules() if isinstance(m, PicaLinear))
-    rows = layer.directions("principal", layer.frozen_weight())
+    rows = layer.directions("principal", layer.frozen.read())
     torch.testing.assert_close(rows @ rows.T, torch.eye(24), atol=1e-4, rtol=0)
 
 
@@ -401,7 +401,7 @@ def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_p
     name = next(k for k in tensors if k.endswith("basis:model.layers.0.mlp.down_proj"))
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
     wide = cast(PicaLinear, model.get_base_model().get_submodule("model.layers.0.mlp.down_proj"))
-    tensors[name] = wide.directions(wide.pica_projection["stored"], wide.frozen_weight()).contiguous()
+    tensors[name] = wide.directions(wide.pica_projection["stored"], wide.frozen.read()).contiguous()
     save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
     model.add_adapter("large", PicaConfig(r=24))

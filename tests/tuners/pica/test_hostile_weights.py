@@ -100,7 +100,7 @@ def test_any_finite_weight_has_its_basis(shape: str, method: str, dtype: torch.d
         assert (y - base - update).norm() <= near * update.norm() + rounding, f"{name}: the update is another"
         model.merge_adapter()
         model.unmerge_adapter()
-        assert torch.equal(layer.raw_weight(), weight)
+        assert torch.equal(layer.frozen.raw(), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -107,7 +107,7 @@ def test_weights_on_the_meta_device_wait_until_they_are_there(tiny_llama, tmp_pa
     model = get_peft_model(empty, PicaConfig(r=8))
     assert all(layer.projector("principal") is None for layer in layers_of(model))
     with pytest.raises(BasisError, match="meta device"):
-        layers_of(model)[0].frozen_weight()
+        layers_of(model)[0].frozen.read()
     state = real.state_dict()
     names = {k.replace(".base_layer", ""): k for k in model.get_base_model().state_dict() if "pica_M" not in k}
     inner = model.get_base_model()
@@ -244,7 +244,7 @@ def test_half_precision_of_low_rank_computes_what_a_merge_adds(rank, inn, out, d
     layer.matrix("default").data.mul_(3)
     x = torch.randn(64, inn).to(dtype)
     with torch.no_grad():
-        update = model(x).double() - x.double() @ layer.frozen_weight().double().T
+        update = model(x).double() - x.double() @ layer.frozen.read().double().T
         exact = x.double() @ layer.get_delta_weight("default").double().T
     assert float((update - exact).norm() / exact.norm()) < 0.01
 

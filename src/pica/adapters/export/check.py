@@ -223,7 +223,7 @@ def _copy_to_compare(root: nn.Module) -> nn.Module:
     """A copy of the model: in float32 where it is a half-precision one of moderate size, else sharing its tensors."""
     dtypes = {p.dtype for p in root.parameters()}
     size = sum(p.numel() for p in root.parameters())
-    quantised = any(m.quantization_backend is not None for m in root.modules() if isinstance(m, AdaptedLinear))
+    quantised = any(m.frozen.quantised for m in root.modules() if isinstance(m, AdaptedLinear))
     if not dtypes & {torch.float16, torch.bfloat16} or quantised or 4 * size > _WIDEN_BYTES:
         return share_tensors(root)
     return copy.deepcopy(root).float()

@@ -171,7 +171,7 @@ def layer_factors(
     Raises:
         AdapterFileError: A value does not fit `dtype`.
     """
-    with full_precision(layer.compute_device_and_dtype()[0]):
+    with full_precision(layer.frozen.device_and_dtype()[0]):
         left, directions = layer.frames(adapter)
         small_a, small_b = spectrum.factors(directions.detach().cpu(), rank)
         if left is not None:

@@ -346,7 +346,7 @@ def _choose_dtype(
         dtype = DTYPES[dtype]
     half = (torch.float16, torch.bfloat16)
     if dtype is None:
-        dtype = next(iter(layers.values())).compute_device_and_dtype()[1]
+        dtype = next(iter(layers.values())).frozen.device_and_dtype()[1]
         if dtype not in half:
             dtype = torch.bfloat16 if engine and engine.half_only else torch.float32
     if dtype not in DTYPES.values():
@@ -370,7 +370,7 @@ def _tensors(
         if isinstance(layer.get_base_layer(), nn.Embedding):
             tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"] = a, b
             continue
-        ones = (1,) * layer.kernel_dims  # of a convolution both factors are convolutions too
+        ones = (1,) * layer.frozen.kernel_dims  # of a convolution both factors are convolutions too
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = (
             a.view(*a.shape, *ones),
             b.view(*b.shape, *ones),
@@ -405,7 +405,7 @@ def _lora_config(
         "auto_mapping": config.auto_mapping,
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": bool(linear) and all(layer.is_transposed for layer in linear),
+        "fan_in_fan_out": bool(linear) and all(layer.frozen.transposed for layer in linear),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,

@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pica.adapters.export.engines import SIBLINGS
+from pica.tuners.base.frozen_weight import features_of
 from pica.tuners.base.pointwise import is_pointwise
 from pica.tuners.base.roles import role_of
 from pica.tuners.base.targets import is_supported
-from pica.tuners.pica.layer import features_of
 
 
 @dataclass(frozen=True)

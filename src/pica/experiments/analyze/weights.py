@@ -21,6 +21,7 @@ from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.models import locate
 from pica.foreign_code import code_options, nothing_asked
 from pica.text import first_line
+from pica.tuners.base.layer import AdaptedLinear
 
 
 def fetch(path: str) -> Path:
@@ -237,8 +238,8 @@ class TunedAdapter:
             raise AdapterFileError(f"{target.path}: {self._method} cannot be merged into it: {error}") from error
         finally:
             layer.merged_adapters.clear()
-            if hasattr(layer, "_unmerged_weight"):
-                layer._unmerged_weight = None
+            if isinstance(layer, AdaptedLinear):
+                layer.frozen.forget_merge()
             layer.get_base_layer().weight = nn.Parameter(mapped, requires_grad=False)
 
 

@@ -35,7 +35,7 @@ def verify_arrived(bank: PicaBank) -> None:
             _verify(bank, slot, name)
         except BaseException:
             tuner = bank.tuner[0] if bank.tuner else None
-            waits = any(layer.is_deferred() for layer in slot.layers.values())
+            waits = any(layer.frozen.is_deferred() for layer in slot.layers.values())
             # A PeftModel's adapter stays, and stays refused: the right state may still be loaded into it.
             if tuner is not None and not tuner.serves_peft_model and not waits:
                 take_out(tuner, name, slot.arrival)

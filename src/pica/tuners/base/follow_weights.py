@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pica.errors import BasisMismatchError
 from pica.tuners.base.bank import AdapterSlot
-from pica.tuners.base.replaced_weight import SAME_WEIGHT, rebase
+from pica.tuners.base.frozen_weight import SAME_WEIGHT
+from pica.tuners.base.replaced_weight import rebase
 from pica.tuners.base.verification import check_fingerprint, take_fingerprint
 
 # A sample that is off by more than this share of its norm is no rounded or further trained copy, but another weight.
@@ -17,7 +18,7 @@ def follow_weights(slot: AdapterSlot, adapter_name: str, *, stores_basis: bool) 
     Raises:
         BasisMismatchError: base weights were replaced since, and the adapter was trained with the old ones' basis.
     """
-    off = {path: layer.weight_deviation() for path, layer in slot.layers.items()}
+    off = {path: layer.frozen.deviation() for path, layer in slot.layers.items()}
     replaced = [path for path, deviation in off.items() if deviation > SAME_WEIGHT]
     if not replaced:
         return

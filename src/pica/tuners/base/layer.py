@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
-from transformers.pytorch_utils import Conv1D
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
-from pica.errors import BasisError, QuantisationError
-from pica.text import first_line
 from pica.tuners.base.bank import PicaBank, verify_loaded
+from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.pointwise import as_images, as_positions, is_pointwise, read_positions
-from pica.tuners.base.quantised import (
-    KeptLayer,
-    backend_of,
-    carry_over,
-    dequantised,
-    kind_of,
-    requantise,
-    rounds_its_input,
-)
-from pica.tuners.base.replaced_weight import deviation, loaded_weight_differs, rebase, sample
-from pica.tuners.base.sharding import in_parts, whole
+from pica.tuners.base.replaced_weight import loaded_weight_differs, rebase
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -41,6 +29,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     method: ClassVar[str] = ""  # for messages
     mixes: ClassVar[bool] = True  # whether the samples of a batch can have an adapter each
     mismatch_remedy: ClassVar[str] = ""  # one more way out of a basis mismatch, where the method has one
+    frozen_weight_class: ClassVar[type[FrozenWeight]] = FrozenWeight
     stores_basis: ClassVar[bool] = False  # whether an adapter's file may hold the basis itself; then the four below
 
     def __init__(self, base_layer: nn.Module, bank: PicaBank, name: str, root: nn.Module | None = None) -> None:
@@ -50,23 +39,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._bank = (bank,)  # in a tuple, so that it is not registered a second time
         self.pica_name = name
         self.pica_group: dict[str, str] = {}
-        self.weight_is_tied = False  # whether another module has the very same parameter; the model finds out
-        self._unmerged_weight: Tensor | None = None  # W before the first merge
-        self._kept: KeptLayer | None = None  # the same of a quantised layer
-        self._tied_weight: nn.Parameter | None = None  # what the layer had before a merge untied it
         self._bases_forgotten = False
-        self._weight_seen: Tensor | None = None  # a sample of the weight that the layer's bases are of
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
-        self.quantization_backend = backend_of(base_layer, root)
-        self.quantised_as = kind_of(base_layer, self.quantization_backend)
-        self._float_dtype = None if self.quantization_backend is None else _float_dtype(root)
-        self.in_features, self.out_features = features_of(base_layer)
-        # weights that are stored as (in, out); an embedding is the linear layer of one-hot inputs
-        self.is_transposed = isinstance(base_layer, (Conv1D, nn.Embedding))
-        # trailing dimensions of its weight, each of size 1: (out, in, 1, 1) of a Conv2d
-        self.kernel_dims = len(base_layer.kernel_size) if is_pointwise(base_layer) else 0
+        self.frozen = self.frozen_weight_class(self, name, root)
+        self.in_features, self.out_features = self.frozen.in_features, self.frozen.out_features
 
     # ---- what a method defines ---------------------------------------------------------------------------------
 
@@ -92,7 +70,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def basis_origin(self, adapter_name: str) -> tuple[torch.dtype, str]:
         """Of which weights the adapter's basis is: their dtype, and one of `pica.basis.fingerprint.ORIGINS`."""
-        return self.frozen_weight().dtype, self.quantised_as
+        return self.frozen.read().dtype, self.frozen.quantised_as
 
     @abstractmethod
     def turn_basis(self, name: str, rotation: Tensor) -> None:
@@ -188,102 +166,20 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     # ---- the frozen weight -------------------------------------------------------------------------------------
 
-    def frozen_weight(self) -> Tensor:
-        """W as it was trained, (out, in): dequantised and gathered where needed, without what was merged into it.
-
-        Raises:
-            BasisError: The weight is on the meta device, or only a part of it is in this process.
-        """
-        device, _ = self.compute_device_and_dtype()
-        if self.is_deferred():
-            raise BasisError(
-                f"{self.pica_name}: its weights are still on the meta device. Load or materialise the base model first "
-                "(under FSDP: set fsdp_cpu_ram_efficient_loading to false; with a device_map: leave no adapted layer "
-                "offloaded to the CPU or to disk)."
-            )
-        if self.quantization_backend is not None:
-            base = self.get_base_layer() if self._kept is None else self._kept.view()
-            weight = self._dequantised(base)
-        elif self._unmerged_weight is not None:
-            weight = self._original()
-        else:  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
-            raw = self.raw_weight()
-            weight = raw if in_parts(raw) else self.get_base_weight()
-        weight = whole(weight, self.in_features * self.out_features, self.pica_name).to(device)
-        if self.kernel_dims:
-            return weight.flatten(1)
-        return weight.T if self.is_transposed else weight
-
-    def _dequantised(self, base: nn.Module) -> Tensor:
-        backend = self.quantization_backend
-        assert backend is not None
-        try:
-            return dequantised(base, backend, self.in_features, self.compute_device_and_dtype()[1])
-        except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-            raise QuantisationError(
-                f"{self.pica_name}: its weight ({self.quantised_as}, {type(base).__name__}) cannot be dequantised "
-                f"({first_line(error)}), so it has no basis. Leave the layer out with exclude_modules, or load the base "
-                "model quantised in another way."
-            ) from error
-
-    def output_is_exact(self) -> bool:
-        """Whether the base layer gives W x (+ bias) up to the rounding of its dtype; not where it rounds x too."""
-        return not rounds_its_input(self.get_base_layer(), self.quantization_backend)
-
-    def compute_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if self._float_dtype is not None:
-            dtype = self._float_dtype
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-            dtype = torch.get_default_dtype()
-        return device or torch.device("cpu"), dtype
-
-    def is_deferred(self) -> bool:
-        """Whether the base weights are on the meta device, so that a basis has to wait for them."""
-        if self._unmerged_weight is not None or self._kept is not None:
-            return False
-        return self.raw_weight().is_meta
-
-    def raw_weight(self) -> Tensor:
-        """What the base layer holds as its weight: maybe quantised, or this process's part; empty if it has no such name."""
-        base = self.get_base_layer()
-        weight = getattr(base, "W_q" if self.quantised_as == "hqq" else "weight", None)
-        return weight if isinstance(weight, Tensor) else torch.empty(0)
-
-    def note_weight(self) -> None:
-        """Remember what the weight looks like of which a basis has just been made."""
-        self._weight_seen = self._weight_sample()
-
-    def weight_deviation(self) -> float:
-        """How far the weight is from the one that the bases are of, in a sample, relative to its norm.
-
-        0 where that cannot be seen: without bases, or where the weight is packed, in parts or on the meta device.
-        """
-        return deviation(self._weight_seen, self._weight_sample())
-
-    def _weight_sample(self) -> Tensor | None:
-        weight = self.raw_weight() if self._unmerged_weight is None else self._unmerged_weight
-        return sample(weight, self.in_features * self.out_features) if self.quantization_backend is None else None
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Torch's, called before the base layer's own: a new weight has another basis."""
         if f"{prefix}base_layer.weight" in state_dict and loaded_weight_differs(self, state_dict, prefix):
             rebase(self)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    # ---- merging -----------------------------------------------------------------------------------------------
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base layer's weight, in that weight's layout, float32 or float64."""
         if self._bank[0].unverified:
             verify_loaded(self._bank[0])
-        delta = self.weight_update(adapter)
-        if self.kernel_dims:
-            return delta.reshape(*delta.shape, *[1] * self.kernel_dims)
-        return delta.T if self.is_transposed else delta
+        return self.frozen.as_stored(self.weight_update(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return not self.kernel_dims  # PEFT's conversion knows matrices only; `pica.export_lora` does these too
+        return not self.frozen.kernel_dims  # PEFT's conversion knows matrices only; `pica.export_lora` does these too
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight: summed in float32 (or better), rounded once.
@@ -299,86 +195,22 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.pica_group]
         if not names:
             return
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise QuantisationError(
-                f"{self.pica_name}: a {self.quantised_as} layer cannot be merged into. Merge in full precision instead "
-                "(pica.adapters.merge.merge_in_full), or onto the unquantised base model (pica merge)."
-            )
-        if in_parts(self.raw_weight()):
-            raise ValueError(
-                f"{self.pica_name}: its weight is split between processes, so nothing can be merged into it. Save the "
-                "adapter and merge in one process (pica merge)."
-            )
-        if backend is not None:
-            original = self.frozen_weight()
-        elif self._unmerged_weight is not None:
-            original = self._original()
-        else:
-            original = self.get_base_weight().detach()
-        total = original.to(torch.promote_types(original.dtype, torch.float32))
-        total = total.clone() if total.data_ptr() == original.data_ptr() and backend is None else total
-        for name in [*self.merged_adapters, *names]:
-            total += self.get_delta_weight(name).to(total.device)
-        merged = total.to(original.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
-                f"(layer {self.pica_name})."
-            )
-        if backend is not None:
-            warnings.warn(
-                f"{self.method}: merging into {self.quantised_as} layers quantises the merged weight again, so outputs "
-                "change by about as much as quantisation changed them; pica merge writes the merged model in full "
-                "precision. Unmerging is exact.",
-                stacklevel=2,
-            )
-            kept = self._kept or KeptLayer(self.get_base_layer())
-            requantise(self.set_base_weight, merged, kept, self.pica_name, self.quantised_as)
-            carry_over(kept.layer, self.get_base_layer())
-            self._kept = kept
-        else:
-            if self._unmerged_weight is None:
-                # On the CPU no copy is made: set_base_weight swaps the storage in, so this keeps the old one.
-                self._unmerged_weight = self.get_base_weight().detach().cpu()
-            if self.weight_is_tied and self._tied_weight is None:
-                self._untie()
-            self.set_base_weight(merged)
-        self.merged_adapters.extend(names)
-
-    def _untie(self) -> None:
-        """Give the base layer a parameter of its own, so that a merge does not reach the module that shares it."""
-        base: Any = self.get_base_layer()
-        self._tied_weight = base.weight
-        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
-        warnings.warn(
-            f"{self.method}: the weight of {self.pica_name} is tied to another module's, which has no adapter. The merge "
-            "gives this layer a weight of its own, and the merged model is no longer tied; unmerge ties it again.",
-            stacklevel=3,
+        self.frozen.check_mergeable()
+        broken = (
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
+            f"(layer {self.pica_name})."
         )
+        updates = (self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
+        self.frozen.merge(updates, method=self.method, refusal=broken if safe_merge else None)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the base weight back exactly as it was before the first merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._kept is not None:
-            restored = self._kept.restore()
-            if self.get_base_layer() is not restored:  # HQQ's layers are replaced, not changed
-                self.base_layer = restored
-            self._kept = None
-        elif self._tied_weight is not None:
-            self.get_base_layer().weight = self._tied_weight
-            self._tied_weight = self._unmerged_weight = None
-        else:
-            self.set_base_weight(self._original())
-            self._unmerged_weight = None
+        self.frozen.restore()
         self.merged_adapters.clear()
-
-    def _original(self) -> Tensor:
-        """The weight before the first merge, where and in the dtype that the model has been moved to since."""
-        merged = self.get_base_weight()
-        return cast(Tensor, self._unmerged_weight).to(device=merged.device, dtype=merged.dtype)
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
@@ -406,12 +238,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return y
         in_place = self._may_overwrite(y)
         result = y
-        if self.kernel_dims:
+        if self.frozen.kernel_dims:
             x, result = self._as_positions(x, y)
         h_of = self.coordinates_of(x, result, names)  # all of them before any update is added
         for name in names:
             result = self.add_update(result, h_of[name], name, in_place=in_place)
-        return as_images(result, y) if self.kernel_dims else result
+        return as_images(result, y) if self.frozen.kernel_dims else result
 
     def _as_positions(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """A convolution's input and output as (N, places, channels)."""
@@ -445,7 +277,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             )
         y = self.base_layer(x, *args, **kwargs)
         batch = adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
-        if not self.kernel_dims:
+        if not self.frozen.kernel_dims:
             return self.add_mixed(x, y, batch)
         places, found = self._as_positions(x, y)
         result = as_images(self.add_mixed(places, found, batch), y)
@@ -455,7 +287,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the basis, never the shared matrix: PEFT's version would drag it from layer to layer, dtype included."""
-        own_device, dtype = self.compute_device_and_dtype()
+        own_device, dtype = self.frozen.device_and_dtype()
         if adapter_name in self.pica_group and own_device.type != "meta":
             self.move_basis(adapter_name, device or own_device, dtype)
 
@@ -466,18 +298,3 @@ def lasting(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()
-
-
-def _float_dtype(root: nn.Module | None) -> torch.dtype | None:
-    """The dtype in which a quantised model computes: that of its first parameter which is not quantised."""
-    parameters = () if root is None else root.parameters()
-    plain = (p.dtype for p in parameters if type(p) is nn.Parameter and p.is_floating_point())
-    return next((dtype for dtype in plain if dtype.itemsize >= 2), None)
-
-
-def features_of(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer of any kind, quantised ones included."""
-    in_features, out_features = _get_in_out_features(layer)
-    if in_features is None or out_features is None:
-        raise BasisError(f"cannot tell the width of a layer of type {type(layer).__name__}")
-    return in_features, out_features

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pica.basis.fingerprint import Alignment, LayerPrint, Mode
+from pica.tuners.base.frozen_weight import FrozenWeight
 
 
 class AdaptedLayer(Protocol):
@@ -22,7 +23,7 @@ class AdaptedLayer(Protocol):
     out_features: int
     pica_name: str
     pica_group: dict[str, str]
-    quantization_backend: Any
+    frozen: FrozenWeight
     merged_adapters: list[str]
 
     @property
@@ -30,9 +31,6 @@ class AdaptedLayer(Protocol):
     @property
     def merged(self) -> bool: ...
     def delete_adapter(self, adapter_name: str) -> None: ...
-    def is_deferred(self) -> bool: ...
-    def raw_weight(self) -> Tensor: ...
-    def weight_deviation(self) -> float: ...
     def forget_bases(self) -> None: ...
     def forget_choices(self, adapter_name: str) -> None: ...
     def direction_count(self, adapter_name: str) -> int: ...

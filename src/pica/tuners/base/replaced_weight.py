@@ -15,28 +15,6 @@ from pica.tuners.base.bank import Arrival
 from pica.tuners.base.protocols import AdaptedLayer
 from pica.tuners.base.sharding import in_parts
 
-WEIGHT_SAMPLES = 64
-# Largest deviation of a weight's sample, relative to its norm, at which it counts as the same: bfloat16 rounds by 0.2%.
-SAME_WEIGHT = 1e-2
-
-
-def sample(weight: Tensor, size: int) -> Tensor | None:
-    """Some of a weight's `size` numbers, float64, on the CPU; None where it is packed, in parts or on the meta device."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    if not plain or weight.is_meta or in_parts(weight) or weight.numel() != size:
-        return None
-    flat = weight.detach()
-    flat = (flat if flat.is_contiguous() else flat.T).reshape(-1)
-    return flat[:: max(1, len(flat) // WEIGHT_SAMPLES)].to("cpu", torch.float64)
-
-
-def deviation(seen: Tensor | None, now: Tensor | None) -> float:
-    """How far one sample is from another, relative to its norm; 0 where that cannot be told."""
-    if seen is None or now is None or seen.shape != now.shape:
-        return 0.0
-    size = float(torch.linalg.vector_norm(seen))
-    return float(torch.linalg.vector_norm(now - seen)) / max(size, 1e-30)
-
 
 def rebase(layer: AdaptedLayer) -> None:
     """Make a layer's bases anew from its weight, when they are needed next.
@@ -57,9 +35,9 @@ def rebase(layer: AdaptedLayer) -> None:
 
 def loaded_weight_differs(layer: AdaptedLayer, state_dict: dict[str, Any], prefix: str) -> bool:
     """Whether a state dict that is about to be loaded brings another weight for a layer's base layer."""
-    new, own = state_dict.get(f"{prefix}base_layer.weight"), layer.raw_weight()
+    new, own = state_dict.get(f"{prefix}base_layer.weight"), layer.frozen.raw()
     if not isinstance(new, Tensor) or type(own) not in (Tensor, nn.Parameter) or new.shape != own.shape:
         return False
-    if own.is_meta or new.is_meta or in_parts(own) or layer.merged or layer.quantization_backend:
+    if own.is_meta or new.is_meta or in_parts(own) or layer.merged or layer.frozen.quantised:
         return False
     return not torch.equal(own.detach(), new.detach().to(own))

@@ -30,13 +30,13 @@ from pica.tuners.base.bank import (
     plain_name,
 )
 from pica.tuners.base.default_targets import DEFAULT_TARGETS
-from pica.tuners.base.follow_weights import rebase
+from pica.tuners.base.frozen_weight import SAME_WEIGHT
 from pica.tuners.base.layer import AdaptedLinear
 from pica.tuners.base.matching import resolved, start_counting, with_plain_targets
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.parallel import check_gradient_reduction
 from pica.tuners.base.quantised import check_differentiable, keep_differentiable
-from pica.tuners.base.replaced_weight import SAME_WEIGHT
+from pica.tuners.base.replaced_weight import rebase
 from pica.tuners.base.roles import Group
 from pica.tuners.base.rollback import active_adapters, all_or_nothing, replace_earlier
 from pica.tuners.base.sharding import from_first_process, loads_in_one_process
@@ -225,7 +225,7 @@ class BankedModel(BaseTuner):
     def _ensure_plan(self, peft_config: PeftConfig, adapter_name: str) -> AdapterPlan:
         if self._plan is None:
             for layer in self._layers():
-                if layer.weight_deviation() > SAME_WEIGHT:
+                if layer.frozen.deviation() > SAME_WEIGHT:
                     rebase(layer)
                 layer.solve_again()
             self._plan = self._make_plan(peft_config)
@@ -242,13 +242,13 @@ class BankedModel(BaseTuner):
         """Give a layer the adapter that was planned for it, and its group a matrix if it has none."""
         plan, bank = self._ensure_plan(peft_config, adapter_name), layer.bank
         group = plan.groups[layer.pica_name]
-        device, dtype = layer.compute_device_and_dtype()
+        device, dtype = layer.frozen.device_and_dtype()
         if adapter_name not in bank or group.key not in bank.matrices(adapter_name):
             # float32 over float32 and narrower bases, float64 over float64 ones
             initial = self._initial_matrix(group, peft_config, torch.promote_types(dtype, torch.float32), device)
             bank.add_matrix(adapter_name, group.key, initial)
         plan.attach(layer, adapter_name)
-        layer.weight_is_tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._tied_parameters()
+        layer.frozen.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._tied_parameters()
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _tied_parameters(self) -> set[int]:
@@ -283,7 +283,7 @@ class BankedModel(BaseTuner):
         if autocast_adapter_dtype or bank is None or adapter_name not in bank:
             return
         dtype_of = {
-            m.pica_group[adapter_name]: m.compute_device_and_dtype()[1]
+            m.pica_group[adapter_name]: m.frozen.device_and_dtype()[1]
             for m in self._layers()
             if adapter_name in m.pica_group
         }

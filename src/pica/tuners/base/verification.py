@@ -73,7 +73,7 @@ class LayerCheck:
 def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
     """The fingerprint of an adapter's bases as they are now, uint8; None while a layer's weights are on the meta device."""
     layers = slot.layers
-    if not layers or any(layer.is_deferred() for layer in layers.values()):
+    if not layers or any(layer.frozen.is_deferred() for layer in layers.values()):
         return None
     mode, probes = _mode(slot, adapter_name)
     prints: dict[str, LayerPrint] = {}

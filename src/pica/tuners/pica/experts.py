@@ -18,9 +18,9 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from pica.basis import Side
 from pica.errors import ConfigError, TargetError
 from pica.tuners.base.bank import PicaBank, find_banks, verify_loaded
+from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.base.sharding import in_parts
 from pica.tuners.pica.layer import PicaLinear
 from pica.tuners.pica.recompute import Remade, can_be_remade, kept_as_recipes
@@ -53,27 +53,31 @@ class ExpertView(nn.Module):
         return expert.T if self.input_first else expert
 
 
+class ExpertWeight(FrozenWeight):
+    """The frozen weight of one expert: a slice of a stack."""
+
+    def output_is_exact(self) -> bool:
+        """No: an expert's output is nowhere to be seen."""
+        return False
+
+    def _sample(self) -> Tensor | None:
+        view = self._layer.get_base_layer()
+        assert isinstance(view, ExpertView)
+        # to take one expert of a stack that is split between processes, all of them would have to ask for it
+        return None if in_parts(view.stack) or view.stack.ndim != 3 else super()._sample()
+
+    def _write(self, weight: Tensor) -> None:
+        own, kept = self._layer.get_base_weight(), self._before_merge
+        if kept is not None and kept.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
+            self._before_merge = kept.clone()  # a slice is written in place, so its copy has to be one
+        own.copy_(weight)
+
+
 class PicaExpert(PicaLinear):
     """A PiCa layer for one expert of a stack. `AdaptedExperts` applies its update."""
 
     mixes = False
-
-    def preferred_side(self, weight: Tensor) -> Side:
-        """The input's: an expert's output, which the other side reads, is nowhere to be seen."""
-        return "in"
-
-    def _weight_sample(self) -> Tensor | None:
-        view = self.get_base_layer()
-        assert isinstance(view, ExpertView)
-        # to take one expert of a stack that is split between processes, all of them would have to ask for it
-        return None if in_parts(view.stack) or view.stack.ndim != 3 else super()._weight_sample()
-
-    def set_base_weight(self, weight_data: Tensor) -> None:
-        own = self.get_base_weight()
-        kept = self._unmerged_weight
-        if kept is not None and kept.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
-            self._unmerged_weight = kept.clone()  # a slice is written in place, so its copy has to be one
-        own.copy_(weight_data)
+    frozen_weight_class = ExpertWeight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError("the experts' own module runs them")

@@ -17,7 +17,6 @@ from pica.basis.fingerprint import NAMED, Alignment, LayerPrint, Mode, align, ta
 from pica.errors import ConfigError
 from pica.tuners.base.bank import PicaBank
 from pica.tuners.base.layer import AdaptedLinear, lasting
-from pica.tuners.base.layer import features_of as features_of
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.sharding import whole
 
@@ -112,10 +111,10 @@ class PicaLinear(AdaptedLinear):
         self.register_buffer(buffer_name(projection), self._placed(basis.projector), persistent=False)
         clear = basis.rank if basis.clear is None else basis.clear
         self._made[projection] = _Made(basis.side, basis.solver, clear)
-        self.note_weight()
+        self.frozen.note()
 
     def _placed(self, projector: Tensor) -> Tensor:
-        device, dtype = self.compute_device_and_dtype()
+        device, dtype = self.frozen.device_and_dtype()
         if device.type == "meta" and not projector.is_meta:
             device = torch.device("cpu")  # another process solved it, and this one is still to receive its weights
         return lasting(projector.to(device=device, dtype=dtype))
@@ -326,21 +325,21 @@ class PicaLinear(AdaptedLinear):
             ConfigError: the checkpoint's weight is missing, of another shape, quantised, or another model's.
         """
         if request.checkpoint is None:
-            own = self.frozen_weight()
-            return own, self._own_side(request, own), self.quantised_as
+            own = self.frozen.read()
+            return own, self._own_side(request, own), self.frozen.quantised_as
         named = read_tensor(request.checkpoint, request.tensor, self.pica_name)
-        named = named.flatten(1) if self.kernel_dims and named.ndim > 1 else named
-        named = (named.T if self.is_transposed else named).to(self.compute_device_and_dtype()[0])
+        named = named.flatten(1) if self.frozen.kernel_dims and named.ndim > 1 else named
+        named = (named.T if self.frozen.transposed else named).to(self.frozen.device_and_dtype()[0])
         if named.shape != (self.out_features, self.in_features):
             raise ConfigError(
                 f"basis_from={request.checkpoint!r}: {request.tensor} is {tuple(named.shape)} and {self.pica_name} "
                 f"({self.out_features}, {self.in_features}); name the unquantised checkpoint of the same model."
             )
-        if check or self.quantization_backend is None:
-            own = self.frozen_weight()
+        if check or not self.frozen.quantised:
+            own = self.frozen.read()
             wide = torch.promote_types(torch.promote_types(own.dtype, named.dtype), torch.float32)
             difference = float(torch.linalg.vector_norm(own.to(wide) - named.to(wide)))
-            if difference == 0 and self.quantization_backend is None:
+            if difference == 0 and not self.frozen.quantised:
                 return own, self._own_side(request, own), ""
             size = float(torch.linalg.vector_norm(named, dtype=wide))
             if not difference <= FOREIGN_WEIGHT * size:
@@ -365,7 +364,7 @@ class PicaLinear(AdaptedLinear):
         """
         if isinstance(self.get_base_layer(), nn.Embedding):
             return "out"
-        if weight.shape[1] <= weight.shape[0] or not self.output_is_exact():
+        if weight.shape[1] <= weight.shape[0] or not self.frozen.output_is_exact():
             return "in"
         bias = getattr(self.get_base_layer(), "bias", None)
         if bias is None or bias.is_meta:
@@ -388,7 +387,7 @@ class PicaLinear(AdaptedLinear):
             return projector.to(dtype) @ weight.to(dtype)
 
     def weight_update(self, adapter_name: str) -> Tensor:
-        weight = self.frozen_weight()
+        weight = self.frozen.read()
         rows = self.directions(self.pica_projection[adapter_name], weight)
         rank = self.usable_rank(adapter_name)
         with full_precision(weight.device):
@@ -398,7 +397,7 @@ class PicaLinear(AdaptedLinear):
         return self.matrix(adapter_name).detach()[:, : self.usable_rank(adapter_name)]
 
     def frames(self, adapter_name: str) -> tuple[Tensor | None, Tensor]:
-        rows = self.directions(self.pica_projection[adapter_name], self.frozen_weight())
+        rows = self.directions(self.pica_projection[adapter_name], self.frozen.read())
         return None, rows[: self.usable_rank(adapter_name)]
 
     def coordinates_of(self, x: Tensor, y: Tensor, names: list[str]) -> dict[str, Tensor]:

@@ -13,13 +13,14 @@ from pica.basis import Basis, BasisRequest, WantedSide, max_rank, solve_many
 from pica.basis.checkpoint import open_checkpoint, renaming
 from pica.errors import ConfigError
 from pica.tuners.base.bank import PicaBank, plain_name
+from pica.tuners.base.frozen_weight import features_of
 from pica.tuners.base.matching import matches
 from pica.tuners.base.roles import Group, Member, plan_groups
 from pica.tuners.base.sharding import check_placement, describe, loads_in_one_process
 from pica.tuners.base.targets import target_layers
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.experts import ExpertView, PicaExpert, expert_layers, target_stacks
-from pica.tuners.pica.layer import PicaLinear, features_of, projection_key
+from pica.tuners.pica.layer import PicaLinear, projection_key
 
 if TYPE_CHECKING:
     from pica.tuners.base.tuner import BankedModel
@@ -101,13 +102,15 @@ class Plan:
         )
 
     def _solve(self, root: nn.Module, wrapped: dict[str, PicaLinear], stored: bool) -> dict[str, Basis]:
-        raw = {path: layer.raw_weight() for path, layer in wrapped.items()}
+        raw = {path: layer.frozen.raw() for path, layer in wrapped.items()}
         check_placement(root, raw)
         await_others = loads_in_one_process()  # whose bases this one receives, though its weights are not here yet
         needed = [
             request
             for path, request in self.requests.items()
-            if not stored and (await_others or not wrapped[path].is_deferred()) and _lacks_basis(wrapped[path], request)
+            if not stored
+            and (await_others or not wrapped[path].frozen.is_deferred())
+            and _lacks_basis(wrapped[path], request)
         ]
         names = [request.name for request in needed]
         shapes = {n: (wrapped[n].out_features, wrapped[n].in_features) for n in names}
@@ -151,7 +154,7 @@ def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[st
     try:
         folder = open_checkpoint(config.basis_from)
     except ConfigError as error:
-        quantised = any(layer.quantization_backend is not None for layer in layers.values())
+        quantised = any(layer.frozen.quantised for layer in layers.values())
         if config.basis_format is not None and (config.save_basis or not quantised):
             logger.info("basis_from=%r cannot be had (%s); using this base model's weights", config.basis_from, error)
             return {}

@@ -104,12 +104,12 @@ class SvftLinear(AdaptedLinear):
 
     def install_basis(self, key: str, basis: Factorisation) -> None:
         """Keep singular vectors under `key`, in the layer's compute dtype on its device; no state dict holds them."""
-        device, dtype = self.compute_device_and_dtype()
+        device, dtype = self.frozen.device_and_dtype()
         for side, tensor in (("left", basis.left), ("right", basis.right)):
             kept = lasting(tensor.to(device=device, dtype=dtype).contiguous())
             self.register_buffer(f"svft_basis_{side}_{key}", kept, persistent=False)
         self._usable[key] = basis.usable
-        self.note_weight()
+        self.frozen.note()
 
     def forget_bases(self) -> None:
         for key in list(self._usable):
@@ -134,7 +134,7 @@ class SvftLinear(AdaptedLinear):
         """(U, V^T) that adapter `name` uses, solved now if the weight was on the meta device when it was added."""
         key = self.svft_basis[name]
         if not self.has_basis(key):
-            self.install_basis(key, factorise(self.frozen_weight(), name=self.pica_name))
+            self.install_basis(key, factorise(self.frozen.read(), name=self.pica_name))
         left, right = getattr(self, f"svft_basis_left_{key}"), getattr(self, f"svft_basis_right_{key}")
         return cast(Tensor, left), cast(Tensor, right)
 
@@ -181,18 +181,18 @@ class SvftLinear(AdaptedLinear):
         """Of V^T alone: W ties each u_i to its v_i, sign included."""
         return take_print(
             self._usable_rows(adapter_name),
-            self.frozen_weight(),
+            self.frozen.read(),
             "in",
             rank=self.width,
             projection="principal",
             solver="svd",
             mode=mode,
             probes=probes,
-            origin=self.quantised_as,
+            origin=self.frozen.quantised_as,
         )
 
     def align_print(self, adapter_name: str, trained: LayerPrint, mode: Mode) -> Alignment:
-        rows, weight = self._usable_rows(adapter_name), self.frozen_weight()
+        rows, weight = self._usable_rows(adapter_name), self.frozen.read()
 
         def gains() -> Tensor:
             dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -213,12 +213,12 @@ class SvftLinear(AdaptedLinear):
             return band_positions(entries.n, entries.off_diagonals)
         slot, group = self.bank.matrices(adapter_name), self.pica_group[adapter_name]
         found = slot.get_buffer(positions_key(group))
-        if found.is_meta and not self.is_deferred():
+        if found.is_meta and not self.frozen.is_deferred():
             scores = None
             if entries.pattern == "top_k":
                 members = [m for m in slot.layers.values() if m.pica_group.get(adapter_name) == group]
                 scores = sum(affinity(*cast(SvftLinear, m).sides(adapter_name)).square() for m in members)
-            found = choose_positions(entries, group, scores).to(self.compute_device_and_dtype()[0])
+            found = choose_positions(entries, group, scores).to(self.frozen.device_and_dtype()[0])
             setattr(slot, positions_key(group), found)
         return found
 

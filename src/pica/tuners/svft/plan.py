@@ -46,7 +46,7 @@ class SvftPlan:
             path: module if isinstance(module, SvftLinear) else SvftLinear(module, PicaBank(), path, tuner.model)
             for path, module in found.items()
         }
-        check_placement(tuner.model, {path: layer.raw_weight() for path, layer in self._layers.items()})
+        check_placement(tuner.model, {path: layer.frozen.raw() for path, layer in self._layers.items()})
         members = [Member(path, layer.width, layer.in_features, layer.width) for path, layer in self._layers.items()]
         self.groups: dict[str, Group] = {}
         self.entries: dict[str, Entries] = {}
@@ -75,15 +75,15 @@ class SvftPlan:
                 assert isinstance(left, Tensor)
                 assert isinstance(right, Tensor)
             else:
-                basis = factorise(layer.frozen_weight(), name=path)
+                basis = factorise(layer.frozen.read(), name=path)
                 left, right = basis.left, basis.right
-                dtype = layer.compute_device_and_dtype()[1]
+                dtype = layer.frozen.device_and_dtype()[1]
                 self.bases[path] = replace(basis, left=left.to(dtype), right=right.to(dtype))
             if pattern == "top_k":  # the layers that share a T: by the mean square of their affinities
                 square = affinity(left, right).square()
                 scores[group] = scores[group].to(square.device) + square if group in scores else square
 
-        ready = [path for path, layer in self._layers.items() if layer.has_basis() or not layer.is_deferred()]
+        ready = [path for path, layer in self._layers.items() if layer.has_basis() or not layer.frozen.is_deferred()]
         todo = [path for path in ready if pattern == "top_k" or not self._layers[path].has_basis()]
         with_progress(map(solve, todo), len(todo))
         for group in {self.groups[path].key: self.groups[path] for path in ready}.values():
@@ -98,5 +98,5 @@ class SvftPlan:
         # taken out, so that the solved sides are not held twice
         layer.add_adapter(adapter_name, group=group, entries=self.entries[group], basis=self.bases.pop(path, None))
         positions = self.positions.get(group)
-        device, _ = layer.compute_device_and_dtype()
+        device, _ = layer.frozen.device_and_dtype()
         add_positions(layer, adapter_name, None if positions is None else positions.to(torch.device(device)))
