@@ -104,7 +104,7 @@ def trained(targets: Sequence[str], rank: int) -> PeftModel:
 
 def updates(model: PeftModel) -> dict[str, torch.Tensor]:
     """{path: dW} of the PiCa layers."""
-    return {m.pica_name: m.get_delta_weight("default") for m in model.modules() if isinstance(m, PicaLinear)}
+    return {m.path: m.get_delta_weight("default") for m in model.modules() if isinstance(m, PicaLinear)}
 
 
 def check_vllm(folder: Path) -> list[dict[str, Any]]:

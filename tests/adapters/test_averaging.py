@@ -50,7 +50,7 @@ def clients(base: Any, config: Any, folder: Path, count: int = 3) -> list[Path]:
 
 def updates(base: nn.Module, folder: Path) -> dict[str, Tensor]:
     model = PeftModel.from_pretrained(base, str(folder))
-    return {n: m.get_delta_weight("default").double() for n, m in model.named_modules() if hasattr(m, "pica_group")}  # pyright: ignore[reportCallIssue]
+    return {n: m.get_delta_weight("default").double() for n, m in model.named_modules() if hasattr(m, "group_of")}  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)

@@ -68,7 +68,9 @@ def test_signs_are_those_of_the_decomposition(tiny_llama, tokens, tmp_path: Path
     model = import_reference(tiny_llama(), tmp_path / "ref")
     layers = [m for m in model.modules() if isinstance(m, PicaLinear)]
     assert len(layers) == 6
-    signs = torch.cat([direction_signs(m.directions(m.pica_projection["default"], m.frozen.read())) for m in layers])
+    signs = torch.cat(
+        [direction_signs(m.method.directions(m.bases.key_of["default"], m.frozen.read())) for m in layers]
+    )
     assert 0 < int((signs < 0).sum()) < len(signs)
     wanted = plain_formula(tiny_llama(), matrices, tokens)
     ours = pica.PicaConfig(r=RANK, target_modules=["q_proj", "v_proj"])
@@ -76,7 +78,7 @@ def test_signs_are_those_of_the_decomposition(tiny_llama, tokens, tmp_path: Path
 
     oriented = get_peft_model(tiny_llama(), ours)
     for layer in (m for m in oriented.modules() if isinstance(m, PicaLinear)):
-        layer.matrix("default").data.copy_(matrices[layer.pica_name.rpartition(".")[2]])
+        layer.matrix("default").data.copy_(matrices[layer.path.rpartition(".")[2]])
     with torch.no_grad():
         assert float((oriented(input_ids=tokens).logits - wanted).abs().max()) > 0.5
 
@@ -86,7 +88,7 @@ def test_first_keyword_that_is_a_substring_wins(tiny_llama, tokens, tmp_path: Pa
     matrices = save_checkpoint(tmp_path / "ref", matrices={"v_proj": wide, "proj": torch.full((64, RANK), 0.03)})
     base = tiny_llama(num_key_value_heads=4, intermediate_size=64)  # every projection is 64 wide
     model = import_reference(base, tmp_path / "ref")
-    groups = {m.pica_name: m.pica_group["default"] for m in model.modules() if isinstance(m, PicaLinear)}
+    groups = {m.path: m.group_of["default"] for m in model.modules() if isinstance(m, PicaLinear)}
     assert len(groups) == 3 * 7
     assert {groups[f"model.layers.{i}.self_attn.q_proj"] for i in range(3)} == {"q_proj-64"}
     assert {groups[f"model.layers.{i}.mlp.down_proj"] for i in range(3)} == {"proj-64"}

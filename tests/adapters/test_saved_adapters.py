@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pica
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 
 SAVED = Path(__file__).parent / "saved"
 FOLDERS = sorted(path.name for path in SAVED.iterdir() if path.is_dir())
@@ -46,7 +46,7 @@ def test_there_is_something_to_load():
 def test_an_adapter_that_was_saved_long_ago_means_the_same(name: str):
     updates = load_file(SAVED / "updates.safetensors")
     model = PeftModel.from_pretrained(Net(), str(SAVED / name))  # pyright: ignore[reportArgumentType]
-    layers = {m.pica_name: m for m in model.modules() if isinstance(m, AdaptedLinear)}
+    layers = {m.path: m for m in model.modules() if isinstance(m, SharedLayer)}
     assert {f"{name}:{path}" for path in layers} == {key for key in updates if key.startswith(f"{name}:")}
     for path, layer in layers.items():
         torch.testing.assert_close(layer.get_delta_weight("default"), updates[f"{name}:{path}"], rtol=1e-4, atol=1e-4)

@@ -93,9 +93,9 @@ def test_a_truncated_export_loses_what_was_said_beforehand(tiny_llama, tmp_path)
     stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     rows = {row.group: row for row in done.plan.rows}
     for layer in (m for m in model.modules() if isinstance(m, SvftLinear)):
-        a, b = (stored[f"base_model.model.{layer.pica_name}.lora_{x}.weight"] for x in "AB")
+        a, b = (stored[f"base_model.model.{layer.path}.lora_{x}.weight"] for x in "AB")
         lost = torch.linalg.norm(layer.get_delta_weight("default") - b @ a)
-        row = rows[layer.pica_group["default"]]
+        row = rows[layer.group_of["default"]]
         assert float(lost) == pytest.approx(row.error, rel=1e-4)
         assert 0 < row.error < row.norm
 

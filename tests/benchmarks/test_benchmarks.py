@@ -52,7 +52,7 @@ def test_the_reference_formulation_computes_what_pica_does():
         if not isinstance(module, PicaLinear):
             continue
         plain = layers[path.removeprefix("base_model.model.")]
-        rows = module.directions("principal", module.frozen.read())
+        rows = module.method.directions("principal", module.frozen.read())
         signs = (rows * plain.get_buffer("rows")).sum(dim=1).sign()
         plain.get_buffer("rows").mul_(signs[:, None])
         matrix = module.matrix("default")

@@ -9,7 +9,7 @@ from peft import PeftModel
 from pica.adapters.base_model import read_peft_config
 from pica.errors import ConfigError
 from pica.tuners.base.config import BankedConfig
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 
 # What decides which layers, groups and bases there are; everything else may differ.
 _STRUCTURE = (
@@ -41,7 +41,7 @@ def hotswap_adapter(model: PeftModel, adapter_dir: str | Path, adapter_name: str
         raise ConfigError(
             f"The model has no PiCa or SVFT adapter {adapter_name!r}; it has {', '.join(model.peft_config)}."
         )
-    if any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear)):
+    if any(m.merged for m in model.modules() if isinstance(m, SharedLayer)):
         raise ConfigError("Adapters are merged into the model; call model.unmerge_adapter() before swapping one.")
     config = read_peft_config(Path(adapter_dir).expanduser())
     if differing := differing_settings(current, config, "here", "there"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pica.errors import QuantisationError
 from pica.tuners.base.bank import drop_bank
 from pica.tuners.base.frozen_weight import features_of
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.quantised import backend_of, dequantised
 
 
@@ -30,18 +30,18 @@ def merge_in_full(model: PeftModel, dtype: torch.dtype = torch.float32) -> nn.Mo
         QuantisationError: Something else than this package's adapters is on the model, or one is merged already.
     """
     root: Any = model.get_base_model()
-    adapted = [m for m in root.modules() if isinstance(m, AdaptedLinear)]
+    adapted = [m for m in root.modules() if isinstance(m, SharedLayer)]
     if not adapted or any(m.merged for m in adapted):
         raise QuantisationError(
             "Only a PiCa or SVFT adapter that is not merged yet can be merged in full precision; unmerge it first."
         )
     with torch.no_grad():
         for path, module in list(root.named_modules()):
-            layer = module.get_base_layer() if isinstance(module, AdaptedLinear) else module
-            if isinstance(module, AdaptedLinear) and module.frozen.quantised:
+            layer = module.get_base_layer() if isinstance(module, SharedLayer) else module
+            if isinstance(module, SharedLayer) and module.frozen.quantised:
                 weight = module.frozen.read().to(torch.float32)
                 for name in module.active_adapters:
-                    if name in module.pica_group:
+                    if name in module.group_of:
                         weight = weight + module.get_delta_weight(name)
             elif not path.endswith(".base_layer") and (backend := backend_of(layer, root)) is not None:
                 weight = dequantised(layer, backend, features_of(layer)[0], root.dtype)

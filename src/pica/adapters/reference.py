@@ -26,6 +26,7 @@ from pica.errors import AdapterFileError, BasisError, ConfigError
 from pica.files.documents import DocumentError, read_json
 from pica.text import first_line
 from pica.tuners.base.bank import get_bank
+from pica.tuners.base.basis_store import Projector
 from pica.tuners.base.verification import take_fingerprint
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.layer import PicaLinear
@@ -96,8 +97,8 @@ def import_reference(
     for path, keyword in matched.items():
         layer = model.get_base_model().get_submodule(path)
         assert isinstance(layer, PicaLinear)
-        layer.use_shared_basis("default", bases[path])
-        layer.drop_unused_bases()
+        layer.method.use("default", Projector.of(bases[path]))
+        layer.bases.drop_unused()
         with torch.no_grad():
             layer.matrix("default").copy_(saved.matrices[keyword])
     _take_fingerprint(model.get_base_model())

@@ -37,7 +37,7 @@ def dense_updates(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def pica_layers(model: nn.Module) -> dict[str, PicaLinear]:
-    return {m.pica_name: m for m in model.modules() if isinstance(m, PicaLinear)}
+    return {m.path: m for m in model.modules() if isinstance(m, PicaLinear)}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_truncation_error_is_the_one_announced(pica_llama, tmp_path: Path, rank:
     rows = {row.group: row for row in done.plan.rows}
     updates = dense_updates(tmp_path / "lora")
     for path, layer in pica_layers(model).items():
-        row = rows[layer.pica_group["default"]]
+        row = rows[layer.group_of["default"]]
         wanted = layer.get_delta_weight("default").double()
         measured = float((updates[path] - wanted).norm())
         assert row.error > 0

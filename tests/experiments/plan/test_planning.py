@@ -100,7 +100,7 @@ def test_counts_and_bytes_are_those_of_the_real_adapter(name: str, r: int, tmp_p
     layers = [m for m in adapted.modules() if isinstance(m, PicaLinear)]
     assert plan.parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert sum(g.layers for g in plan.groups) == len(layers)
-    projectors = [layer.projector("principal") for layer in layers]
+    projectors = [layer.bases.rows("principal") for layer in layers]
     assert plan.basis_bytes == sum(p.nbytes for p in projectors if p is not None)
     adapted.save_pretrained(str(tmp_path / "adapter"))
     assert plan.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -208,7 +208,7 @@ def test_experts_are_counted_as_they_are_adapted(name: str, share: str, tmp_path
     assert any(isinstance(layer, PicaExpert) for layer in layers)
     assert sum(g.layers for g in plan.groups) == len(layers)
     assert plan.parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
-    assert plan.basis_bytes == sum(layer.require_projector("principal").nbytes for layer in layers)
+    assert plan.basis_bytes == sum(layer.method.require("principal").nbytes for layer in layers)
     real.save_pretrained(str(tmp_path / "adapter"))
     assert plan.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert plan.basis_seconds >= len(layers) * solver_rates()[0]
@@ -261,7 +261,7 @@ def test_quantised_weights_and_bases_are_those_of_the_loaded_model(kind: Any, dt
     assert plan.model_parameters == sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
     adapted = peft.get_peft_model(model, PicaConfig(r=4))
     layers = [m for m in adapted.modules() if isinstance(m, PicaLinear)]
-    assert plan.basis_bytes == sum(layer.require_projector("principal").nbytes for layer in layers)
+    assert plan.basis_bytes == sum(layer.method.require("principal").nbytes for layer in layers)
     assert plan.parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert all(step.total for entry in plan.memory for step in entry.steps), plan.notes
 

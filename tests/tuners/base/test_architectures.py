@@ -18,7 +18,7 @@ import pica
 from pica import PicaConfig, SvftConfig
 from pica.errors import ExportError, TargetError
 from pica.tuners.base.default_targets import DEFAULT_TARGETS
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from tests.families import FAMILIES, config_of, inputs_of, make
 
 # what no default may touch: routers, gates of shared experts, heads, and what a language model sees or hears with
@@ -44,7 +44,7 @@ def test_default_targets_train_save_load_merge_and_export(name: str, tmp_path: P
     base = result(make(name), name)
     model = get_peft_model(make(name), PicaConfig(r=4))
     torch.testing.assert_close(result(model, name), base, atol=1e-6, rtol=1e-6)
-    adapted = [m.pica_name for m in model.modules() if isinstance(m, AdaptedLinear)]
+    adapted = [m.path for m in model.modules() if isinstance(m, SharedLayer)]
     family = config_of(name).model_type
     assert family in SEES or not [path for path in adapted if LEFT_ALONE.search(path)]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -102,7 +102,7 @@ def test_layers_that_an_adapter_would_not_reach_are_refused(name: str, target: s
 @pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM"])
 def test_all_linear_layers_of_a_mixture_are_neither_routers_nor_experts(name: str):
     model = get_peft_model(make(name), PicaConfig(r=2, target_modules="all-linear"))
-    names = {m.pica_name for m in model.modules() if isinstance(m, AdaptedLinear)}
+    names = {m.path for m in model.modules() if isinstance(m, SharedLayer)}
     assert any(n.endswith("self_attn.o_proj") for n in names)
     assert not any(re.search(r"(router|mlp\.gate$|experts\.\d)", n) for n in names)
 

@@ -38,10 +38,10 @@ def test_the_update_is_that_of_the_formula(name: str, projection: Any):
     (layer,) = [m for m in model.modules() if isinstance(m, PicaLinear)]
     table: Any = layer.get_base_layer()
     weight = table.weight.detach().T  # (out, in): width, vocabulary
-    projection_key = layer.pica_projection["default"]
-    rows = layer.directions(projection_key, weight)
+    projection_key = layer.bases.key_of["default"]
+    rows = layer.method.directions(projection_key, weight)
     if projection == "principal":
-        assert layer.side(projection_key) == "out"
+        assert layer.bases.side(projection_key) == "out"
         plain = torch.linalg.svd(weight, full_matrices=False)[2][:5]
         plain = plain * torch.sign((plain * rows).sum(1, keepdim=True))
         torch.testing.assert_close(rows, plain, atol=1e-4, rtol=1e-4)  # the basis was solved in float32

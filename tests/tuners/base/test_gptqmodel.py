@@ -118,14 +118,14 @@ def test_forward_and_gradients_are_the_formula_on_the_dequantised_weight(folders
     for layer in layers_of(model.train())[:7]:
         assert layer.frozen.quantised_as == kind
         weight = layer.frozen.read().double()
-        assert 0.01 < error(weight, plain.get_submodule(layer.pica_name).weight) < 0.3
+        assert 0.01 < error(weight, plain.get_submodule(layer.path).weight) < 0.3
         x = torch.randn(3, 5, layer.in_features, requires_grad=True)
         y = layer(x)
         bias = getattr(layer.base_layer, "bias", None)
         base = x.detach().double() @ weight.T + (0 if bias is None else bias.detach().double())
         assert error(layer.base_layer(x), base) < 1e-5
         rows = torch.linalg.svd(weight, full_matrices=False)[2][:8]
-        used = layer.directions(layer.pica_projection["default"], layer.frozen.read()).double()
+        used = layer.method.directions(layer.bases.key_of["default"], layer.frozen.read()).double()
         matrix = layer.matrix("default").detach().double()[:, :8]
         update = matrix @ (rows * (used * rows).sum(dim=1, keepdim=True).sign())
         assert error(y - layer.base_layer(x), x.detach().double() @ update.T) < 2e-5
@@ -187,7 +187,7 @@ def test_basis_from_the_unquantised_checkpoint(folders, kind, tmp_path):
     model = adapted(folders[kind], basis_from=folders[""])
     model.save_pretrained(tmp_path)
     on_plain = PeftModel.from_pretrained(load(folders[""]), tmp_path)
-    others = {layer.pica_name: layer for layer in layers_of(on_plain)}
+    others = {layer.path: layer for layer in layers_of(on_plain)}
     for a in layers_of(model):
-        b = others[a.pica_name]
+        b = others[a.path]
         assert error(a.get_delta_weight("default"), b.get_delta_weight("default")) < 2e-6

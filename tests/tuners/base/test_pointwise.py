@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pica
 from pica import PicaConfig, SvftConfig
 from pica.errors import TargetError
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.pica.layer import PicaLinear
 
 KINDS: dict[str, Any] = {"1d": nn.Conv1d, "2d": nn.Conv2d, "3d": nn.Conv3d}
@@ -45,8 +45,8 @@ def by_formula(model: nn.Module, adapter: str, x: Tensor) -> Tensor:
     for layer in (m for m in model.modules() if isinstance(m, PicaLinear)):
         base: Any = layer.base_layer
         weight = base.weight.detach().double().flatten(1)
-        own = layer.directions(layer.pica_projection[adapter], layer.frozen.read()).double()
-        rows = torch.linalg.svd(weight)[2][: layer.r[adapter]]
+        own = layer.method.directions(layer.bases.key_of[adapter], layer.frozen.read()).double()
+        rows = torch.linalg.svd(weight)[2][: layer.method.rank_of[adapter]]
         rows = rows * torch.sign((rows * own).sum(1, keepdim=True))
         torch.testing.assert_close(own, rows, atol=1e-5, rtol=1e-5)
         full = weight + layer.matrix(adapter).detach().double() @ rows
@@ -90,7 +90,7 @@ def test_output_and_gradients_are_those_of_the_formula(kind: str, inn: int, out:
         torch.testing.assert_close(memory.grad, dx, atol=1e-9, rtol=1e-9)
         assert matrix.grad is not None
         h = sum(
-            torch.einsum("ri,ni...->nr...", layer.directions("principal", layer.frozen.read()), x[steps])
+            torch.einsum("ri,ni...->nr...", layer.method.directions("principal", layer.frozen.read()), x[steps])
             for layer in model.modules()
             if isinstance(layer, PicaLinear)
         )
@@ -125,7 +125,7 @@ def test_trained_saved_loaded_merged_unmerged_and_exported(method: Any, tmp_path
         loaded.unmerge_adapter()
         for (_, was), layer in zip(
             [(n, m) for n, m in plain.named_modules() if isinstance(m, nn.Conv2d) and n.endswith("mix")],
-            [m for m in loaded.modules() if isinstance(m, AdaptedLinear)],
+            [m for m in loaded.modules() if isinstance(m, SharedLayer)],
         ):
             assert torch.equal(layer.get_base_layer().weight, was.weight)  # pyright: ignore
         torch.testing.assert_close(loaded.merge_and_unload()(x), trained, atol=1e-5, rtol=1e-4)  # pyright: ignore
@@ -145,7 +145,7 @@ def test_the_output_lies_in_memory_as_the_base_layers_and_only_h_is_kept(channel
         y = layer(x.requires_grad_())
     assert y.stride() == layer.base_layer(x).stride()
     spots = 3 * 5 * 4
-    known |= {x.data_ptr(), layer.require_projector("principal").data_ptr()}
+    known |= {x.data_ptr(), layer.method.require("principal").data_ptr()}
     ours = {t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in known}
     assert sum(ours.values()) == spots * 3  # h; the base convolution itself keeps x
 

@@ -78,7 +78,7 @@ def directions(weight: Tensor, rank: int) -> Tensor:
 
 def formula(layer: PicaLinear, rows: Tensor) -> Tensor:
     """dW = M P for P `rows` up to signs, which are the layer's own: float64."""
-    used = layer.directions(layer.pica_projection["default"], layer.frozen.read()).double()
+    used = layer.method.directions(layer.bases.key_of["default"], layer.frozen.read()).double()
     signs = (used * rows).sum(dim=1).sign()
     return layer.matrix("default").detach().double()[:, : len(rows)] @ (rows * signs[:, None])
 
@@ -113,7 +113,7 @@ def test_forward_and_gradients_are_the_formula_on_the_dequantised_weight(folder,
 
 def test_the_side_follows_how_exact_the_layers_output_is(folder, kind):
     """Wide layers read their own output; where a layer rounds its input, that would amplify noise, so they do not."""
-    sides = {layer.side("principal") for layer in layers_of(adapted(folder, kind)) if "down_proj" in layer.pica_name}
+    sides = {layer.bases.side("principal") for layer in layers_of(adapted(folder, kind)) if "down_proj" in layer.path}
     assert sides == {"out" if kind in WEIGHT_ONLY_NAMES else "in"}
 
 
@@ -153,7 +153,7 @@ def test_half_precision_models_compute_in_their_dtype(folder):
     model = load(folder, "bnb nf4", dtype=torch.bfloat16)
     model = get_peft_model(model, PicaConfig(**SETTINGS)).eval()
     layer = layers_of(model)[0]
-    assert layer.require_projector("principal").dtype == torch.bfloat16
+    assert layer.method.require("principal").dtype == torch.bfloat16
     assert layer.matrix("default").dtype == torch.float32
     assert logits_of(model).dtype == torch.bfloat16
 
@@ -220,7 +220,7 @@ def test_basis_from_is_the_basis_of_the_named_weights(folder, kind):
     plain = load(folder)
     model = adapted(folder, kind, basis_from=folder)
     for layer in layers_of(model)[:5]:
-        rows = directions(plain.get_submodule(layer.pica_name).weight.detach(), 8)
+        rows = directions(plain.get_submodule(layer.path).weight.detach(), 8)
         x = torch.randn(4, layer.in_features)
         with torch.no_grad():
             change = layer(x) - layer.base_layer(x)
@@ -235,7 +235,7 @@ def test_adapters_go_between_the_quantised_and_the_unquantised_base(folder, kind
     on_plain = PeftModel.from_pretrained(load(folder), str(tmp_path / "quantised"))
     for a, b in zip(layers_of(on_quantised), layers_of(on_plain)):
         assert error(a.get_delta_weight("default"), b.get_delta_weight("default")) < 2e-6
-    assert {layer.side(layer.pica_projection["default"]) for layer in layers_of(on_plain)} == {"in", "out"}
+    assert {layer.bases.side(layer.bases.key_of["default"]) for layer in layers_of(on_plain)} == {"in", "out"}
 
     adapted(folder, None).save_pretrained(tmp_path / "plain")
     config = PicaConfig.from_pretrained(tmp_path / "plain")
@@ -360,16 +360,16 @@ def step(kind: str, weight: Tensor) -> Tensor:
 def test_a_second_adapter_over_a_merged_one(folder):
     """Its basis is of the unmerged weights, and both merge from there."""
     model = adapted(folder, "bnb nf4")
-    plain = {layer.pica_name: layer.frozen.read() for layer in layers_of(model)}
+    plain = {layer.path: layer.frozen.read() for layer in layers_of(model)}
     with pytest.warns(UserWarning, match="quantises"):
         model.merge_adapter()
     model.add_adapter("second", PicaConfig(**SETTINGS))
     for layer in layers_of(model):
-        assert torch.equal(layer.frozen.read(), plain[layer.pica_name])
-        assert layer.pica_projection["second"] == layer.pica_projection["default"]
+        assert torch.equal(layer.frozen.read(), plain[layer.path])
+        assert layer.bases.key_of["second"] == layer.bases.key_of["default"]
     model.unmerge_adapter()
     for layer in layers_of(model):
-        assert torch.equal(layer.frozen.read(), plain[layer.pica_name])
+        assert torch.equal(layer.frozen.read(), plain[layer.path])
 
 
 @pytest.mark.parametrize("kind", ["bnb nf4", "bnb int8", "torchao int8", "hqq int4"])
@@ -395,14 +395,14 @@ def test_a_merge_keeps_the_bias_of_an_hqq_layer(tiny_llama, tmp_path):
                 parameter.normal_()
     plain.save_pretrained(tmp_path)
     model = adapted(str(tmp_path), "hqq int4")
-    biases = {layer.pica_name: layer.get_base_layer().bias for layer in layers_of(model)}
+    biases = {layer.path: layer.get_base_layer().bias for layer in layers_of(model)}
     before = logits_of(model)
     with pytest.warns(UserWarning, match="quantises"):
         model.merge_adapter()
     for layer in layers_of(model):
         base: Any = layer.get_base_layer()
-        assert (base.bias is None) == ("mlp" in layer.pica_name)
-        assert base.bias is biases[layer.pica_name]
+        assert (base.bias is None) == ("mlp" in layer.path)
+        assert base.bias is biases[layer.path]
         assert not base.training
         x = torch.randn(2, layer.in_features)
         wanted = x @ base.dequantize().T + (0 if base.bias is None else base.bias)
@@ -542,7 +542,7 @@ def test_a_checkpoint_that_transformers_dequantises_is_a_plain_model(folder, tmp
     model = get_peft_model(load(str(tmp_path)), PicaConfig(**SETTINGS)).eval()
     for layer in layers_of(model):
         assert layer.frozen.quantised_as == ""
-        assert error(layer.frozen.read(), wanted[layer.pica_name]) < 1e-6
+        assert error(layer.frozen.read(), wanted[layer.path]) < 1e-6
     before = logits_of(model)
     assert error(logits_of(model.merge_and_unload()), before) < 1e-5
 

@@ -327,7 +327,7 @@ def test_a_larger_rank_later_keeps_what_smaller_adapters_were_trained_with(saved
     model.set_adapter("small")
     torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
     layer = next(m for m in model.modules() if isinstance(m, PicaLinear))
-    rows = layer.directions("principal", layer.frozen.read())
+    rows = layer.method.directions("principal", layer.frozen.read())
     torch.testing.assert_close(rows @ rows.T, torch.eye(24), atol=1e-4, rtol=0)
 
 
@@ -401,14 +401,14 @@ def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_p
     name = next(k for k in tensors if k.endswith("basis:model.layers.0.mlp.down_proj"))
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
     wide = cast(PicaLinear, model.get_base_model().get_submodule("model.layers.0.mlp.down_proj"))
-    tensors[name] = wide.directions(wide.pica_projection["stored"], wide.frozen.read()).contiguous()
+    tensors[name] = wide.method.directions(wide.bases.key_of["stored"], wide.frozen.read()).contiguous()
     save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
     model.add_adapter("large", PicaConfig(r=24))
     torch.testing.assert_close(logits_of(model), trained, atol=1e-5, rtol=0)
     fresh = get_peft_model(copy.deepcopy(base), PicaConfig(r=24), adapter_name="large")
     for one, other in zip(layers_of(model), layers_of(fresh)):
-        assert torch.equal(one.require_projector(one.pica_projection["large"]), other.require_projector("principal"))
+        assert torch.equal(one.method.require(one.bases.key_of["large"]), other.method.require("principal"))
 
 
 def test_adapters_with_the_same_stored_basis_share_it_and_give_it_back(tiny_llama, tmp_path):
@@ -446,7 +446,7 @@ def test_bases_of_equal_singular_values_are_not_mixed(monkeypatch):
     model.add_adapter("large", PicaConfig(r=8, target_modules=["0"]))
     (layer,) = layers_of(model)
     for name, rank in (("small", 4), ("large", 8)):
-        rows = layer.projector(layer.pica_projection[name])
+        rows = layer.bases.rows(layer.bases.key_of[name])
         assert rows is not None
         torch.testing.assert_close(rows @ rows.T, torch.eye(rank), atol=1e-5, rtol=0)
 
@@ -499,7 +499,11 @@ def test_an_adapter_that_was_trained_with_directions_that_rounding_made_keeps_th
     model.load_adapter(str(tmp_path), "old")
     model.load_adapter(str(tmp_path), "again")
     found = cast(PicaLinear, model.get_submodule(path))
-    assert {name: found.usable_rank(name) for name in ("new", "old", "again")} == {"new": 3, "old": 8, "again": 8}
+    assert {name: found.method.usable_rank(name) for name in ("new", "old", "again")} == {
+        "new": 3,
+        "old": 8,
+        "again": 8,
+    }
     for name in ("old", "again"):
         torch.testing.assert_close(found.get_delta_weight(name), layer.get_delta_weight("default"))
         model.set_adapter(name)
@@ -507,7 +511,7 @@ def test_an_adapter_that_was_trained_with_directions_that_rounding_made_keeps_th
     model.save_pretrained(str(tmp_path / "both"))
     for name, usable in (("new", 3), ("old", 8)):
         again = PeftModel.from_pretrained(base(), str(tmp_path / "both" / name))
-        assert cast(PicaLinear, again.get_submodule(path)).usable_rank("default") == usable
+        assert cast(PicaLinear, again.get_submodule(path)).method.usable_rank("default") == usable
 
 
 def test_a_state_dict_of_another_base_is_refused_before_the_first_output(tiny_llama):

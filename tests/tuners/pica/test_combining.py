@@ -36,9 +36,7 @@ def bank_of(model: PeftModel) -> PicaBank:
 
 def updates(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {
-        layer.pica_name: layer.get_delta_weight(name).double()
-        for layer in model.modules()
-        if isinstance(layer, PicaLinear)
+        layer.path: layer.get_delta_weight(name).double() for layer in model.modules() if isinstance(layer, PicaLinear)
     }
 
 

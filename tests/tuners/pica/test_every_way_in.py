@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pica import PicaConfig, PicaModel, SvftConfig
 from pica.errors import AdapterFileError, PicaError
 from pica.tuners.base.bank import find_banks
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 
 IDS = torch.arange(3, 11)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -227,9 +227,9 @@ def test_an_adapter_is_right_or_refused_and_leaves_nothing(saved, tmp_path: Path
                 logits(plain)
         assert torch.equal(logits(plain), before), what
         others = ["first"] if "beside" in way.__name__ else []
-        layers = [m for m in plain.modules() if isinstance(m, AdaptedLinear)]
+        layers = [m for m in plain.modules() if isinstance(m, SharedLayer)]
         assert bool(layers) == bool(others), what
-        assert all(list(layer.pica_group) in ([], others) for layer in layers), what
+        assert all(list(layer.group_of) in ([], others) for layer in layers), what
         assert all(list(bank) in ([], others) for _, bank in find_banks(plain)), what
         assert list(getattr(plain, "peft_config", {})) == others, what
         if not others:
@@ -271,7 +271,7 @@ def test_auto_classes_refuse_what_load_adapter_refuses(saved, tmp_path: Path):
     assert torch.equal(logits(model), before)
 
 
-USES: dict[str, Callable[[Any, AdaptedLinear, Path], Any]] = {
+USES: dict[str, Callable[[Any, SharedLayer, Path], Any]] = {
     "merge": lambda model, layer, folder: layer.merge(),
     "delta": lambda model, layer, folder: layer.get_delta_weight("default"),
     "save": lambda model, layer, folder: model.save_pretrained(folder),
@@ -286,7 +286,7 @@ def test_every_use_of_an_adapter_comes_after_the_check(saved, tmp_path: Path, us
     good, _ = saved["pica"]
     model = base(1)
     model.load_adapter(str(good))
-    layer = next(m for m in model.modules() if isinstance(m, AdaptedLinear))
+    layer = next(m for m in model.modules() if isinstance(m, SharedLayer))
     with pytest.raises(PicaError, match="another basis"):
         USES[use](model, layer, tmp_path / "saved")
     assert torch.equal(logits(model), logits(base(1)))

@@ -48,7 +48,7 @@ def experts_of(model: nn.Module) -> dict[str, AdaptedExperts]:
 @pytest.mark.parametrize("name", MODELS)
 def test_each_expert_is_w_plus_m_p_with_its_own_p_and_the_roles_m(name: str):
     model = get_peft_model(make_double(name), adapter())
-    groups = {m.pica_group["default"] for m in model.modules() if isinstance(m, PicaExpert)}
+    groups = {m.group_of["default"] for m in model.modules() if isinstance(m, PicaExpert)}
     assert len(groups) == 2  # all experts of all blocks: one M for gate_up_proj, one for down_proj
     by_hand = make_double(name)
     for path, wrapper in experts_of(model).items():
@@ -57,7 +57,7 @@ def test_each_expert_is_w_plus_m_p_with_its_own_p_and_the_roles_m(name: str):
             for layer, weight in zip(layers, stack.data, strict=True):
                 w = weight.T if name in INPUT_FIRST else weight  # (out, in)
                 rows = torch.linalg.svd(w)[2][:3]
-                own = layer.directions("principal", layer.frozen.read())
+                own = layer.method.directions("principal", layer.frozen.read())
                 rows = rows * torch.sign((rows * own).sum(1, keepdim=True))
                 torch.testing.assert_close(own, rows, atol=1e-6, rtol=1e-6)
                 matrix = layer.matrix("default").detach()
@@ -79,7 +79,9 @@ def test_gradients_are_those_of_the_formula(name: str):
         for parameter, layers in wrapper.stacks().items():
             matrix = layers[0].matrix("default").detach()
             leaf = leaves.setdefault(parameter, matrix.clone().requires_grad_())
-            updates = torch.stack([leaf @ layer.directions("principal", layer.frozen.read()) for layer in layers])
+            updates = torch.stack(
+                [leaf @ layer.method.directions("principal", layer.frozen.read()) for layer in layers]
+            )
             module = by_hand.get_submodule(path.removeprefix("base_model.model."))
             stack = module._parameters.pop(parameter)
             setattr(module, parameter, stack.detach() + (updates.mT if name in INPUT_FIRST else updates))  # pyright: ignore

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pica import PicaConfig, SvftConfig
 from pica.errors import BasisError
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 
 SHAPES = {"square": (12, 12), "tall": (20, 8), "wide": (8, 20), "row": (1, 16), "column": (16, 1), "one": (1, 1)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -55,12 +55,12 @@ def base_of(weight: Tensor) -> Any:
     return base
 
 
-def layer_of(model: nn.Module) -> AdaptedLinear:
-    (layer,) = (module for module in model.modules() if isinstance(module, AdaptedLinear))
+def layer_of(model: nn.Module) -> SharedLayer:
+    (layer,) = (module for module in model.modules() if isinstance(module, SharedLayer))
     return layer
 
 
-def adapted(weight: Tensor, method: str) -> tuple[PeftModel, AdaptedLinear]:
+def adapted(weight: Tensor, method: str) -> tuple[PeftModel, SharedLayer]:
     model = get_peft_model(base_of(weight), METHODS[method]())
     assert isinstance(model, PeftModel)
     return model, layer_of(model)
@@ -77,8 +77,8 @@ def test_any_finite_weight_has_its_basis(shape: str, method: str, dtype: torch.d
         if not weight.isfinite().all():
             continue
         model, layer = adapted(weight, method)
-        count = layer.usable_directions("default")
-        left, rows = layer.frames("default")
+        count = layer.method.usable_directions("default")
+        left, rows = layer.method.frames("default")
         rows = rows[:count].double()
         assert (rows @ rows.T - torch.eye(count)).norm() < near, f"{name}: directions that are not orthonormal"
         exact = weight.double() / max(float(weight.double().abs().max()), 1e-300)

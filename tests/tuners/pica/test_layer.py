@@ -37,7 +37,7 @@ def test_only_h_is_saved_for_backward(inn, out):
     model = get_peft_model(Blocks(inn, out, count=1), PicaConfig(r=rank, target_modules=["fc"]))
     (layer,) = layers_of(model)
     matrix = layer.matrix("default")
-    projector = layer.projector("principal")
+    projector = layer.bases.rows("principal")
     assert projector is not None
     known = {p.data_ptr() for p in (matrix, projector, layer.weight)}
     saved: list[Tensor] = []
@@ -82,7 +82,7 @@ def test_rank_deficient_and_zero_weights_use_the_directions_they_have():
         base.layers[2]["fc"].weight.zero_()  # pyright: ignore
     with pytest.warns(UserWarning, match=r"fewer directions.*1 of 4"):
         model = get_peft_model(base, PicaConfig(r=4, target_modules=["fc"], init_weights=False))
-    assert [layer.usable_rank("default") for layer in layers_of(model)] == [4, 1, 0]
+    assert [layer.method.usable_rank("default") for layer in layers_of(model)] == [4, 1, 0]
     x = torch.randn(5, 48)
     with torch.no_grad():
         apart = model(x)
@@ -105,7 +105,7 @@ def test_weights_on_the_meta_device_wait_until_they_are_there(tiny_llama, tmp_pa
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(real.config)
     model = get_peft_model(empty, PicaConfig(r=8))
-    assert all(layer.projector("principal") is None for layer in layers_of(model))
+    assert all(layer.bases.rows("principal") is None for layer in layers_of(model))
     with pytest.raises(BasisError, match="meta device"):
         layers_of(model)[0].frozen.read()
     state = real.state_dict()
@@ -125,7 +125,7 @@ def test_weights_on_the_meta_device_wait_until_they_are_there(tiny_llama, tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, eager(ids).logits)
     for late, early in zip(layers_of(model), layers_of(eager)):
-        assert torch.equal(late.projector("principal"), early.projector("principal"))  # pyright: ignore
+        assert torch.equal(late.bases.rows("principal"), early.bases.rows("principal"))  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -164,11 +164,11 @@ def test_coverage_of_a_model_without_adapters_is_an_error(tiny_llama):
 
 def test_layers_to_transform_and_exclude_modules(tiny_llama):
     some = get_peft_model(tiny_llama(), PicaConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0, 2]))
-    assert [layer.pica_name.split(".")[2] for layer in layers_of(some)] == ["0", "2"]
+    assert [layer.path.split(".")[2] for layer in layers_of(some)] == ["0", "2"]
     rest = get_peft_model(
         tiny_llama(), PicaConfig(r=4, target_modules="all-linear", exclude_modules=["down_proj", "lm_head"])
     )
-    assert {layer.pica_name.split(".")[-1] for layer in layers_of(rest)} == {
+    assert {layer.path.split(".")[-1] for layer in layers_of(rest)} == {
         "q_proj",
         "k_proj",
         "v_proj",
@@ -185,7 +185,7 @@ def test_layers_to_transform_and_exclude_modules(tiny_llama):
 def test_precisions_of_the_matrix_and_the_projector(tiny_llama, dtype, expected):
     model = get_peft_model(tiny_llama(dtype=dtype), PicaConfig(r=4))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
-    assert {layer.projector("principal").dtype for layer in layers_of(model)} == {dtype}  # pyright: ignore
+    assert {layer.bases.rows("principal").dtype for layer in layers_of(model)} == {dtype}  # pyright: ignore
     as_base = get_peft_model(tiny_llama(dtype=dtype), PicaConfig(r=4), autocast_adapter_dtype=False)
     assert {p.dtype for p in as_base.parameters() if p.requires_grad} == {dtype}
 
@@ -240,7 +240,7 @@ def test_half_precision_of_low_rank_computes_what_a_merge_adds(rank, inn, out, d
     weight.data = left @ right / (inn * rank) ** 0.5 if rank < 48 else torch.randn(out, inn) / 14
     model = get_peft_model(base.to(dtype), PicaConfig(r=8, target_modules=["fc"], init_weights=False))
     (layer,) = layers_of(model)
-    assert layer.usable_rank("default") == min(rank, 8)
+    assert layer.method.usable_rank("default") == min(rank, 8)
     layer.matrix("default").data.mul_(3)
     x = torch.randn(64, inn).to(dtype)
     with torch.no_grad():

@@ -77,7 +77,7 @@ def test_the_input_side_is_read_where_a_large_bias_would_drown_the_output():
         nn.init.constant_(layer.bias, scale)
         model = get_peft_model(nn.ModuleDict({"fc": layer}), PicaConfig(r=2, target_modules=["fc"]))
         (wrapped,) = [m for m in model.modules() if isinstance(m, PicaLinear)]
-        projector = wrapped.projector("principal")
+        projector = wrapped.bases.rows("principal")
         assert projector is not None
         sides[scale] = projector.shape[1]
     assert sides == {0.5: 10, 100.0: 24}

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pica import PicaConfig, SvftConfig
 from pica.errors import BasisMismatchError
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.pica.layer import PicaLinear
 
 IDS = torch.arange(3, 11)[None]
@@ -176,7 +176,7 @@ def test_what_leaves_a_weight_as_it_is_is_no_replacement(tmp_path: Path):
 
     def nudge(model: Any) -> None:
         for module in model.modules():
-            if isinstance(module, AdaptedLinear):
+            if isinstance(module, SharedLayer):
                 weight: Any = module.get_base_layer().weight
                 weight.data += 1e-3 * weight.norm() / weight.numel() ** 0.5
 
@@ -210,9 +210,9 @@ def short_base(rank: int, noise: float = 0.0) -> LlamaForCausalLM:
 
 def usable(model: nn.Module, adapter: str = "default") -> set[int]:
     return {
-        module.usable_directions(adapter)
+        module.method.usable_directions(adapter)
         for name, module in model.named_modules()
-        if isinstance(module, PicaLinear) and adapter in module.pica_group and name.endswith("q_proj")
+        if isinstance(module, PicaLinear) and adapter in module.group_of and name.endswith("q_proj")
     }
 
 
@@ -236,7 +236,7 @@ def test_an_adapters_directions_go_with_it_and_a_new_one_of_its_name_has_its_own
     assert usable(model, "other") == {4}
     model.set_adapter("other")
     model.delete_adapter("default")
-    assert not any("default" in m.pica_usable for m in model.modules() if isinstance(m, PicaLinear))
+    assert not any("default" in m.method.usable_of for m in model.modules() if isinstance(m, PicaLinear))
     model.add_adapter("default", PicaConfig(r=4, target_modules=["q_proj"]))
     assert usable(model) == {4}
     model.set_adapter("default")

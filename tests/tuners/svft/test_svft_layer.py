@@ -46,11 +46,11 @@ def dense_formula(model: nn.Module, x: Tensor, name: str = "default") -> Tensor:
     for layer in layers_of(model):
         base = cast(nn.Linear, layer.get_base_layer())
         u, s, vt = torch.linalg.svd(base.weight.detach().double(), full_matrices=False)
-        right = layer.sides(name)[1].double()
+        right = layer.method.sides(name)[1].double()
         signs = (vt * right).sum(1).sign()  # the layer's own, which a solver leaves open
         u, vt = u * signs, vt * signs[:, None]
         t = torch.zeros(len(s), len(s), dtype=torch.float64)
-        for position, value in zip(layer.positions(name).tolist(), layer.matrix(name).detach().double()):
+        for position, value in zip(layer.method.positions(name).tolist(), layer.matrix(name).detach().double()):
             t[position // len(s), position % len(s)] = value
         total = total + x.double() @ (u @ (torch.diag(s) + t) @ vt).T + base.bias.detach().double()
     return total
@@ -83,11 +83,11 @@ def test_gradients_are_those_of_the_dense_formula(pattern):
     wanted_t = torch.zeros(24, 24, dtype=torch.float64)
     wanted_x = torch.zeros_like(x)
     for layer in layers_of(model):
-        left, right = layer.sides("default")
+        left, right = layer.method.sides("default")
         wanted_t += (weights.flatten(0, 1) @ left).T @ (x.detach().flatten(0, 1) @ right.T)
         merged = cast(nn.Linear, layer.get_base_layer()).weight.detach() + layer.get_delta_weight("default")
         wanted_x += weights @ merged
-    torch.testing.assert_close(parameter.grad, wanted_t.flatten()[layer.positions("default").long()])
+    torch.testing.assert_close(parameter.grad, wanted_t.flatten()[layer.method.positions("default").long()])
     torch.testing.assert_close(x.grad, wanted_x)
 
 
@@ -136,11 +136,11 @@ def test_shared_top_k_entries_are_those_that_align_most_over_the_group():
     layers = layers_of(model)
     total = torch.zeros(24, 24)
     for layer in layers:
-        left, right = layer.sides("default")
+        left, right = layer.method.sides("default")
         total += (left.T @ right.T).square()
     wanted = total.flatten().topk(70).indices.sort().values
     for layer in layers:
-        assert torch.equal(layer.positions("default").long(), wanted)
+        assert torch.equal(layer.method.positions("default").long(), wanted)
 
 
 def test_a_weight_that_is_not_finite_is_named_and_the_model_left_as_it_was():
@@ -190,7 +190,7 @@ def test_weights_on_the_meta_device_wait_until_they_are_there(tiny_llama, patter
 def test_precisions_of_the_entries_and_the_sides(tiny_llama, dtype):
     model = get_peft_model(tiny_llama(dtype=dtype), SvftConfig(pattern="banded", off_diagonals=1))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.promote_types(dtype, torch.float32)}
-    assert {side.dtype for layer in layers_of(model) for side in layer.sides("default")} == {dtype}
+    assert {side.dtype for layer in layers_of(model) for side in layer.method.sides("default")} == {dtype}
 
 
 @pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 0, 24), (2, 3, 4, 24)], ids=str)

@@ -22,7 +22,7 @@ from pica.adapters.pipelines import denoiser_inputs
 from pica.basis import full_precision
 from pica.errors import ExportError
 from pica.tuners.base.bank import BANK_NAMES
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.pica.experts import AdaptedExperts, PicaExpert
 
 # Half-precision models up to this size are compared in float32, on a copy: rounding in a deep model would otherwise hide
@@ -84,7 +84,7 @@ def check_folder(
         warnings.simplefilter("ignore")  # of PEFT, about what is checked here
         adapted = _copy_to_compare(root).eval()
         batch = _batch(adapted, inputs)
-        layers = {p: m for p, m in adapted.named_modules() if isinstance(m, AdaptedLinear)}
+        layers = {p: m for p, m in adapted.named_modules() if isinstance(m, SharedLayer)}
         stacks = expected_updates(adapted, adapter, spectra, rank)
         _activate(adapted, adapter)
         expected = output_of(adapted, batch)
@@ -165,7 +165,7 @@ def _compare_stacks(reloaded: PeftModel, stacks: Mapping[str, tuple[Tensor, floa
 
 def _compare_layers(
     reloaded: PeftModel,
-    layers: Mapping[str, AdaptedLinear],
+    layers: Mapping[str, SharedLayer],
     adapter: str,
     spectra: Mapping[str, SharedSpectrum],
     filled: set[str],
@@ -195,8 +195,8 @@ def _compare_layers(
             wanted, allowed = torch.zeros_like(found), 0.0
             if path in spectra:
                 layer, spectrum = layers[path], spectra[path]
-                left, rows = layer.frames(adapter)
-                wanted = layer.core(adapter).to(rows) @ (rows @ probes.to(rows))
+                left, rows = layer.method.frames(adapter)
+                wanted = layer.method.core(adapter).to(rows) @ (rows @ probes.to(rows))
                 wanted = (wanted if left is None else left @ wanted).to(found)
                 # a few random inputs see the known error only within a factor
                 allowed = 3 * spectrum.row(rank).relative + 16 * eps
@@ -223,7 +223,7 @@ def _copy_to_compare(root: nn.Module) -> nn.Module:
     """A copy of the model: in float32 where it is a half-precision one of moderate size, else sharing its tensors."""
     dtypes = {p.dtype for p in root.parameters()}
     size = sum(p.numel() for p in root.parameters())
-    quantised = any(m.frozen.quantised for m in root.modules() if isinstance(m, AdaptedLinear))
+    quantised = any(m.frozen.quantised for m in root.modules() if isinstance(m, SharedLayer))
     if not dtypes & {torch.float16, torch.bfloat16} or quantised or 4 * size > _WIDEN_BYTES:
         return share_tensors(root)
     return copy.deepcopy(root).float()
@@ -239,7 +239,7 @@ def _batch(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, T
 def _activate(model: nn.Module, adapter: str) -> None:
     """Make `adapter` the one that every layer of `model` applies."""
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, SharedLayer):
             module.enable_adapters(True)
             module.set_adapter([adapter])
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -252,7 +252,7 @@ def _activate(model: nn.Module, adapter: str) -> None:
 def plain_copy(root: nn.Module) -> nn.Module:
     """The base model of `root` without any trace of adapters, sharing its tensors."""
     plain = share_tensors(root)
-    ours = (AdaptedLinear, AdaptedExperts, AuxiliaryTrainingWrapper)
+    ours = (SharedLayer, AdaptedExperts, AuxiliaryTrainingWrapper)
     wrapped = [(n, m) for n, m in plain.named_modules() if isinstance(m, ours) and not isinstance(m, PicaExpert)]
     for path, module in wrapped:
         parent_path, _, name = path.rpartition(".")

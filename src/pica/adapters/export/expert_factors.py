@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from pica.adapters.export.factors import SharedSpectrum, layer_factors
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.pica.experts import AdaptedExperts, PicaExpert, stored_input_first
 
 
 def adapted_experts(root: nn.Module, adapter: str) -> dict[str, PicaExpert]:
     """{path of an expert: its layer} for those that the adapter adapts."""
-    found = {m.pica_name: m for m in root.modules() if isinstance(m, PicaExpert)}
-    return {path: layer for path, layer in found.items() if adapter in layer.pica_group}
+    found = {m.path: m for m in root.modules() if isinstance(m, PicaExpert)}
+    return {path: layer for path, layer in found.items() if adapter in layer.group_of}
 
 
-def stack_paths(layers: Mapping[str, AdaptedLinear]) -> list[str]:
+def stack_paths(layers: Mapping[str, SharedLayer]) -> list[str]:
     """Paths of the parameters whose experts are among `layers`."""
     return list(dict.fromkeys(path.rpartition(".")[0] for path, m in layers.items() if isinstance(m, PicaExpert)))
 
@@ -50,12 +50,12 @@ def stack_tensors(
     for path, module in root.named_modules():
         if not isinstance(module, AdaptedExperts):
             continue
-        stacks = {n: layers for n, layers in module.stacks().items() if adapter in layers[0].pica_group}
+        stacks = {n: layers for n, layers in module.stacks().items() if adapter in layers[0].group_of}
         names = [n for n, _ in module.base_layer.named_parameters(recurse=False) if n in stacks]
         for depth, parameter in enumerate(reversed(names)):
             a_of, b_of = [], []
             for layer in stacks[parameter]:
-                a, b = layer_factors(layer, adapter, spectra[layer.pica_name], rank, dtype)  # (rank, in), (out, rank)
+                a, b = layer_factors(layer, adapter, spectra[layer.path], rank, dtype)  # (rank, in), (out, rank)
                 if stored_input_first(module.base_layer) != _read_input_first(module.base_layer):
                     a, b = b.T, a.T  # the product transposed
                 a_of.append(a)
@@ -75,10 +75,10 @@ def expected_updates(
         if not isinstance(module, AdaptedExperts):
             continue
         for parameter, layers in module.stacks().items():
-            if adapter not in layers[0].pica_group:
+            if adapter not in layers[0].group_of:
                 continue
-            updates = torch.stack([layer.weight_update(adapter) for layer in layers])
-            allowed = max(spectra[layer.pica_name].row(rank).relative for layer in layers)
+            updates = torch.stack([layer.method.update(adapter) for layer in layers])
+            allowed = max(spectra[layer.path].row(rank).relative for layer in layers)
             found[f"{path}.{parameter}"] = (updates.mT if stored_input_first(module.base_layer) else updates, allowed)
     return found
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pica.basis import full_precision
 from pica.errors import AdapterFileError, ConfigError, RankError
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SharedSpectrum:
         return self.right[:limit].to(directions.dtype) @ directions, left.to(directions.dtype)
 
 
-def shared_spectra(layers: dict[str, AdaptedLinear], adapter: str) -> dict[str, SharedSpectrum]:
+def shared_spectra(layers: dict[str, SharedLayer], adapter: str) -> dict[str, SharedSpectrum]:
     """Decompose the matrices that layers share, once for each (group, rank).
 
     Args:
@@ -113,8 +113,8 @@ def shared_spectra(layers: dict[str, AdaptedLinear], adapter: str) -> dict[str, 
     made: dict[tuple[str, int], SharedSpectrum] = {}
     of_layer = {}
     for path, layer in layers.items():
-        core = layer.core(adapter)
-        key = (layer.pica_group[adapter], core.shape[1])
+        core = layer.method.core(adapter)
+        key = (layer.group_of[adapter], core.shape[1])
         if key not in made:
             matrix = core.to(device="cpu", dtype=torch.float64)
             if not torch.isfinite(matrix).all():
@@ -156,7 +156,7 @@ def choose_rank(spectra: list[SharedSpectrum], rank: int | None, energy: float |
 
 
 def layer_factors(
-    layer: AdaptedLinear, adapter: str, spectrum: SharedSpectrum, rank: int, dtype: torch.dtype
+    layer: SharedLayer, adapter: str, spectrum: SharedSpectrum, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Write one layer's update as dW = B A.
 
@@ -172,7 +172,7 @@ def layer_factors(
         AdapterFileError: A value does not fit `dtype`.
     """
     with full_precision(layer.frozen.device_and_dtype()[0]):
-        left, directions = layer.frames(adapter)
+        left, directions = layer.method.frames(adapter)
         small_a, small_b = spectrum.factors(directions.detach().cpu(), rank)
         if left is not None:
             small_b = left.detach().cpu() @ small_b
@@ -182,7 +182,7 @@ def layer_factors(
     a[:kept], b[:, :kept] = small_a.to(dtype), small_b.to(dtype)
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise AdapterFileError(
-            f"{layer.pica_name}: its update has values beyond what {str(dtype).removeprefix('torch.')} can hold; "
+            f"{layer.path}: its update has values beyond what {str(dtype).removeprefix('torch.')} can hold; "
             "export with dtype='bfloat16' or 'float32'."
         )
     return a, b

@@ -34,7 +34,7 @@ from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders, denoiser_name
 from pica.errors import ConfigError, ExportError
 from pica.files.folders import check_replaceable, new_folder
 from pica.tuners.base.bank import find_banks, verify_loaded
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.pica.experts import PicaExpert
 
 logger = logging.getLogger(__name__)
@@ -164,10 +164,10 @@ def export_lora(
         )
     for bank in (b for _, b in find_banks(root) if b.unverified):
         verify_loaded(bank)  # weights that transformers loaded are held against their fingerprint on first use
-    layers: dict[str, AdaptedLinear] = {
+    layers: dict[str, SharedLayer] = {
         p: m
         for p, m in base_modules(root).items()
-        if isinstance(m, AdaptedLinear) and not isinstance(m, PicaExpert) and name in m.pica_group
+        if isinstance(m, SharedLayer) and not isinstance(m, PicaExpert) and name in m.group_of
     }
     layers.update(adapted_experts(root, name))
     _check_exportable(root, config, layers, rules)
@@ -194,7 +194,7 @@ def export_lora(
     if rules and rules.name == "diffusers":
         others = {f"{denoiser_name(type(root).__name__)}.{k}": v for k, v in tensors.items()} | others
     contents = LoraFolder(
-        method=next(iter(layers.values())).method,
+        method=next(iter(layers.values())).method.name,
         tensors=tensors,
         config=_lora_config(config, plan, layers, recorded, revision),
         title=target.name,
@@ -237,8 +237,8 @@ def _find_adapter(
     if base_model is not None:
         raise ConfigError("base_model goes with a saved adapter; this model has its base model inside.")
     root = adapter.get_base_model() if isinstance(adapter, PeftModel) else adapter
-    layers = [m for m in root.modules() if isinstance(m, AdaptedLinear)]
-    known = sorted({n for m in layers for n in m.pica_group})
+    layers = [m for m in root.modules() if isinstance(m, SharedLayer)]
+    known = sorted({n for m in layers for n in m.group_of})
     active = sorted({n for m in layers for n in m.active_adapters if n in known})
     if name is None and len(active) == 1:
         name = active[0]
@@ -251,7 +251,7 @@ def _find_adapter(
 
 
 def _check_exportable(
-    root: nn.Module, config: PeftConfig, layers: Mapping[str, AdaptedLinear], engine: Engine | None
+    root: nn.Module, config: PeftConfig, layers: Mapping[str, SharedLayer], engine: Engine | None
 ) -> None:
     """Refuse what a LoRA, or a LoRA of this engine, cannot express."""
     ways_out = "Merge the adapter into its base model instead (pica merge)."
@@ -287,7 +287,7 @@ def _check_exportable(
 def _plan(
     root: nn.Module,
     name: str,
-    layers: Mapping[str, AdaptedLinear],
+    layers: Mapping[str, SharedLayer],
     spectra: Mapping[str, SharedSpectrum],
     engine: Engine | None,
     rank: int | None,
@@ -338,7 +338,7 @@ def _plan(
 
 
 def _choose_dtype(
-    dtype: torch.dtype | str | None, layers: Mapping[str, AdaptedLinear], engine: Engine | None
+    dtype: torch.dtype | str | None, layers: Mapping[str, SharedLayer], engine: Engine | None
 ) -> torch.dtype:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -359,7 +359,7 @@ def _choose_dtype(
 
 
 def _tensors(
-    layers: Mapping[str, AdaptedLinear], name: str, spectra: Mapping[str, SharedSpectrum], plan: ExportPlan
+    layers: Mapping[str, SharedLayer], name: str, spectra: Mapping[str, SharedSpectrum], plan: ExportPlan
 ) -> dict[str, Tensor]:
     """{path: ...} of every LoRA tensor under PEFT's names. Nothing is shared, as safetensors demands."""
     tensors = {}
@@ -395,7 +395,7 @@ def _extra_tensors(root: nn.Module, name: str, dtype: torch.dtype) -> dict[str, 
 
 
 def _lora_config(
-    config: PeftConfig, plan: ExportPlan, layers: Mapping[str, AdaptedLinear], base: str | None, revision: str | None
+    config: PeftConfig, plan: ExportPlan, layers: Mapping[str, SharedLayer], base: str | None, revision: str | None
 ) -> dict[str, Any]:
     """adapter_config.json: the fields that engines read, and no newer ones, which older readers would stumble over."""
     task = getattr(config.task_type, "value", config.task_type)

@@ -21,7 +21,7 @@ from pica.errors import AdapterFileError, ConfigError, PicaError
 from pica.experiments.models import locate
 from pica.foreign_code import code_options, nothing_asked
 from pica.text import first_line
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 
 
 def fetch(path: str) -> Path:
@@ -238,7 +238,7 @@ class TunedAdapter:
             raise AdapterFileError(f"{target.path}: {self._method} cannot be merged into it: {error}") from error
         finally:
             layer.merged_adapters.clear()
-            if isinstance(layer, AdaptedLinear):
+            if isinstance(layer, SharedLayer):
                 layer.frozen.forget_merge()
             layer.get_base_layer().weight = nn.Parameter(mapped, requires_grad=False)
 

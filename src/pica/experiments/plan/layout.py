@@ -13,11 +13,12 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 import pica
-from pica.basis import Basis
 from pica.errors import ConfigError, PicaError
 from pica.experiments.plan.packing import quantise
 from pica.foreign_code import code_options
+from pica.tuners.base.basis_store import Projector
 from pica.tuners.pica.layer import PicaLinear
+from pica.tuners.pica.source import preferred_side
 
 
 def build(
@@ -88,10 +89,10 @@ def adapt(model: PreTrainedModel, config: peft.PeftConfig, notes: list[str]) -> 
         raise ConfigError(f"PEFT cannot adapt a {type(model).__name__}.")
     for layer in adapted.modules():
         if isinstance(layer, PicaLinear):
-            for projection, request in layer.requests.items():
-                wanted = layer.preferred_side(torch.empty(layer.out_features, layer.in_features, device="meta"))
+            for projection, request in layer.bases.requests.items():
+                wanted = preferred_side(layer, torch.empty(layer.out_features, layer.in_features, device="meta"))
                 side = "in" if wanted == "in" else "out"
                 columns = layer.in_features if side == "in" else layer.out_features
                 projector = torch.empty(request.rank, columns, device="meta")
-                layer.install_basis(projection, Basis(projector, side, projector[:, 0], request.projection, "eigh"))
+                layer.bases.put(projection, Projector(projector, side, "eigh", request.rank))
     return adapted

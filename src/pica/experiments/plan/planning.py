@@ -194,7 +194,7 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
     seconds = sum(basis_seconds(layer.out_features, layer.in_features) for layer in layers)
     shapes = {group.name: (group.out_features, group.rank) for group in groups}
     m_dtype = next(iter(_slot(adapted).values())).dtype
-    adapter_bytes = file_bytes(shapes, [layer.r[ADAPTER] for layer in layers], m_dtype)
+    adapter_bytes = file_bytes(shapes, [layer.method.rank_of[ADAPTER] for layer in layers], m_dtype)
     memory = [_memory("PiCa", r, adapted, question, weights, basis_bytes, notes, progress)]
     widths = sum(layer.in_features + layer.out_features for layer in layers)
     for rank in dict.fromkeys((max(1, round(parameters / widths)), question.lora_rank)):
@@ -264,7 +264,7 @@ def _elements(tensors: Iterable[torch.Tensor]) -> int:
 def _groups(model: PeftModel, layers: Sequence[PicaLinear]) -> list[GroupRow]:
     rows = []
     for key, matrix in _slot(model).items():
-        members = [layer for layer in layers if layer.pica_group[ADAPTER] == key]
+        members = [layer for layer in layers if layer.group_of[ADAPTER] == key]
         rows.append(
             GroupRow(
                 name=key,
@@ -280,7 +280,7 @@ def _groups(model: PeftModel, layers: Sequence[PicaLinear]) -> list[GroupRow]:
 
 
 def _projector(layer: PicaLinear) -> torch.Tensor:
-    found = layer.projector(layer.pica_projection[ADAPTER])
+    found = layer.bases.rows(layer.bases.key_of[ADAPTER])
     assert found is not None
     return found
 
@@ -317,7 +317,7 @@ def _cache_bytes(layers: Sequence[PicaLinear], dtype: torch.dtype) -> int:
     """Projectors and gains, in float32 or better, of the weights that are large enough to be kept."""
     size = torch.promote_types(dtype, torch.float32).itemsize
     kept = [layer for layer in layers if layer.in_features * layer.out_features >= SMALLEST_ELEMENTS]
-    return sum(size * layer.r[ADAPTER] * (_projector(layer).shape[1] + 1) for layer in kept)
+    return sum(size * layer.method.rank_of[ADAPTER] * (_projector(layer).shape[1] + 1) for layer in kept)
 
 
 def _rank_within(question: Question, model: PeftModel) -> int:
@@ -331,7 +331,7 @@ def _rank_within(question: Question, model: PeftModel) -> int:
     limits = [max_rank(layer.out_features, layer.in_features) for layer in layers]
     of_group: dict[str, int] = {}
     for layer, limit in zip(layers, limits):
-        key = layer.pica_group[ADAPTER]
+        key = layer.group_of[ADAPTER]
         of_group[key] = max(of_group.get(key, 0), limit)
     dtype = next(iter(slot.values())).dtype
 

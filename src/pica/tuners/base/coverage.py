@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pica.errors import ConfigError
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.matching import matches
 
 
@@ -79,8 +79,8 @@ def coverage(model: nn.Module, adapter_name: str | None = None) -> Coverage:
     Raises:
         ConfigError: the model has no such adapter.
     """
-    layers = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
-    names = sorted({n for m in layers for n in m.pica_group})
+    layers = [m for m in model.modules() if isinstance(m, SharedLayer)]
+    names = sorted({n for m in layers for n in m.group_of})
     if adapter_name is None:
         active = [n for m in layers for n in m.active_adapters if n in names]
         adapter_name = active[0] if active else next(iter(names), None)
@@ -89,18 +89,23 @@ def coverage(model: nn.Module, adapter_name: str | None = None) -> Coverage:
         raise ConfigError(f"The model has no PiCa or SVFT adapter {adapter_name or ''!r}: {there}.")
     configs = getattr(model, "peft_config", {})
     targets = getattr(configs.get(adapter_name), "target_modules", None) if isinstance(configs, dict) else None
-    grouped: dict[str, list[AdaptedLinear]] = {}
+    grouped: dict[str, list[SharedLayer]] = {}
     for layer in layers:
-        if adapter_name in layer.pica_group:
-            grouped.setdefault(layer.pica_group[adapter_name], []).append(layer)
+        if adapter_name in layer.group_of:
+            grouped.setdefault(layer.group_of[adapter_name], []).append(layer)
     rows = []
     for group, members in grouped.items():
         matrix = members[0].matrix(adapter_name)
-        patterns = sorted({_pattern_of(m.pica_name, targets) for m in members})
+        patterns = sorted({_pattern_of(m.path, targets) for m in members})
         shapes = tuple(dict.fromkeys((m.out_features, m.in_features) for m in members))
         rows.append(
             CoverageRow(
-                ", ".join(patterns), group, len(members), shapes, members[0].group_rank(adapter_name), matrix.numel()
+                ", ".join(patterns),
+                group,
+                len(members),
+                shapes,
+                members[0].method.group_rank(adapter_name),
+                matrix.numel(),
             )
         )
     return Coverage(adapter_name, tuple(rows))

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pica.errors import BasisError, QuantisationError
 from pica.text import first_line
+from pica.tuners.base.part import Part
 from pica.tuners.base.pointwise import is_pointwise
 from pica.tuners.base.quantised import (
     KeptLayer,
@@ -30,10 +31,8 @@ WEIGHT_SAMPLES = 64
 SAME_WEIGHT = 1e-2
 
 
-class FrozenWeight:
+class FrozenWeight(Part):
     """W (out, in) of the base layer of `layer`, which may hold it quantised, tied, in parts, transposed or as a convolution.
-
-    Reached through `layer`, never kept: frameworks replace base layers and their parameters.
 
     Attributes:
         in_features, out_features: Shape of W.
@@ -46,7 +45,8 @@ class FrozenWeight:
     def __init__(self, layer: BaseTunerLayer, path: str, root: nn.Module | None) -> None:
         """Of the base layer that `layer` has; the base model `root` is asked about quantisation only and not kept."""
         base = layer.get_base_layer()
-        self._layer, self._path = layer, path
+        super().__init__(layer)
+        self._path = path
         self.in_features, self.out_features = features_of(base)
         self.transposed = isinstance(base, (Conv1D, nn.Embedding))
         self.kernel_dims = len(base.kernel_size) if is_pointwise(base) else 0
@@ -61,13 +61,15 @@ class FrozenWeight:
 
     @property
     def quantised(self) -> bool:
-        return self._layer.quantization_backend is not None
+        return self.layer.quantization_backend is not None
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def read(self) -> Tensor:
-        """W as it was trained, (out, in): dequantised and gathered where needed, without what was merged into it.
+        """W as it was trained: dequantised and gathered where needed, without what was merged into it.
 
+        Returns:
+            (out, in), on the base layer's device.
         Raises:
             BasisError: The weight is on the meta device, or only a part of it is in this process.
         """
@@ -84,7 +86,7 @@ class FrozenWeight:
             weight = self._original()
         else:  # PEFT's accessor gives a tensor that does not know any more of which parameter it was a part
             raw = self.raw()
-            weight = raw if in_parts(raw) else self._layer.get_base_weight()
+            weight = raw if in_parts(raw) else self.layer.get_base_weight()
         weight = whole(weight, self.in_features * self.out_features, self._path).to(device)
         if self.kernel_dims:
             return weight.flatten(1)
@@ -98,7 +100,7 @@ class FrozenWeight:
 
     def raw(self) -> Tensor:
         """What the base layer holds as its weight: maybe quantised, or this process's part; empty if it has no such name."""
-        base = self._layer.get_base_layer()
+        base = self.layer.get_base_layer()
         weight = getattr(base, "W_q" if self.quantised_as == "hqq" else "weight", None)
         return weight if isinstance(weight, Tensor) else torch.empty(0)
 
@@ -110,11 +112,11 @@ class FrozenWeight:
 
     def output_is_exact(self) -> bool:
         """Whether the base layer's output can be read as W x (+ bias), up to the rounding of its dtype."""
-        return not rounds_its_input(self._layer.get_base_layer(), self._layer.quantization_backend)
+        return not rounds_its_input(self.layer.get_base_layer(), self.layer.quantization_backend)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the base layer computes, and in which dtype."""
-        device, dtype = self._layer._get_base_layer_device_and_dtype(self._layer.get_base_layer())
+        device, dtype = self.layer._get_base_layer_device_and_dtype(self.layer.get_base_layer())
         if self._float_dtype is not None:
             dtype = self._float_dtype
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
@@ -122,8 +124,8 @@ class FrozenWeight:
         return device or torch.device("cpu"), dtype
 
     def _dequantised(self) -> Tensor:
-        base = self._layer.get_base_layer() if self._kept is None else self._kept.view()
-        backend = self._layer.quantization_backend
+        base = self.layer.get_base_layer() if self._kept is None else self._kept.view()
+        backend = self.layer.quantization_backend
         assert backend is not None
         try:
             return dequantised(base, backend, self.in_features, self.device_and_dtype()[1])
@@ -136,7 +138,7 @@ class FrozenWeight:
 
     def _original(self) -> Tensor:
         """The weight before the first merge, where and in the dtype that the model has been moved to since."""
-        merged = self._layer.get_base_weight()
+        merged = self.layer.get_base_weight()
         return cast(Tensor, self._before_merge).to(device=merged.device, dtype=merged.dtype)
 
     # ---- being replaced ----------------------------------------------------------------------------------------
@@ -146,9 +148,11 @@ class FrozenWeight:
         self._seen = self._sample()
 
     def deviation(self) -> float:
-        """How far the weight is from the one that the bases are of, in a sample, relative to its norm.
+        """How far the weight is from the one that the bases are of, in a sample.
 
-        0 where that cannot be seen: without bases, or where the weight is packed, in parts or on the meta device.
+        Returns:
+            Relative to its norm; 0 where that cannot be seen: without bases, or where the weight is packed, in parts or
+            on the meta device.
         """
         return _deviation(self._seen, self._sample())
 
@@ -165,7 +169,7 @@ class FrozenWeight:
             QuantisationError: The base layer's quantisation cannot be written to.
             ValueError: The weight is split between processes.
         """
-        backend = self._layer.quantization_backend
+        backend = self.layer.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise QuantisationError(
                 f"{self._path}: a {self.quantised_as} layer cannot be merged into. Merge in full precision instead "
@@ -194,7 +198,7 @@ class FrozenWeight:
         elif self._before_merge is not None:
             original = self._original()
         else:
-            original = self._layer.get_base_weight().detach()
+            original = self.layer.get_base_weight().detach()
         total = original.to(torch.promote_types(original.dtype, torch.float32))
         if total.data_ptr() == original.data_ptr() and not self.quantised:
             total = total.clone()
@@ -208,13 +212,13 @@ class FrozenWeight:
             return
         if self._before_merge is None:
             # On the CPU no copy is made: set_base_weight swaps the storage in, so this keeps the old one.
-            self._before_merge = self._layer.get_base_weight().detach().cpu()
+            self._before_merge = self.layer.get_base_weight().detach().cpu()
         if self.tied and self._tied_weight is None:
             self._untie(method)
         self._write(merged)
 
     def _write(self, weight: Tensor) -> None:
-        self._layer.set_base_weight(weight)
+        self.layer.set_base_weight(weight)
 
     def _requantise(self, merged: Tensor, method: str) -> None:
         warnings.warn(
@@ -223,14 +227,14 @@ class FrozenWeight:
             "precision. Unmerging is exact.",
             stacklevel=4,
         )
-        kept = self._kept or KeptLayer(self._layer.get_base_layer())
+        kept = self._kept or KeptLayer(self.layer.get_base_layer())
         requantise(self._write, merged, kept, self._path, self.quantised_as)
-        carry_over(kept.layer, self._layer.get_base_layer())
+        carry_over(kept.layer, self.layer.get_base_layer())
         self._kept = kept
 
     def _untie(self, method: str) -> None:
         """Give the base layer a parameter of its own, so that a merge does not reach the module that shares it."""
-        base: Any = self._layer.get_base_layer()
+        base: Any = self.layer.get_base_layer()
         self._tied_weight = base.weight
         base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
         warnings.warn(
@@ -243,11 +247,11 @@ class FrozenWeight:
         """Put the base weight back exactly as it was before the first merge."""
         if self._kept is not None:
             restored = self._kept.restore()
-            if self._layer.get_base_layer() is not restored:  # HQQ's layers are replaced, not changed
-                self._layer.base_layer = restored  # pyright: ignore[reportAttributeAccessIssue]
+            if self.layer.get_base_layer() is not restored:  # HQQ's layers are replaced, not changed
+                self.layer.base_layer = restored  # pyright: ignore[reportAttributeAccessIssue]
             self._kept = None
         elif self._tied_weight is not None:
-            self._layer.get_base_layer().weight = self._tied_weight
+            self.layer.get_base_layer().weight = self._tied_weight
             self._tied_weight = self._before_merge = None
         else:
             self._write(self._original())

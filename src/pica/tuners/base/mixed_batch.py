@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pica.basis.apply import add_product
-from pica.tuners.base.protocols import MixingLayer
 
 # On a CPU one product a sample costs little beside its arithmetic, unless samples are short and adapters are many.
 BATCHED_TOKENS = 16
 BATCHED_ADAPTERS = 4
+
+
+class MixingLayer(Protocol):
+    """A layer as a mixed batch sees it."""
+
+    path: str
+    group_of: dict[str, str]
+
+    def matrix(self, adapter_name: str) -> Tensor: ...
+
+
+class MixingMethod(Protocol):
+    """A layer's method as a mixed batch sees it: y += M h, with h (..., rank) of one basis."""
+
+    @property
+    def layer(self) -> MixingLayer: ...
+    def key_of(self, name: str) -> str: ...
+    def usable_rank(self, name: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -21,12 +39,12 @@ class Part:
     """The samples of a batch that read the same basis of a layer.
 
     Attributes:
-        projection: That basis.
+        key: Of that basis, in the layer's store.
         rows: {adapter name: indices of its samples}.
         ranks: {adapter name: directions that the layer gives it}.
     """
 
-    projection: str
+    key: str
     rows: dict[str, list[int]]
     ranks: dict[str, int]
 
@@ -44,23 +62,26 @@ class MixedBatch(list[str]):
         self._cast: dict[tuple, Tensor] = {}
         self._stacked: dict[tuple, Tensor] = {}
 
-    def parts(self, layer: MixingLayer) -> list[Part]:
+    def parts(self, method: MixingMethod) -> list[Part]:
         """What of the batch concerns a layer; "__base__" and adapters that leave it alone do not."""
-        if layer.pica_name not in self._parts:
+        layer = method.layer
+        if layer.path not in self._parts:
             parts: dict[str, Part] = {}
             for row, name in enumerate(self):
-                if name in layer.r:
-                    projection = layer.pica_projection[name]
-                    part = parts.setdefault(projection, Part(projection, {}, {}))
+                if name in layer.group_of:
+                    key = method.key_of(name)
+                    part = parts.setdefault(key, Part(key, {}, {}))
                     part.rows.setdefault(name, []).append(row)
-                    part.ranks.setdefault(name, layer.usable_rank(name))
-            self._parts[layer.pica_name] = list(parts.values())
-        return self._parts[layer.pica_name]
+                    part.ranks.setdefault(name, method.usable_rank(name))
+            self._parts[layer.path] = list(parts.values())
+        return self._parts[layer.path]
 
-    def add(self, layer: MixingLayer, part: Part, y: Tensor, h: Tensor) -> None:
+    def add(self, method: MixingMethod, part: Part, y: Tensor, h: Tensor) -> None:
         """y += h M^T with each sample's own M, in place.
 
         Args:
+            method: Of the layer.
+            part: Samples that read the same basis.
             y: (samples, ..., out), contiguous, no one else's.
             h: (samples, ..., rank), coordinates of all samples, for the largest rank among them.
         """
@@ -68,14 +89,14 @@ class MixedBatch(list[str]):
         few = len(part.rows) <= BATCHED_ADAPTERS or (y.device.type == "cpu" and tokens > BATCHED_TOKENS)
         if few:
             for name, rows in part.rows.items():
-                self._add_to_rows(layer, name, part.ranks[name], rows, y, h)
+                self._add_to_rows(method, name, part.ranks[name], rows, y, h)
         else:
-            stack = self._stack(layer, part, h.shape[-1], y)  # (samples, rank, out)
+            stack = self._stack(method, part, h.shape[-1], y)  # (samples, rank, out)
             samples = (len(self), tokens)
             y.view(*samples, y.shape[-1]).baddbmm_(h.reshape(*samples, h.shape[-1]).to(y.dtype), stack)
 
-    def _add_to_rows(self, layer: MixingLayer, name: str, rank: int, rows: list[int], y: Tensor, h: Tensor) -> None:
-        matrix = self._matrix(layer, name, y)[:, :rank]
+    def _add_to_rows(self, method: MixingMethod, name: str, rank: int, rows: list[int], y: Tensor, h: Tensor) -> None:
+        matrix = self._matrix(method, name, y)[:, :rank]
         first, last = rows[0], rows[-1] + 1
         if last - first == len(rows) and not torch.is_grad_enabled():  # neighbours: a view, nothing is copied
             add_product(y[first:last], h[first:last, ..., :rank], matrix, in_place=True)
@@ -83,21 +104,21 @@ class MixedBatch(list[str]):
         index = torch.tensor(rows, device=y.device)
         y.index_copy_(0, index, add_product(y.index_select(0, index), h[..., :rank].index_select(0, index), matrix))
 
-    def _matrix(self, layer: MixingLayer, name: str, like: Tensor) -> Tensor:
+    def _matrix(self, method: MixingMethod, name: str, like: Tensor) -> Tensor:
         """M (out, group rank) in the dtype and on the device of `like`."""
-        key = (name, layer.pica_group[name], like.dtype, like.device)
+        key = (name, method.layer.group_of[name], like.dtype, like.device)
         if key not in self._cast:
-            self._cast[key] = layer.matrix(name).to(device=like.device, dtype=like.dtype)
+            self._cast[key] = method.layer.matrix(name).to(device=like.device, dtype=like.dtype)
         return self._cast[key]
 
-    def _stack(self, layer: MixingLayer, part: Part, rank: int, like: Tensor) -> Tensor:
+    def _stack(self, method: MixingMethod, part: Part, rank: int, like: Tensor) -> Tensor:
         """M^T of each sample, (samples, rank, out); zero where an adapter has no direction or a sample no adapter."""
-        members = tuple((name, layer.pica_group[name], part.ranks[name]) for name in part.rows)
+        members = tuple((name, method.layer.group_of[name], part.ranks[name]) for name in part.rows)
         key = (members, rank, like.dtype, like.device)
         if key not in self._stacked:
             stack = like.new_zeros(len(self), rank, like.shape[-1])
             for name, rows in part.rows.items():
                 used = min(rank, part.ranks[name])
-                stack[rows, :used] = layer.matrix(name)[:, :used].T.to(stack)
+                stack[rows, :used] = method.layer.matrix(name)[:, :used].T.to(stack)
             self._stacked[key] = stack
         return self._stacked[key]

@@ -21,14 +21,14 @@ def rebase(layer: AdaptedLayer) -> None:
 
     An adapter whose matrices are as they were made takes its fingerprint anew; any other is held against the one it has.
     """
-    layer.forget_bases()
-    for name in layer.pica_group:
+    layer.method.forget_bases()
+    for name in layer.group_of:
         slot = layer.bank.matrices(name)
         if slot.unverified:
             continue
         if slot.untouched():
             slot.forget_fingerprint()
-            layer.forget_choices(name)
+            layer.method.forget_choices(name)
         else:
             slot.expect(Arrival(written=set(slot)))
 

@@ -70,16 +70,17 @@ def replace_earlier(layers: Sequence[AdaptedLayer], bank: PicaBank | None, adapt
     Raises:
         ConfigError: the earlier adapter is merged into the model.
     """
-    layers = [layer for layer in layers if adapter_name in layer.pica_group]
+    layers = [layer for layer in layers if adapter_name in layer.group_of]
     if bank is None or not layers:
         return
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ConfigError(
-            f"The model has an adapter {adapter_name!r} of {layers[0].method} already, which is merged into it. Unmerge "
-            "that (model.unmerge_adapter()), or take it out (base = model.unload()), before another of its name is added."
+            f"The model has an adapter {adapter_name!r} of {layers[0].method.name} already, which is merged into it. "
+            "Unmerge that (model.unmerge_adapter()), or take it out (base = model.unload()), before another of its name is "
+            "added."
         )
     warnings.warn(
-        f"{layers[0].method}: the model has an adapter {adapter_name!r} already, from an earlier get_peft_model or "
+        f"{layers[0].method.name}: the model has an adapter {adapter_name!r} already, from an earlier get_peft_model or "
         "from_pretrained; a new one takes its place. To keep it, add the new one under a name of its own "
         "(model.add_adapter(name, config)).",
         stacklevel=2,

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from pica.errors import ConfigError, TargetError
 from pica.tuners.base.bank import PicaBank, plain_name
 from pica.tuners.base.default_targets import REWRITTEN, UNCALLED
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.matching import matches
 from pica.tuners.base.pointwise import is_pointwise, why_not_pointwise
 from pica.tuners.base.quantised import backend_of, problem_of
@@ -162,7 +162,7 @@ def _near(missing: Sequence[str], names: Iterable[str]) -> str:
     return f"Its modules are named: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}."
 
 
-def target_layers(tuner: Any, config: PeftConfig, adapted: type[AdaptedLinear]) -> Iterator[tuple[str, nn.Module]]:
+def target_layers(tuner: Any, config: PeftConfig, adapted: type[SharedLayer]) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies.
 
     Raises:
@@ -180,12 +180,14 @@ def target_layers(tuner: Any, config: PeftConfig, adapted: type[AdaptedLinear]) 
         if not is_target(config, path):
             continue
         assert isinstance(module, nn.Module)  # for the type checker, which loses it above
-        if not isinstance(module, adapted) and (problem := refusal(adapted.method, path, module, family, tuner.model)):
+        if not isinstance(module, adapted) and (
+            problem := refusal(adapted.method_class.name, path, module, family, tuner.model)
+        ):
             raise TargetError(problem)
-        if isinstance(module, adapted) and module.pica_name != plain_name(path):
+        if isinstance(module, adapted) and module.path != plain_name(path):
             raise ConfigError(
-                f"{path} has a {adapted.method} adapter from when it was {module.pica_name}: the model, or a part of it, is "
-                "a PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take its adapters "
-                "out before (base = model.unload())."
+                f"{path} has a {adapted.method_class.name} adapter from when it was {module.path}: the model, or a part "
+                "of it, is a PeftModel already. Add an adapter to that one (model.add_adapter(name, config)), or take "
+                "its adapters out before (base = model.unload())."
             )
         yield path, module

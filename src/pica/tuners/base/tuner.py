@@ -31,7 +31,7 @@ from pica.tuners.base.bank import (
 )
 from pica.tuners.base.default_targets import DEFAULT_TARGETS
 from pica.tuners.base.frozen_weight import SAME_WEIGHT
-from pica.tuners.base.layer import AdaptedLinear
+from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.matching import resolved, start_counting, with_plain_targets
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.parallel import check_gradient_reduction
@@ -70,7 +70,7 @@ class BankedModel(BaseTuner):
     """
 
     bank_name: ClassVar[str]
-    layer_class: ClassVar[type[AdaptedLinear]]
+    layer_class: ClassVar[type[SharedLayer]]
     target_module_mapping: ClassVar[Any] = DEFAULT_TARGETS  # PEFT declares lists only, and has expressions too
     _plan: AdapterPlan | None = None  # of the adapter that is being added
     _tied: set[int] | None = None  # likewise
@@ -209,8 +209,8 @@ class BankedModel(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             raise TargetError(
-                f"{current_key}.{parameter_name}: {self.layer_class.method} adapts whole layers; target_parameters is not "
-                "supported."
+                f"{current_key}.{parameter_name}: {self.layer_class.method_class.name} adapts whole layers; "
+                "target_parameters is not supported."
             )
         current_key = plain_name(current_key)
         self._ensure_plan(peft_config, adapter_name)
@@ -227,7 +227,7 @@ class BankedModel(BaseTuner):
             for layer in self._layers():
                 if layer.frozen.deviation() > SAME_WEIGHT:
                     rebase(layer)
-                layer.solve_again()
+                layer.method.solve_again()
             self._plan = self._make_plan(peft_config)
             replace_earlier(list(self._layers()), get_bank(self.model, self.bank_name), adapter_name)
             self._forget_stranded_adapters()
@@ -238,10 +238,10 @@ class BankedModel(BaseTuner):
                 _set_rank_pattern(peft_config, {})
         return self._plan
 
-    def _attach(self, peft_config: PeftConfig, adapter_name: str, layer: AdaptedLinear) -> None:
+    def _attach(self, peft_config: PeftConfig, adapter_name: str, layer: SharedLayer) -> None:
         """Give a layer the adapter that was planned for it, and its group a matrix if it has none."""
         plan, bank = self._ensure_plan(peft_config, adapter_name), layer.bank
-        group = plan.groups[layer.pica_name]
+        group = plan.groups[layer.path]
         device, dtype = layer.frozen.device_and_dtype()
         if adapter_name not in bank or group.key not in bank.matrices(adapter_name):
             # float32 over float32 and narrower bases, float64 over float64 ones
@@ -258,7 +258,7 @@ class BankedModel(BaseTuner):
             self._tied = {parameter for parameter, count in owners.items() if count > 1}
         return self._tied
 
-    def _layers(self) -> Iterator[AdaptedLinear]:
+    def _layers(self) -> Iterator[SharedLayer]:
         return (m for m in self.model.modules() if isinstance(m, self.layer_class))
 
     def _forget_stranded_adapters(self) -> None:
@@ -268,7 +268,7 @@ class BankedModel(BaseTuner):
         """
         bank = get_bank(self.model, self.bank_name)
         if bank is not None:
-            carried = {name for module in self._layers() for name in module.pica_group}
+            carried = {name for module in self._layers() for name in module.group_of}
             for name in [n for n in bank if n not in carried]:
                 del bank[name]
 
@@ -283,9 +283,9 @@ class BankedModel(BaseTuner):
         if autocast_adapter_dtype or bank is None or adapter_name not in bank:
             return
         dtype_of = {
-            m.pica_group[adapter_name]: m.frozen.device_and_dtype()[1]
+            m.group_of[adapter_name]: m.frozen.device_and_dtype()[1]
             for m in self._layers()
-            if adapter_name in m.pica_group
+            if adapter_name in m.group_of
         }
         for group, parameter in bank.matrices(adapter_name).items():
             parameter.data = parameter.data.to(dtype_of[group])
@@ -358,8 +358,8 @@ class BankedModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {n for m in self._layers() for n in m.pica_group}
-        if any(n in m.pica_group for m in self._layers() if not m.mixes for n in adapter_names):
+        known = {n for m in self._layers() for n in m.group_of}
+        if any(n in m.group_of for m in self._layers() if not m.mixes for n in adapter_names):
             raise ValueError(
                 "Adapters with target_parameters cannot be mixed in a batch: run each by itself (set_adapter)."
             )

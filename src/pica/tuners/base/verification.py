@@ -29,7 +29,7 @@ from pica.basis.fingerprint import (
 )
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuners.base.bank import AdapterSlot, PicaBank
-from pica.tuners.base.protocols import AdaptedLayer
+from pica.tuners.base.method import StoresBasis
 
 logger = logging.getLogger(__name__)
 
@@ -78,18 +78,18 @@ def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
     mode, probes = _mode(slot, adapter_name)
     prints: dict[str, LayerPrint] = {}
     for path, layer in layers.items():
-        prints[path] = layer.take_print(adapter_name, mode, probes)
+        prints[path] = layer.method.take_print(adapter_name, mode, probes)
     return torch.frombuffer(bytearray(encode(prints, mode, probes)), dtype=torch.uint8)
 
 
 def room_for_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor:
     """Zeros, as many bytes as the adapter's fingerprint has: for a loader that writes a stored one into the model."""
-    ranks = [layer.direction_count(adapter_name) for layer in slot.layers.values()]
+    ranks = [layer.method.direction_count(adapter_name) for layer in slot.layers.values()]
     return torch.zeros(encoded_size(ranks, *_mode(slot, adapter_name)), dtype=torch.uint8, device="cpu")
 
 
 def _mode(slot: AdapterSlot, adapter_name: str) -> tuple[Mode, int]:
-    ranks = [layer.direction_count(adapter_name) for layer in slot.layers.values()]
+    ranks = [layer.method.direction_count(adapter_name) for layer in slot.layers.values()]
     return choose_mode(ranks, sum(m.numel() for m in slot.values()))
 
 
@@ -118,8 +118,8 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
     checks = []
     for path, layer in slot.layers.items():
         trained = prints[path_hash(path)]
-        alignment = layer.align_print(adapter_name, trained, mode)
-        dtype, origin = layer.basis_origin(adapter_name)
+        alignment = layer.method.align_print(adapter_name, trained, mode)
+        dtype, origin = layer.method.basis_origin(adapter_name)
         name = str(dtype).removeprefix("torch.")
         checks.append(LayerCheck(path, alignment, trained.dtype, name, trained.origin, origin))
     return checks
@@ -128,7 +128,7 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
 def _check_ranks(slot: AdapterSlot, adapter_name: str, prints: Mapping[bytes, LayerPrint]) -> None:
     """Refuse an adapter whose configuration gives a layer other directions of the shared matrix than it was trained with."""
     for path, layer in slot.layers.items():
-        trained, rank = prints[path_hash(path)], layer.direction_count(adapter_name)
+        trained, rank = prints[path_hash(path)], layer.method.direction_count(adapter_name)
         same_shape = (trained.out_features, trained.in_features) == (layer.out_features, layer.in_features)
         if same_shape and trained.rank != rank:
             raise AdapterFileError(
@@ -171,11 +171,11 @@ def establish_meaning(
     turned = 0
     for check in checks:
         layer = slot.layers[check.path]
-        if check.alignment.usable != layer.usable_directions(adapter_name):
+        if check.alignment.usable != layer.method.usable_directions(adapter_name):
             # The rounding of a weight may give it more or less, and the shared matrix has columns that mean other layers.
-            layer.limit_basis(adapter_name, check.alignment.usable)
+            layer.method.limit(adapter_name, check.alignment.usable)
         if check.alignment.rotation is not None:
-            layer.turn_basis(adapter_name, check.alignment.rotation)
+            layer.method.turn(adapter_name, check.alignment.rotation)
             turned += 1
     if turned:
         logger.info("%s: put %d of %d bases into the orientation of the training", adapter_name, turned, len(checks))
@@ -203,7 +203,7 @@ def siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[t
             or other.layers.keys() != slot.layers.keys()
         ):
             continue
-        if all(layer.same_basis(adapter_name, name) for layer in layers):
+        if all(layer.method.same_basis(adapter_name, name) for layer in layers):
             yield name, other
 
 
@@ -226,7 +226,9 @@ def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Te
 
 
 def _same_ranks(slot: AdapterSlot, one: str, other: str) -> bool:
-    return all(layer.direction_count(one) == layer.direction_count(other) for layer in slot.layers.values())
+    return all(
+        layer.method.direction_count(one) == layer.method.direction_count(other) for layer in slot.layers.values()
+    )
 
 
 def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Tensor | None:
@@ -248,11 +250,11 @@ def _some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def _method(slot: AdapterSlot) -> str:
-    return next((layer.method for layer in slot.layers.values()), "")
+    return next((layer.method.name for layer in slot.layers.values()), "")
 
 
 def _remedy(slot: AdapterSlot) -> str:
-    return next((layer.mismatch_remedy for layer in slot.layers.values()), "")
+    return next((layer.method.remedy for layer in slot.layers.values()), "")
 
 
 def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None, remedy: str) -> str:
@@ -293,11 +295,11 @@ BASIS_MARK = "basis:"  # in a file: pica_M.basis:<layer path>, the projector its
 
 def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
     """The projectors of an adapter's layers, by file name, for `save_basis`: in the compute dtype, cut to its rank."""
-    return {f"{BASIS_MARK}{path}": layer.stored_basis(adapter_name) for path, layer in _storing(slot).items()}
+    return {f"{BASIS_MARK}{path}": method.stored_basis(adapter_name) for path, method in _storing(slot).items()}
 
 
-def _storing(slot: AdapterSlot) -> dict[str, AdaptedLayer]:
-    return {path: layer for path, layer in slot.layers.items() if layer.stores_basis}
+def _storing(slot: AdapterSlot) -> dict[str, StoresBasis]:
+    return {path: layer.method for path, layer in slot.layers.items() if isinstance(layer.method, StoresBasis)}
 
 
 @contextmanager
@@ -310,24 +312,25 @@ def stored_bases_installed(slot: AdapterSlot, adapter_name: str, stored: Mapping
     if not stored:
         yield
         return
-    layers = _storing(slot)
-    problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in layers]
-    for path, layer in layers.items():
+    methods = _storing(slot)
+    problems = [f"{BASIS_MARK}{p} is not expected" for p in stored if p not in methods]
+    for path, method in methods.items():
         tensor = stored.get(path)
-        problem = "is missing" if tensor is None else layer.stored_basis_problem(adapter_name, tensor)
+        problem = "is missing" if tensor is None else method.stored_basis_problem(adapter_name, tensor)
         if problem:
             problems.append(f"{BASIS_MARK}{path} {problem}")
     if problems:
         raise AdapterFileError(f"The adapter's stored basis does not fit this model: {_some(problems)}.")
-    before: dict[str, str] = {}
+    stores = {path: slot.layers[path].bases for path in methods}
+    before = {path: store.key_of[adapter_name] for path, store in stores.items()}
     try:
-        for path, layer in layers.items():
-            before[path] = layer.use_stored_basis(adapter_name, stored[path])
+        for path, method in methods.items():
+            method.use_stored_basis(adapter_name, stored[path])
         yield
     except BaseException:
         for path, key in before.items():
-            layers[path].go_back_to_basis(adapter_name, key)
+            stores[path].key_of[adapter_name] = key
         raise
     finally:
-        for layer in layers.values():
-            layer.drop_unused_bases()
+        for store in stores.values():
+            store.drop_unused()

@@ -68,12 +68,13 @@ def _difference(name: str, slot: AdapterSlot, chief: str, chief_slot: AdapterSlo
         return f"only one of them adapts {path}"
     partner: dict[str, str] = {}
     for path, layer in _pica_layers(slot):
-        if partner.setdefault(layer.pica_group[name], layer.pica_group[chief]) != layer.pica_group[chief]:
+        if partner.setdefault(layer.group_of[name], layer.group_of[chief]) != layer.group_of[chief]:
             return f"at {path} they share matrices between different layers"
-        if not layer.same_basis(name, chief):
+        if not layer.method.same_basis(name, chief):
             return f"at {path} they use different bases"
-        if layer.r[name] < min(layer.group_rank(name), layer.r[chief]) or layer.r[name] > layer.r[chief]:
-            return f"at {path} their ranks ({layer.r[name]} and {layer.r[chief]}) follow different patterns"
+        rank, most = layer.method.rank_of[name], layer.method.rank_of[chief]
+        if rank < min(layer.method.group_rank(name), most) or rank > most:
+            return f"at {path} their ranks ({rank} and {most}) follow different patterns"
     if len(set(partner.values())) != len(partner):
         return "they share matrices between different layers"
     return None
@@ -97,7 +98,7 @@ def fill_combination(
 ) -> None:
     """Write the combined matrices into adapter `adapter_name`, (out, rank) each; missing columns count as zeros."""
     slot = bank.matrices(adapter_name)
-    layer_of = {layer.pica_group[adapter_name]: layer for _, layer in _pica_layers(slot)}
+    layer_of = {layer.group_of[adapter_name]: layer for _, layer in _pica_layers(slot)}
     for group, target in slot.items():
         layer = layer_of[group]
         parts = []

@@ -61,13 +61,13 @@ class ExpertWeight(FrozenWeight):
         return False
 
     def _sample(self) -> Tensor | None:
-        view = self._layer.get_base_layer()
+        view = self.layer.get_base_layer()
         assert isinstance(view, ExpertView)
         # to take one expert of a stack that is split between processes, all of them would have to ask for it
         return None if in_parts(view.stack) or view.stack.ndim != 3 else super()._sample()
 
     def _write(self, weight: Tensor) -> None:
-        own, kept = self._layer.get_base_weight(), self._before_merge
+        own, kept = self.layer.get_base_weight(), self._before_merge
         if kept is not None and kept.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
             self._before_merge = kept.clone()  # a slice is written in place, so its copy has to be one
         own.copy_(weight)
@@ -77,7 +77,7 @@ class PicaExpert(PicaLinear):
     """A PiCa layer for one expert of a stack. `AdaptedExperts` applies its update."""
 
     mixes = False
-    frozen_weight_class = ExpertWeight
+    weight_class = ExpertWeight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError("the experts' own module runs them")
@@ -133,13 +133,13 @@ class AdaptedExperts(nn.Module):
                     if layer.merged:
                         layer.unmerge()
                 continue
-            names = [n for n in first.active_adapters if n in first.pica_group]
+            names = [n for n in first.active_adapters if n in first.group_of]
             if first.merged or not names:
                 continue
             stack = cast(Tensor, self.base_layer._parameters[parameter])
             updates = [StackUpdate.of(layers, name) for name in names]
             found[parameter] = AdaptedStack(
-                stack, updates, stored_input_first(self.base_layer), layers[0].pica_name.rpartition(".")[0]
+                stack, updates, stored_input_first(self.base_layer), layers[0].path.rpartition(".")[0]
             )
         return found
 
@@ -192,7 +192,7 @@ class StackUpdate:
 
     @classmethod
     def of(cls, layers: Sequence[PicaExpert], adapter_name: str) -> StackUpdate:
-        shared = len({layer.pica_group[adapter_name] for layer in layers}) == 1
+        shared = len({layer.group_of[adapter_name] for layer in layers}) == 1
         matrices = [layer.matrix(adapter_name) for layer in (layers[:1] if shared else layers)]
         return cls(matrices, [_first_rows(layer, adapter_name) for layer in layers])
 
@@ -235,7 +235,7 @@ class AdaptedStack:
 
 def _first_rows(layer: PicaExpert, adapter_name: str) -> Tensor:
     """The directions that the adapter uses, itself where that is all of them: experts may be thousands."""
-    return layer.first_directions(adapter_name)
+    return layer.method.first_directions(adapter_name)
 
 
 def _widened(matrix: Tensor, size: int, *, dim: int) -> Tensor:
@@ -310,7 +310,7 @@ def expert_layers(path: str, module: nn.Module, parameter: str) -> dict[str, nn.
     """{path of an expert: its layer, or where it is not adapted yet a view of it}."""
     if isinstance(module, AdaptedExperts):
         if parameter in module.expert_adapters:
-            return {layer.pica_name: layer for layer in module.stacks()[parameter]}
+            return {layer.path: layer for layer in module.stacks()[parameter]}
         module = module.base_layer
     stack = cast(Tensor, module._parameters[parameter])
     return {f"{path}.{parameter}.{i}": ExpertView(module, parameter, i) for i in range(len(stack))}

@@ -81,9 +81,9 @@ class PicaModel(BankedModel):
         slot = bank.matrices(adapter_name)
         for layer in slot.layers.values():
             assert isinstance(layer, PicaLinear)
-            layer.pica_projection[adapter_name] = layer.pica_projection[chief]  # one that a file brought, perhaps
-            layer.limit_basis(adapter_name, layer.usable_rank(chief))
-            layer.drop_unused_bases()
+            layer.bases.key_of[adapter_name] = layer.bases.key_of[chief]  # one that a file brought, perhaps
+            layer.method.limit(adapter_name, layer.method.usable_rank(chief))
+            layer.bases.drop_unused()
         if (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
             slot.set_fingerprint(fingerprint)
         fill_combination(bank, adapters, weights, adapter_name, combination_type, density)

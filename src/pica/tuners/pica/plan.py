@@ -21,6 +21,7 @@ from pica.tuners.base.targets import target_layers
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.experts import ExpertView, PicaExpert, expert_layers, target_stacks
 from pica.tuners.pica.layer import PicaLinear, projection_key
+from pica.tuners.pica.source import source_of
 
 if TYPE_CHECKING:
     from pica.tuners.base.tuner import BankedModel
@@ -96,10 +97,9 @@ class Plan:
 
     def attach(self, layer: PicaLinear, adapter_name: str) -> None:
         """Give a layer the adapter that was planned for it."""
-        path = layer.pica_name
-        layer.add_adapter(
-            adapter_name, group=self.groups[path].key, request=self.requests[path], basis=self.bases.get(path)
-        )
+        path = layer.path
+        layer.attach(adapter_name, self.groups[path].key)
+        layer.method.attach(adapter_name, self.requests[path], self.bases.get(path))
 
     def _solve(self, root: nn.Module, wrapped: dict[str, PicaLinear], stored: bool) -> dict[str, Basis]:
         raw = {path: layer.frozen.raw() for path, layer in wrapped.items()}
@@ -117,8 +117,8 @@ class Plan:
         holdings = describe({n: raw[n] for n in names}, shapes)
 
         def load(request: BasisRequest) -> tuple[Tensor, WantedSide]:
-            weight, side, _ = wrapped[request.name].basis_source(request, check=True)
-            return weight, side
+            source = source_of(wrapped[request.name], request, check=True)
+            return source.weight, source.side
 
         solved = dict(zip(names, solve_many(needed, load, holdings)))
         found = {n: b.rank if b.clear is None else b.clear for n, b in solved.items()}
@@ -182,5 +182,5 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def _lacks_basis(layer: PicaLinear, request: BasisRequest) -> bool:
-    known = layer.requests.get(projection_key(request))
-    return known is None or known.rank < request.rank or layer.projector(projection_key(request)) is None
+    known = layer.bases.requests.get(projection_key(request))
+    return known is None or known.rank < request.rank or layer.bases.rows(projection_key(request)) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from pica.tuners.base.roles import Group, Member, plan_groups
 from pica.tuners.base.sharding import check_placement, loads_in_one_process
 from pica.tuners.base.targets import target_layers
 from pica.tuners.svft.config import SvftConfig
-from pica.tuners.svft.layer import Entries, SvftLinear, add_positions, choose_positions
+from pica.tuners.svft.layer import SHARED, Entries, SvftLinear, add_positions, choose_positions
 from pica.tuners.svft.pattern import affinity
 
 if TYPE_CHECKING:
@@ -47,7 +47,10 @@ class SvftPlan:
             for path, module in found.items()
         }
         check_placement(tuner.model, {path: layer.frozen.raw() for path, layer in self._layers.items()})
-        members = [Member(path, layer.width, layer.in_features, layer.width) for path, layer in self._layers.items()]
+        members = [
+            Member(path, layer.method.width, layer.in_features, layer.method.width)
+            for path, layer in self._layers.items()
+        ]
         self.groups: dict[str, Group] = {}
         self.entries: dict[str, Entries] = {}
         for group in plan_groups(members, config.share):
@@ -70,10 +73,8 @@ class SvftPlan:
 
         def solve(path: str) -> None:
             layer, group = self._layers[path], self.groups[path].key
-            if layer.has_basis():
-                left, right = layer.svft_basis_left_w, layer.svft_basis_right_w
-                assert isinstance(left, Tensor)
-                assert isinstance(right, Tensor)
+            if layer.bases.has(SHARED):
+                left, right = layer.bases.left(SHARED), cast(Tensor, layer.bases.rows(SHARED))
             else:
                 basis = factorise(layer.frozen.read(), name=path)
                 left, right = basis.left, basis.right
@@ -83,8 +84,9 @@ class SvftPlan:
                 square = affinity(left, right).square()
                 scores[group] = scores[group].to(square.device) + square if group in scores else square
 
-        ready = [path for path, layer in self._layers.items() if layer.has_basis() or not layer.frozen.is_deferred()]
-        todo = [path for path in ready if pattern == "top_k" or not self._layers[path].has_basis()]
+        have = {path for path, layer in self._layers.items() if layer.bases.has(SHARED)}
+        ready = [path for path, layer in self._layers.items() if path in have or not layer.frozen.is_deferred()]
+        todo = [path for path in ready if pattern == "top_k" or path not in have]
         with_progress(map(solve, todo), len(todo))
         for group in {self.groups[path].key: self.groups[path] for path in ready}.values():
             complete = all(m.path in ready for m in group.members)
@@ -93,10 +95,11 @@ class SvftPlan:
 
     def attach(self, layer: SvftLinear, adapter_name: str) -> None:
         """Give a layer the adapter that was planned for it."""
-        path = layer.pica_name
+        path = layer.path
         group = self.groups[path].key
         # taken out, so that the solved sides are not held twice
-        layer.add_adapter(adapter_name, group=group, entries=self.entries[group], basis=self.bases.pop(path, None))
+        layer.attach(adapter_name, group)
+        layer.method.attach(adapter_name, self.entries[group], self.bases.pop(path, None))
         positions = self.positions.get(group)
         device, _ = layer.frozen.device_and_dtype()
         add_positions(layer, adapter_name, None if positions is None else positions.to(torch.device(device)))
