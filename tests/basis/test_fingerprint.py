@@ -165,3 +165,50 @@ def test_minor_directions_of_an_unchanged_weight_are_found_unchanged(least: floa
     assert found.gain_error < 1e-3
     changed = align(trained, mode, basis.projector, w * 1.2, basis.side, lambda: torch.zeros(40))
     assert changed.gain_error > 0.1
+
+
+@pytest.mark.parametrize(
+    ("rank", "elements", "expected"),
+    [  # docs/adapter-format.md: 12 bytes of header, 36 a layer, and the rest of 64 KB or 2% for the directions
+        (4093, 0, ("wide", 8)),
+        (4094, 0, ("wide", 4)),
+        (8186, 0, ("wide", 4)),
+        (8187, 0, ("narrow", 1)),
+        (9997, 2_000_000, ("wide", 8)),
+        (9998, 2_000_000, ("wide", 4)),
+    ],
+)
+def test_the_mode_follows_from_the_room_as_the_format_says(rank, elements, expected):
+    assert choose_mode([rank], elements) == expected
+
+
+def test_narrow_keeps_the_strongest_of_sixteen_probes():
+    """As docs/adapter-format.md has it: whoever reads the file elsewhere looks for no seventeenth."""
+    w = weight(220, 200)
+    basis, trained = printed(w, 200, "narrow", 1)
+    seen = basis.projector.double().numpy() @ probe_vectors(200, 16).T
+    assert (trained.choice[:, 0] == np.abs(seen).argmax(axis=1)).all()
+    strongest = np.take_along_axis(seen, trained.choice, axis=1)
+    assert np.abs(trained.values - strongest).max() <= 0.02 + 1e-6
+    assert {*trained.choice[:, 0]} == {*range(16)}
+
+
+@pytest.mark.parametrize("first", [0, 5, 13])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rotation_among_equal_gains_is_found_wherever_they_are(first: int, size: int):
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(24, 24, generator=g, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.linspace(3, 1, 24, dtype=torch.float64)
+    values[first : first + size] = values[first]
+    w = left @ torch.diag(values) @ right.T
+    basis, trained = printed(w, 18, "wide", 4)
+    turn = torch.eye(18, dtype=torch.float64)
+    turn[first : first + size, first : first + size] = torch.linalg.qr(
+        torch.randn(size, size, generator=g, dtype=torch.float64)
+    )[0]
+    found = align(trained, "wide", turn @ basis.projector, w, basis.side, lambda: basis.gains)
+    assert found.rotation is not None
+    torch.testing.assert_close(found.rotation, turn.T, atol=2e-3, rtol=0)
+    assert found.deviation < 1e-3
+    apart = values + torch.linspace(0, 0.2, 24, dtype=torch.float64)  # the same turn of other gains is another basis
+    assert align(trained, "wide", turn @ basis.projector, w, basis.side, lambda: apart[:18]).worst > 0.1
