@@ -67,7 +67,8 @@ class Companions:
 
     def _find(self, name: str, beside: Path | None) -> Path | None:
         """A file beside the adapter, or of the base model in its folder or on the hub; None if there is none."""
-        place = beside or Path(location := locate(self._section.path))
+        location = str(beside or locate(self._section.path))
+        place = Path(location)
         if place.is_dir():
             return place / name if (place / name).is_file() else None
         try:

@@ -19,7 +19,9 @@ from pica.experiments.train.trainers import Guards, common_arguments
 class SubjectTrainer(Guards, Trainer):
     """Draws noise and levels from the seed, the step and the process alone, so that a resumed run sees the same."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """See `SubjectModel.forward`; the batch holds `mean`, `deviation`, `prompt` and `weight`."""
         noise = self._noise(inputs["mean"].shape)
         count, device = len(inputs["mean"]), inputs["mean"].device
