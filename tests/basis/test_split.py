@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pica.basis import BasisRequest, Holdings, _split, solve_basis, solve_many
-from pica.errors import BasisError, ConfigError
+from pica.errors import BasisError, ConfigError, RankError
 
 
 def test_work_is_divided_by_cost_and_completely() -> None:
@@ -103,3 +103,31 @@ def test_in_one_process_nothing_changes() -> None:
     weight = torch.randn(12, 8)
     (basis,) = solve_many([BasisRequest("w", 4)], lambda r: (weight, "in"), Holdings([(12, 8)]))
     assert torch.equal(basis.projector, solve_basis(weight, 4, side="in").projector)
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "message"),
+    [
+        ("RankError\nrank=9 is too large", RankError, "^rank=9 is too large$"),
+        (
+            "RuntimeError\nout of memory",
+            BasisError,
+            r"Process 1 could not solve its share.*\(RuntimeError: out of memory\)",
+        ),
+        ("annotations\nno class", BasisError, r"Process 1 .*\(annotations: no class\)"),
+    ],
+    ids=["of the package", "of a library", "a name that is no class"],
+)
+def test_the_failure_of_one_process_is_raised_in_the_others(
+    monkeypatch: pytest.MonkeyPatch, told, kind, message
+) -> None:
+    def gather(parts: list[torch.Tensor], mine: torch.Tensor) -> None:
+        assert not mine.any()  # this process has nothing to tell
+        content = told.encode().ljust(len(mine), b"\0")
+        for part, text in zip(parts, (bytes(len(mine)), content)):
+            part.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+    monkeypatch.setattr(_split, "process_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    with pytest.raises(kind, match=message):
+        _split._raise_together(None, torch.device("cpu"))
