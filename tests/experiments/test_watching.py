@@ -110,6 +110,7 @@ def test_a_resumed_run_ends_as_one_that_was_left_alone(
 ):
     """Also where the best adapter of the first attempt came after the checkpoint."""
     options = {"adapter__method": method, "trainer__save_steps": 3 if by == "crash" else None}
+    options |= {"trainer__packing": True, "trainer__max_length": 64} if by == "signal" else {}
     start(chat("whole", **options), reporter=Silent())
     with pytest.raises(CrashError if by == "crash" else Interrupted):
         start(chat("cut", **options), reporter=Watcher(5, by))

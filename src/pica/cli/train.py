@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from pica.foreign_code import FLAG
 from pica.text import shortened
 
 if TYPE_CHECKING:
+    from pica.cli.console import ConsoleReporter
     from pica.experiments.recipes.recipe import Recipe
+    from pica.experiments.reporting import Reporter
     from pica.experiments.results.run import Measurement, RunMetrics
     from pica.experiments.train.run import RunResult
 
@@ -79,7 +81,11 @@ def run(arguments: Sequence[str]) -> int:
     if recipe is None or options["resume"] is not None:
         folder = folder or default_output(recipe)  # pyright: ignore[reportArgumentType]
         shown.say(f"Resuming {folder}")
-        result = resume(folder, reporter=shown, trust_remote_code=options["trust"])
+        result = _followed(
+            lambda reporter: resume(folder, reporter=reporter, trust_remote_code=options["trust"]),
+            shown,
+            page=options["page"],
+        )
     else:
         shown.say(f"Recipe {recipe.name}: {recipe.model.path} on {recipe.task.name}, into {default_output(recipe)}")
         if recipe.model.trust_remote_code:
@@ -87,17 +93,45 @@ def run(arguments: Sequence[str]) -> int:
         if options["dry"]:
             _look(recipe)
             return 0
-        result = start(recipe, reporter=shown, overwrite=options["overwrite"])
+        result = _followed(
+            lambda reporter: start(recipe, reporter=reporter, overwrite=options["overwrite"]),
+            shown,
+            page=options["page"],
+        )
     from pica.experiments.distributed import leads
 
     if leads():
-        print_result(result)
+        print_result(result, page=options["page"])
         if result.metrics.task == "dreambooth":
             _print_pictures(result)
         if result.metrics.task == "chat":
             trusts = options["trust"] or (recipe is not None and recipe.model.trust_remote_code)
             _print_answers(result, f" {FLAG}" if trusts else "")
     return 0
+
+
+def _followed(go: "Callable[[Reporter], RunResult]", shown: "ConsoleReporter", *, page: bool) -> "RunResult":
+    """Run, and keep the run's page up to date if that is wanted; at the end it is the one of `pica report`."""
+    if not page:
+        return go(shown)
+    from pica.cli.run_page import PageReporter
+    from pica.errors import PicaError
+    from pica.experiments.distributed import leads
+    from pica.experiments.interrupts import Interrupted
+    from pica.report.run_page import write_run_page
+
+    reporter = PageReporter(shown)
+    try:
+        result = go(reporter)
+    except (Interrupted, KeyboardInterrupt):
+        reporter.end("Stopped; pica train --resume with this folder goes on.")
+        raise
+    except PicaError as error:
+        reporter.end(str(error))
+        raise
+    if leads() and result.metrics.task != "dreambooth":  # which has a page of its own
+        write_run_page(result.output)
+    return result
 
 
 def _look(recipe: "Recipe") -> None:
@@ -142,12 +176,14 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     """
     recipe: str | None = None
     overrides: list[tuple[str, Any]] = []
-    options: dict[str, Any] = {"overwrite": False, "trust": False, "resume": None, "dry": False}
+    options: dict[str, Any] = {"overwrite": False, "trust": False, "resume": None, "dry": False, "page": False}
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
         if token == "--overwrite":
             options["overwrite"] = True
+        elif token == "--page":
+            options["page"] = True
         elif token == "--dry-run":
             options["dry"] = True
         elif token == FLAG:
@@ -212,6 +248,7 @@ def parser(topics: Sequence[str] = (), *, everything: bool = False) -> argparse.
     made.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     made.add_argument("--resume", metavar="DIR", nargs="?", help="go on with the interrupted run in DIR")
     add_trust(made)
+    made.add_argument("--page", action="store_true", help="write DIR/report.html as the run goes, to be watched")
     made.add_argument("--dry-run", action="store_true", help="chat: only show what the model would see")
     made.add_argument("--help-all", action="store_true", help="show every field of a recipe")
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
@@ -219,7 +256,7 @@ def parser(topics: Sequence[str] = (), *, everything: bool = False) -> argparse.
     return made
 
 
-def print_result(result: "RunResult") -> None:
+def print_result(result: "RunResult", *, page: bool = False) -> None:
     """The comparison as a table, and what lies where."""
     from rich import box
     from rich.table import Table
@@ -267,7 +304,8 @@ def print_result(result: "RunResult") -> None:
     console.print(f"Predictions: {result.output / 'predictions-*.jsonl'}", markup=False)
     console.print(f"Recipe:      {result.output / 'recipe.resolved.yaml'}", markup=False)
     if metrics.task != "dreambooth":  # its page is written at once
-        console.print(f"One page:    pica report {shlex.quote(str(result.output))}", markup=False)
+        place = str(result.output / "report.html") if page else f"pica report {shlex.quote(str(result.output))}"
+        console.print(f"One page:    {place}", markup=False)
 
 
 def _print_pictures(result: "RunResult") -> None:

@@ -31,6 +31,7 @@ class Watch:
         measure: Measures the model on the validation problems, each `trainer.eval_steps` and after the last step.
         sample: Has the model answer a few prompts, as (prompt, answer), each `trainer.sample_steps`.
         sampled: Is told all samples so far, those before a resume included, and those that are new.
+        logged: Is told the trainer's log, each time there is something new in it.
         logs: Folder for the files of `trainer.report_to`.
         name: What the training is called there.
     """
@@ -38,6 +39,7 @@ class Watch:
     measure: Callable[[Any], "HeldOut"] | None = None
     sample: Callable[[Any], Sequence[tuple[str, str]]] | None = None
     sampled: Callable[[Samples, Samples], None] | None = None
+    logged: Callable[[list[dict[str, Any]]], None] | None = None
     logs: Path | None = None
     name: str = "run"
 
@@ -89,6 +91,11 @@ class Watching(TrainerCallback):
             self._measure(state, control, kwargs["model"])
         if self._watch.sample is not None and section.sample_steps and step % section.sample_steps == 0:
             self._ask(state, kwargs["model"])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell what is new."""
+        if self._watch.logged is not None and distributed.leads():
+            self._watch.logged(state.log_history)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what the checkpoint needs, and no longer what the one before it did."""

@@ -27,6 +27,7 @@ class Column:
         help: Shown where the pointer rests on the heading, or it has the focus, or is touched.
         numeric: Aligned to the right and sorted by value.
         lower_first: Whether the first click sorts the smallest number first, where that is the better one.
+        wraps: Whether its text, which may be long, is broken into lines.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Column:
     help: str = ""
     numeric: bool = True
     lower_first: bool = False
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ class Page:
         title: Of the page.
         lead: One or two sentences below it.
         facts: Name and value of what holds for the whole page, such as the model.
+        refresh: Seconds after which a browser looks for a newer page; never if None.
     """
 
     title: str
     lead: str = ""
     facts: Mapping[str, object] = field(default_factory=dict)
+    refresh: int | None = None
     _sections: list[tuple[str, str, list[Markup]]] = field(default_factory=list)
     _downloads: list[tuple[str, Markup]] = field(default_factory=list)
 
@@ -87,6 +91,7 @@ class Page:
             title=self.title,
             lead=self.lead,
             facts=self.facts,
+            refresh=self.refresh,
             sections=self._sections,
             downloads=self._downloads,
             style=Markup(style),
@@ -217,6 +222,7 @@ def _cell(content: Any, column: Column, *, first: bool) -> Markup:
     sort = "" if value is None else value
     tag = Markup('th scope="row"') if first else Markup("td")
     kind = Markup(' class="number"') if column.numeric and not first else ""
+    kind = Markup(' class="wrap"') if column.wraps else kind
     end = Markup("th") if first else Markup("td")
     return Markup('<{}{} data-value="{}">{}</{}>').format(tag, kind, escape(str(sort)), shown, end)
 

@@ -181,6 +181,7 @@ class _Run:
                 self.reporter.say(line)
         self._begin()
         distributed.wait()
+        setting.log.show()
         pipeline.prepare(model, self.folder, self.reporter)
 
         base = self._base(setting, model) if recipe.evaluate_base else None

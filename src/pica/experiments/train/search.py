@@ -147,7 +147,7 @@ class Search:
             adapter=place / "adapter",
             reporter=self._reporter,
             label=label,
-            watch=setting.watch(key, everything=everything),
+            watch=setting.watch(key, rate, everything=everything),
         )
         measures, took = splits.validation and not everything, training.result
         if said := ended(training):

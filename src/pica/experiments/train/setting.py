@@ -15,16 +15,14 @@ from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter
 from pica.experiments.results.run import Attempt
 from pica.experiments.train.phases import Phases
-from pica.experiments.watching import Samples, Watch
+from pica.experiments.train.progress import RunLog
+from pica.experiments.watching import Watch
 from pica.files import output as files
-from pica.text import shortened
 
 CHECKPOINTS = "checkpoints"
 """Folder inside the output folder that holds what an unfinished run needs to go on."""
 LOGS = "logs"
 """Folder inside the output folder for what `trainer.report_to` writes."""
-SAMPLES = "samples.jsonl"
-"""File in the output folder with the answers that were given as training went on."""
 
 
 @dataclass
@@ -39,6 +37,7 @@ class Setting:
         splits: The examples.
         pipeline: Of the recipe's task.
         rows: The training examples, encoded.
+        log: What there is to show while it goes on.
     """
 
     recipe: Recipe
@@ -48,11 +47,11 @@ class Setting:
     splits: Splits
     pipeline: Pipeline
     rows: Any
-    _samples: dict[str, Samples] = field(init=False)
+    log: RunLog = field(init=False)
 
     def __post_init__(self) -> None:
         attempts = {name: self.phases.read(name, Attempt) for name in self.phases.names() if is_attempt(name)}
-        self._samples = {name: one.samples for name, one in attempts.items() if one.samples}
+        self.log = RunLog(self.folder, self.recipe, attempts, self.reporter)
 
     @property
     def checkpoints(self) -> Path:
@@ -88,7 +87,7 @@ class Setting:
             score = shown_score("accuracy", group.accuracy, group.stderr, group.examples)
             self.reporter.say(f"  {name}: {score}")
 
-    def watch(self, key: str, *, everything: bool) -> Watch:
+    def watch(self, key: str, rate: float, *, everything: bool) -> Watch:
         """What is looked at while the training `key` goes on; see `Search` for `everything`."""
         pipeline, section, validation = self.pipeline, self.recipe.trainer, self.splits.validation
         asked = validation or self.splits.test
@@ -97,19 +96,11 @@ class Setting:
         return Watch(
             measure=(lambda model: pipeline.held_out(model, validation)) if measures else None,
             sample=(lambda model: pipeline.samples(model, asked)) if asks else None,  # pyright: ignore[reportAttributeAccessIssue]
-            sampled=(lambda rows, new: self._keep_samples(key, rows, new)) if asks else None,
+            sampled=(lambda rows, new: self.log.sampled(key, rows, new)) if asks else None,
+            logged=lambda history: self.log.logged(key, rate, history),
             logs=self.folder / LOGS / key,
             name=f"{self.recipe.name}-{key}",
         )
-
-    def _keep_samples(self, key: str, rows: Samples, new: Samples) -> None:
-        """Write the samples of all trainings so far, in their order, and show the new ones."""
-        self._samples[key] = rows
-        listed = [{"run": name, **row} for name, of_run in self._samples.items() for row in of_run]
-        files.write_jsonl(self.folder / SAMPLES, listed)
-        for row in new:
-            prompt, answer = (shortened(row[name], 60) for name in ("prompt", "answer"))
-            self.reporter.say(f"  step {row['step']}: {prompt} -> {answer}")
 
 
 def attempt_name(name: str, rate: float) -> str:

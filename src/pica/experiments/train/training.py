@@ -118,7 +118,7 @@ def train(
             load_whole()
         if stop.made and trainer.state.global_step < trainer.state.max_steps and not watching.ended:
             raise Interrupted(checkpoint=last_checkpoint(checkpoints))
-        curve = _curve(trainer.state.log_history)
+        curve = curve_of(trainer.state.log_history)
         losses = [point["loss"] for point in curve if "loss" in point]
         measured = TrainingResult(
             steps=trainer.state.global_step,
@@ -281,7 +281,8 @@ def _total_steps(section: TrainerSection, rows: int) -> int:
     return max(1, math.ceil(section.epochs * math.ceil(batches / section.accumulation)))
 
 
-def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+def curve_of(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The points of a trainer's log; see `Training.curve`."""
     columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
     points: dict[int, dict[str, float]] = {}
     for entry in history:
