@@ -30,7 +30,7 @@ def comparison_table(summary: Summary) -> str:
             if row.failures:
                 shown.append([row.label, "", "", "failed", "", "", "", "", ""])
             continue
-        rates = ", ".join(f"{candidate['learning_rate']:g}" for candidate in row.candidates)
+        rates = ", ".join(f"{candidate.learning_rate:g}" for candidate in row.candidates)
         rate = f"{row.rate:g} of {rates}" + (" (edge)" if row.edge else "")
         spread = "" if row.loss.deviation is None else f" ± {row.loss.deviation:.3f}"
         place = summary.standing.place(row.label) if summary.standing else ""
@@ -43,13 +43,13 @@ def comparison_table(summary: Summary) -> str:
 def heading(summary: Summary) -> str:
     """What was trained on what, and what the spread is of."""
     record = next(row.done[0] for row in summary.rows if row.done)
-    problems, machine = record["problems"], record["machine"]
+    problems, machine = record.problems, record.machine
     seeds = summary.content["seeds"]
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
-    where = ", ".join(machine["accelerators"]) or f"{machine['threads']} CPU thread(s)"
+    where = ", ".join(machine.accelerators) or f"{machine.threads} CPU thread(s)"
     return (
-        f"{problems['train']:,} training problems, learning rates chosen with seed {seeds[0]} on "
-        f"{problems['validation']} others, tested on {problems['test']:,}; {spread}, and 95% intervals of the test problems"
+        f"{problems.train:,} training problems, learning rates chosen with seed {seeds[0]} on "
+        f"{problems.validation} others, tested on {problems.test:,}; {spread}, and 95% intervals of the test problems"
         f"{' and seeds' if len(seeds) > 1 else ''}. {where}.\n\n{verdict(summary)}"
     )
 

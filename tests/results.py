@@ -9,6 +9,7 @@ from typing import Any
 import fastjsonschema
 
 from pica.experiments.results import FILES
+from pica.experiments.results.comparison import DoneCell
 from pica.experiments.results.documents import read_result, result_document
 from pica.experiments.results.run import (
     Candidate,
@@ -63,6 +64,15 @@ def metrics(**given: Any) -> RunMetrics:
         "adapter": trained(),
     }
     return RunMetrics(**usual | given)
+
+
+def done_cell(**given: Any) -> DoneCell:
+    """The record of a cell that trained with one rate."""
+    run = metrics()
+    usual: dict[str, Any] = {"key": "k", "label": "x", "seed": 0, "family": "PiCa", "recipe": {"name": "x"}}
+    usual |= {"recipe_yaml": "name: x\n", "status": "done", "result": run.adapter, "problems": run.problems}
+    usual |= {"curve": [[step, 3.0 / step] for step in range(1, 9)], "versions": run.versions, "machine": run.machine}
+    return DoneCell(**usual | {"finished": "2026-01-01T00:00:00Z", "wall_seconds": 1.0} | given)
 
 
 @cache

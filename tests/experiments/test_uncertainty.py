@@ -9,6 +9,7 @@ from scipy.stats import binomtest, bootstrap, pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from pica.experiments.outcomes import Outcomes, kept_outcomes, resampled, scores_of
+from pica.experiments.results.comparison import KeptOutcomes
 from pica.experiments.uncertainty import (
     Contender,
     Standing,
@@ -175,13 +176,13 @@ def test_problems_are_drawn_in_parts_alike(monkeypatch: pytest.MonkeyPatch):
 def test_a_file_of_predictions_is_kept_short():
     rows = [{"correct": index % 3 == 0, "group": "b" if index % 2 else "a"} for index in range(6)]
     kept = kept_outcomes("accuracy", rows)
-    assert kept == {"correct": "100010", "groups": [3, 3]}
+    assert kept == KeptOutcomes(correct="100010", groups=[3, 3])
     read = Outcomes.read("accuracy", kept)
     assert read is not None
     assert read.predicted.tolist() == [1, 0, 0, 0, 1, 0]
     named = [{"predicted": "no", "gold": "yes", "correct": False, "probabilities": {"yes": 0.1, "no": 0.9}}]
-    assert kept_outcomes("f1", named) == {"predicted": [1], "gold": [0], "classes": 2}
-    assert kept_outcomes("spearman", [{"predicted": 1.5, "gold": 2}]) == {"predicted": [1.5], "gold": [2.0]}
+    assert kept_outcomes("f1", named) == KeptOutcomes(predicted=[1], gold=[0], classes=2)
+    assert kept_outcomes("spearman", [{"predicted": 1.5, "gold": 2}]) == KeptOutcomes(predicted=[1.5], gold=[2.0])
     assert kept_outcomes("r2", [{"prompt": "x"}]) is None
     assert Outcomes.read("r2", None) is None
 
@@ -205,7 +206,7 @@ def test_token_accuracy_is_held_against_another_conversation_by_conversation():
         "Highest token_accuracy: after (55.0%), ahead of every other method. 95% paired "
     )
     assert "4 test conversations" in found.statement()
-    other = Outcomes.read("token_accuracy", {"predicted": [1, 2, 3, 4], "gold": [10, 40, 30, 21]})
+    other = Outcomes.read("token_accuracy", KeptOutcomes(predicted=[1, 2, 3, 4], gold=[10, 40, 30, 21]))
     found = standing("token_accuracy", [apart[1], Contender("cut otherwise", 0.1, (0.0, 0.2), {0: other})])
     assert found is not None
     assert not found.differences["cut otherwise"].paired

@@ -14,50 +14,36 @@ import yaml
 from benchmarks.comparisons import comparison_table, heading
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tests import results
 from tests.report.browser import check_page, document_after, needs_browser
 
 from pica.cli.compare import print_summary
 from pica.errors import ConfigError
+from pica.experiments.results.documents import result_document
+from pica.experiments.results.run import ParameterCounts
 from pica.report.comparison import write_report
 from pica.report.comparison_figures import side_by_side
 from pica.report.figures import Sheet
-from pica.report.summary import flat_rows, summarise
+from pica.report.summary import result_of, summarise
 
 LABELS = ["PiCa <r=8>", "LoRA & co", "broken", "never run"]
 
 
 def record(label: str, seed: int, score: float, rates: list[float], chosen: float, **more: Any) -> dict[str, Any]:
-    candidates = [
-        {"learning_rate": rate, "validation_loss": 1.0 + abs(rate - chosen), "validation_score": None} for rate in rates
-    ]
-    result = {
-        "method": "pica",
-        "learning_rate": chosen,
-        "candidates": candidates,
-        "metric": "accuracy",
-        "score": score,
-        "stderr": 0.01,
-        "loss": 2 - score,
-        "parameters": {"trainable": 1100 if label.startswith("PiCa") else 90_000, "head": 100, "total": 10**6},
-        "training": {"seconds": 5.0 + seed, "step_seconds": 0.05, "peak_memory": {"host": 500.0 + 100 * len(rates)}},
-        "file_bytes": 4400,
-    }
-    return {
-        "format": 1,
-        "key": f"{LABELS.index(label)}-{seed}",
-        "label": label,
-        "seed": seed,
-        "family": "PiCa" if label.startswith("PiCa") else "LoRA",
-        "status": "done",
-        "recipe": {"name": "x"},
-        "recipe_yaml": "name: x\n",
-        "base": None,
-        "result": result,
-        "curve": [[step, 3.0 / step] for step in range(1, 9)],
-        "problems": {"train": 100, "validation": 10, "test": 50},
-        "versions": {"torch": "2"},
-        "machine": {"system": "Linux", "cores": 2, "threads": 1, "accelerators": []},
-    } | more
+    candidates = [results.candidate(learning_rate=rate, validation_loss=1.0 + abs(rate - chosen)) for rate in rates]
+    count = 1100 if label.startswith("PiCa") else 90_000
+    result = results.trained(
+        learning_rate=chosen,
+        candidates=candidates,
+        score=score,
+        stderr=0.01,
+        loss=2 - score,
+        parameters=ParameterCounts(trainable=count, head=100, total=10**6),
+        training=results.training(seconds=5.0 + seed, peak_memory={"host": 500.0 + 100 * len(rates)}),
+        file_bytes=4400,
+    )
+    family, key = "PiCa" if label.startswith("PiCa") else "LoRA", f"{LABELS.index(label)}-{seed}"
+    return result_document(results.done_cell(key=key, label=label, seed=seed, family=family, result=result)) | more
 
 
 @pytest.fixture
@@ -101,6 +87,7 @@ def test_numbers(folder: Path):
     assert lines[2]["score_mean"] == ""
     assert lines[2]["failures"] == "it does <not> fit"
     assert json.loads((folder / "results.json").read_text())["rows"][1]["rate_at_edge"] == "highest"
+    results.check_file("comparison", folder / "results.json")
 
 
 def test_page_is_valid_and_tells_everything(folder: Path):
@@ -151,7 +138,7 @@ def test_a_file_that_lacks_a_field_is_told(folder: Path, name: str):
     content = yaml.safe_load((folder / name).read_text())
     del content["name" if name == "comparison.yaml" else "workers"]
     (folder / name).write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="is damaged .it lacks '"):
+    with pytest.raises(ConfigError, match="is damaged .*it lacks '"):
         summarise(folder)
 
 
@@ -195,7 +182,7 @@ def test_a_method_ahead_of_all_others_is_the_best(folder: Path):
     summary = summarise(folder)
     assert summary.standing is not None
     assert "Highest accuracy: PiCa <r=8> (80.0%), ahead of every other method." in summary.standing.statement()
-    assert [row.get("place") for row in flat_rows(summary)] == ["best", "", None, None]
+    assert [getattr(row, "place", None) for row in result_of(summary).rows] == ["best", "", None, None]
     assert re.search(r"80\.0% ± 0\.0% \| 6.*% \| best \|", comparison_table(summary))
 
 
@@ -203,7 +190,7 @@ def test_one_seed_is_said_and_has_the_problems_uncertainty(folder: Path, capsys:
     with_outcomes(folder, {LABELS[0]: 0, LABELS[1]: 1}, seeds=1)
     path = folder / "cells" / "0-0.json"
     content = json.loads(path.read_text())
-    content["base"] = {"metric": "accuracy", "score": 0.0, "stderr": 0.0, "examples": 50}
+    content["base"] = {"metric": "accuracy", "score": 0.0, "stderr": 0.0, "loss": 1.0, "examples": 50}
     content["outcomes"]["base"] = {"correct": "0" * 50}
     path.write_text(json.dumps(content))
     summary = write_report(folder)

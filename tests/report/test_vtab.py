@@ -43,20 +43,9 @@ def write_comparison(folder: Path, subset: str, scores: list[float]) -> Path:
     cells = [{"key": str(seed), "label": "pica r=64", "seed": seed, "status": "done"} for seed, _ in enumerate(scores)]
     (folder / "cells.json").write_text(json.dumps({"cells": cells, "workers": 1}))
     for seed, score in enumerate(scores):
-        result = {
-            "method": "pica",
-            "learning_rate": 0.01,
-            "metric": "accuracy",
-            "score": score,
-            "stderr": 0.1,
-            "loss": 1.0,
-            "parameters": {"trainable": 10, "head": 2},
-            "candidates": [{"learning_rate": 0.01}],
-            "training": {"seconds": 1.0, "step_seconds": 0.1, "peak_memory": {"host": 1.0}},
-            "file_bytes": 3,
-        }
-        record = {"status": "done", "family": "pica", "result": result, "base": None}
-        (folder / "cells" / f"{seed}.json").write_text(json.dumps(record))
+        counts = ParameterCounts(trainable=10, head=2, total=9999)
+        cell = results.done_cell(family="pica", result=results.trained(score=score, stderr=0.1, parameters=counts))
+        write_result(folder / "cells" / f"{seed}.json", cell)
     return folder
 
 

@@ -1,6 +1,7 @@
 """`pica compare`: several methods on one task, side by side."""
 
 import argparse
+import math
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from pica.foreign_code import FLAG
 
 if TYPE_CHECKING:
     from pica.experiments.compare.cells import Cell
+    from pica.experiments.results.comparison import CellRecord
     from pica.report.comparison import Summary
 
 DEFAULT = "arithmetic-tiny"
@@ -203,15 +205,13 @@ class GridDisplay:
         step = label.rpartition(": ")[2] if ": " in label else label.rpartition(", ")[2]
         self._progress.update(self._tasks[worker], completed=done, total=total, note=f"{step}  {note}")
 
-    def ended(self, worker: int, cell: "Cell", record: dict[str, Any]) -> None:
+    def ended(self, worker: int, cell: "Cell", record: "CellRecord") -> None:
         """See `Watcher`."""
-        if record["status"] == "failed":
-            self._say(f"{cell.label}: failed: {record['error']}")
+        if record.status == "failed":
+            self._say(f"{cell.label}: failed: {record.error}")
         else:
-            result = record["result"]
-            score = result.get("score", result.get("accuracy"))
-            shown = "undefined" if score is None else f"{score:.4f}"
-            self._say(f"{cell.label}: {shown} at rate {result['learning_rate']:g}, {record['wall_seconds']:.0f} s")
+            shown = f"{record.result.score:.4f}" if math.isfinite(record.result.score) else "undefined"
+            self._say(f"{cell.label}: {shown} at rate {record.result.learning_rate:g}, {record.wall_seconds:.0f} s")
         self._progress.update(self._tasks[worker], note="")
 
     def grid(self, done: int, failed: int, total: int) -> None:

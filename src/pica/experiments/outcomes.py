@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pica.experiments.results.comparison import KeptOutcomes
 from pica.tasks.base import REGRESSION_METRICS
 from pica.tasks.metrics import f1_of_tables, matthews_of_tables
 
@@ -42,15 +43,15 @@ class Outcomes:
         return (self.metric, len(self.predicted), self.groups, tokens)
 
     @classmethod
-    def read(cls, metric: str, kept: Mapping[str, Any] | None) -> "Outcomes | None":
+    def read(cls, metric: str, kept: KeptOutcomes | None) -> "Outcomes | None":
         """From what `kept_outcomes` made; None if that is None."""
-        if not kept:
+        if kept is None:
             return None
-        if "correct" in kept:
-            right = np.frombuffer(kept["correct"].encode(), dtype=np.uint8) - ord("0")
-            return cls(metric, right.astype(np.float32), None, tuple(kept.get("groups") or (len(right),)))
-        predicted, gold = np.asarray(kept["predicted"]), np.asarray(kept["gold"])
-        return cls(metric, predicted, gold, (len(gold),), kept.get("classes", 0))
+        if kept.correct is not None:
+            right = np.frombuffer(kept.correct.encode(), dtype=np.uint8) - ord("0")
+            return cls(metric, right.astype(np.float32), None, tuple(kept.groups) or (len(right),))
+        predicted, gold = np.asarray(kept.predicted), np.asarray(kept.gold)
+        return cls(metric, predicted, gold, (len(gold),), kept.classes)
 
     @classmethod
     def joined(cls, parts: Sequence["Outcomes | None"]) -> "Outcomes | None":
@@ -62,7 +63,7 @@ class Outcomes:
         return cls("accuracy", np.concatenate([part.predicted for part in known]), None, sizes)
 
 
-def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> KeptOutcomes | None:
     """What a record keeps of a file of predictions, so that methods can be held against each other problem by problem.
 
     Args:
@@ -70,24 +71,25 @@ def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
         rows: The file's lines.
 
     Returns:
-        JSON values, short; None for predictions that are no answers (drawn pictures).
+        None for predictions that are no answers (drawn pictures).
     """
     if metric == "accuracy" and rows and all("correct" in row for row in rows):
         parts: dict[str, str] = {}
         for row in rows:
             name = row.get("group", "")
             parts[name] = parts.get(name, "") + "01"[bool(row["correct"])]
-        kept: dict[str, Any] = {"correct": "".join(parts.values())}
-        return kept | ({"groups": [len(part) for part in parts.values()]} if len(parts) > 1 else {})
+        groups = [len(part) for part in parts.values()] if len(parts) > 1 else []
+        return KeptOutcomes(correct="".join(parts.values()), groups=groups)
     if metric == "token_accuracy" and rows and all("tokens" in row for row in rows):
         right = [round(row["token_accuracy"] * row["tokens"]) for row in rows]
-        return {"predicted": right, "gold": [row["tokens"] for row in rows]}
+        return KeptOutcomes(predicted=right, gold=[row["tokens"] for row in rows])
     if metric in REGRESSION_METRICS and rows and all("predicted" in row for row in rows):
-        return {key: [float(row[key]) for row in rows] for key in ("predicted", "gold")}
+        predicted, gold = ([float(row[key]) for row in rows] for key in ("predicted", "gold"))
+        return KeptOutcomes(predicted=predicted, gold=gold)
     if metric in ("f1", "matthews") and rows and all("probabilities" in row for row in rows):
         places = {name: index for index, name in enumerate(rows[0]["probabilities"])}
-        found = {key: [places[str(row[key])] for row in rows] for key in ("predicted", "gold")}
-        return {**found, "classes": len(places)}
+        predicted, gold = ([places[str(row[key])] for row in rows] for key in ("predicted", "gold"))
+        return KeptOutcomes(predicted=predicted, gold=gold, classes=len(places))
     return None
 
 

@@ -1,11 +1,10 @@
 """Which of a run's models is best, by the predictions that the run has left."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pica.experiments.outcomes import Outcomes, kept_outcomes
+from pica.experiments.results.comparison import KeptOutcomes
 from pica.experiments.results.run import Measurement, RunMetrics
 from pica.experiments.uncertainty import Contender, Standing, score_interval, standing
 
@@ -41,13 +40,13 @@ def run_standing(folder: Path, metrics: RunMetrics) -> Standing | None:
     return standing(metrics.adapter.metric, contenders)
 
 
-def contender(label: str, result: Measurement, kept: Mapping[str, Any] | None) -> Contender:
+def contender(label: str, result: Measurement, kept: KeptOutcomes | None) -> Contender:
     """One model that was measured once."""
     interval = score_interval(result.metric, result.score, result.stderr, result.examples)
     return Contender(label, result.score, interval, {0: Outcomes.read(result.metric, kept)})
 
 
-def read_outcomes(folder: Path, metrics: RunMetrics) -> dict[str, Any]:
+def read_outcomes(folder: Path, metrics: RunMetrics) -> dict[str, KeptOutcomes]:
     """`kept_outcomes` of base, adapter and baseline, from the predictions files of a run; without those that have none."""
     found = {}
     for kind, name in prediction_files(metrics).items():

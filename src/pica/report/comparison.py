@@ -1,13 +1,15 @@
 """The page of a comparison: plots, tables and recipes from the records of its cells."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from pica.experiments.results.documents import to_document
+from pica.experiments.results.comparison import INDEX, NUMBERS, CellEntry, DoneCell, FailedCell
+from pica.experiments.results.documents import result_document, to_document
+from pica.experiments.results.run import Candidate
 from pica.experiments.uncertainty import listed, shown, shown_interval
 from pica.files.output import json_text, write_text
 from pica.report import page as html
@@ -17,14 +19,13 @@ from pica.report.summary import (
     WITHOUT_TRAINING,
     RowSummary,
     Summary,
-    flat_rows,
-    score_of,
+    result_of,
     shown_mean,
     shown_row,
     summarise,
 )
 
-PAGE, TABLE, NUMBERS = "report.html", "results.csv", "results.json"
+PAGE, TABLE = "report.html", "results.csv"
 
 
 def write_report(folder: Path, *, page: Path | None = None) -> Summary:
@@ -39,12 +40,10 @@ def write_report(folder: Path, *, page: Path | None = None) -> Summary:
         OutputError: A file can't be written.
     """
     summary = summarise(folder)
-    rows = flat_rows(summary)
-    columns = list(max(rows, key=len))
-    csv = html.csv_text(rows, columns)
-    standing = to_document(summary.standing.result()) if summary.standing else None
-    content = {"name": summary.name, "base": summary.base, "rows": rows, "standing": standing}
-    numbers = json_text(content, indent=2) + "\n"
+    result = result_of(summary)
+    rows = [to_document(row) for row in result.rows]
+    csv = html.csv_text(rows, list(max(rows, key=len)))
+    numbers = json_text(result_document(result), indent=2) + "\n"
     write_text(folder / TABLE, csv)
     write_text(folder / NUMBERS, numbers)
     write_text(page or folder / PAGE, comparison_page(summary, csv, numbers))
@@ -68,8 +67,10 @@ def comparison_page(summary: Summary, csv: str, numbers: str) -> str:
     made.section("How this was measured", *_protocol(summary, rows))
     made.download(TABLE, csv, kind="text/csv")
     made.download(NUMBERS, numbers, kind="application/json")
-    cells = [{key: value for key, value in record.items() if key != "recipe_yaml"} for record in summary.records]
-    made.download("cells.json", json_text(cells, indent=1), kind="application/json")
+    cells = [dict(vars(record)) for record in summary.records]
+    for cell in cells:
+        cell.pop("recipe_yaml", None)
+    made.download(INDEX, json_text(to_document(cells), indent=1), kind="application/json")
     made.download("comparison.yaml", summary.text, kind="text/yaml")
     return made.html()
 
@@ -87,7 +88,7 @@ def _facts(summary: Summary, rows: Sequence[RowSummary]) -> dict[str, object]:
         "Cells": f"{done} done" + (f", {failed} failed" if failed else ""),
     }
     if rows:
-        problems = rows[0].done[0]["problems"]
+        problems = vars(rows[0].done[0].problems)
         facts["Problems"] = ", ".join(f"{count:,} {name}" for name, count in problems.items())
     return facts
 
@@ -102,8 +103,8 @@ def _result(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[
     smallest = listed([row.label for row in rows if row.parameters == fewest])
     reached = listed([shown_row(summary.metric, row) for row in rows if row.parameters == fewest])
     text = f"Fewest trained parameters: {smallest}, {fewest:,}, at {reached}."
-    if summary.base:
-        text += f" The model without training: {shown(summary.metric, score_of(summary.base))}."
+    if summary.base is not None:
+        text += f" The model without training: {shown(summary.metric, summary.base.score)}."
     if summary.standing:
         blocks.append(summary.standing.statement())
         if len(rows) > 1 and summary.standing.place(WITHOUT_TRAINING):
@@ -183,14 +184,15 @@ def _rates(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
     lines = []
     for row in rows:
         for candidate in row.candidates:
-            chosen = candidate["learning_rate"] == row.rate
+            trained = isinstance(candidate, Candidate)
+            chosen = "chosen" if candidate.learning_rate == row.rate else ""
             lines.append(
                 {
                     "label": row.label,
-                    "rate": Cell(f"{candidate['learning_rate']:g}", candidate["learning_rate"]),
-                    "loss": candidate["validation_loss"],
-                    "score": candidate["validation_score"],
-                    "chosen": candidate["failed"] or ("chosen" if chosen else ""),
+                    "rate": Cell(f"{candidate.learning_rate:g}", candidate.learning_rate),
+                    "loss": candidate.validation_loss if trained else None,
+                    "score": candidate.validation_score if trained else None,
+                    "chosen": chosen if trained else candidate.failed,
                 }
             )
     columns = [
@@ -290,19 +292,19 @@ def _recipes(summary: Summary) -> list[Markup | str]:
         "grid of learning rates, the others' the chosen one."
     ]
     for record in summary.records:
-        if "recipe_yaml" not in record:
+        if isinstance(record, CellEntry):
             continue
-        state = "" if record["status"] == "done" else ", failed"
-        body: list[Markup | str] = [html.preformatted(record["recipe_yaml"])]
-        if record.get("log"):
-            body.append(html.preformatted(record["log"]))
-        blocks.append(html.details(f"{record['label']}, seed {record['seed']}{state}", *body))
+        state = "" if isinstance(record, DoneCell) else ", failed"
+        body: list[Markup | str] = [html.preformatted(record.recipe_yaml)]
+        if isinstance(record, FailedCell) and record.log:
+            body.append(html.preformatted(record.log))
+        blocks.append(html.details(f"{record.label}, seed {record.seed}{state}", *body))
     return blocks
 
 
 def _protocol(summary: Summary, rows: Sequence[RowSummary]) -> list[Markup | str]:
     workers = summary.workers
-    gpu = bool(rows and "gpu" in rows[0].done[0]["result"]["training"]["peak_memory"])
+    gpu = bool(rows and "gpu" in rows[0].done[0].result.training.peak_memory)
     memory = (
         "the highest use of PyTorch's GPU allocator during training"
         if gpu
@@ -332,11 +334,10 @@ def _protocol(summary: Summary, rows: Sequence[RowSummary]) -> list[Markup | str
     ]
     blocks: list[Markup | str] = [html.bullets(lines)]
     if rows:
-        record = rows[0].done[0]
-        machine: Mapping[str, Any] = record["machine"]
-        used = ", ".join(machine["accelerators"]) or f"CPU, {machine['threads']} thread(s) a cell"
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        blocks.append(f"Machine: {machine['system']}; {used}. Versions: {versions}.")
+        machine = rows[0].done[0].machine
+        used = ", ".join(machine.accelerators) or f"CPU, {machine.threads} thread(s) a cell"
+        versions = ", ".join(f"{name} {version}" for name, version in rows[0].done[0].versions.items())
+        blocks.append(f"Machine: {machine.system}; {used}. Versions: {versions}.")
     return blocks
 
 

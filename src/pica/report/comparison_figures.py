@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from pica.experiments.results.run import Candidate
 from pica.experiments.uncertainty import SHARES
 from pica.report.figures import CARD, GRID, INK, MARKERS, MUTED, SERIES, Sheet, figure, log_axis, quantity
 from pica.report.summary import RowSummary, shown_row
@@ -153,23 +154,18 @@ def rates_figure(rows: Sequence[RowSummary], looks: Looks) -> Markup:
         axes = sheet.figure.subplots()
         drawn: list[Drawn] = []
         for row in rows:
-            tried = [c for c in row.candidates if c["validation_loss"] is not None]
-            tried.sort(key=lambda candidate: candidate["learning_rate"])
-            color = looks.color(row.label)
-            points = (
-                [candidate["learning_rate"] for candidate in tried],
-                [candidate["validation_loss"] for candidate in tried],
+            tried = sorted(
+                (one.learning_rate, one.validation_loss)
+                for one in row.candidates
+                if isinstance(one, Candidate) and one.validation_loss is not None
             )
-            axes.plot(*points, color=color, linewidth=1.1, marker=".", markersize=5)
-            for candidate in tried:
-                if candidate["learning_rate"] == row.rate:
-                    chosen = axes.plot(
-                        [row.rate], [candidate["validation_loss"]], linestyle="none", **looks.marker(row.label)
-                    )
-                    drawn.append((row.rate, candidate["validation_loss"], chosen))
-                    sheet.tip(
-                        chosen[0], f"{row.label}: rate {row.rate:g}, validation loss {candidate['validation_loss']:.4f}"
-                    )
+            points = [rate for rate, _ in tried], [loss for _, loss in tried]
+            axes.plot(*points, color=looks.color(row.label), linewidth=1.1, marker=".", markersize=5)
+            for rate, loss in tried:
+                if rate == row.rate:
+                    chosen = axes.plot([rate], [loss], linestyle="none", **looks.marker(row.label))
+                    drawn.append((rate, loss, chosen))
+                    sheet.tip(chosen[0], f"{row.label}: rate {rate:g}, validation loss {loss:.4f}")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss")
         axes.set_xscale("log")
@@ -196,14 +192,14 @@ def curves_figure(rows: Sequence[RowSummary], looks: Looks) -> Markup:
         for panel, row in zip(panels, rows):
             for other in rows:
                 if other is not row:
-                    _curve(panel, other.done[0]["curve"], color=GRID, linewidth=0.8)
+                    _curve(panel, other.done[0].curve, color=GRID, linewidth=0.8)
             for record in row.done:
-                _curve(panel, record["curve"], color=looks.color(row.label), linewidth=1.3)
+                _curve(panel, record.curve, color=looks.color(row.label), linewidth=1.3)
             panel.set_title(row.label, fontsize=9, fontweight="normal")
             panel.grid(visible=False)
         for panel in panels[len(rows) :]:
             panel.set_visible(False)
-        highest = [losses[0] for row in rows for record in row.done if (losses := _smooth(record["curve"])[1])]
+        highest = [losses[0] for row in rows for record in row.done if (losses := _smooth(record.curve)[1])]
         if highest:
             panels[0].set_ylim(0, 1.05 * max(min(max(highest), 3 * sorted(highest)[len(highest) // 2]), 1e-3))
         sheet.figure.supxlabel("optimizer step", fontsize=9, color=INK)

@@ -2,26 +2,39 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pica.errors import ConfigError
 from pica.experiments.outcomes import Outcomes
+from pica.experiments.results.comparison import (
+    CELLS,
+    INDEX,
+    CellEntry,
+    CellIndex,
+    CellRecord,
+    ComparisonResult,
+    DoneCell,
+    MeasuredRow,
+    UnmeasuredRow,
+    read_cell,
+)
+from pica.experiments.results.documents import read_result
+from pica.experiments.results.run import Candidate, FailedCandidate, Measurement
 from pica.experiments.uncertainty import (
     Contender,
     Standing,
-    finite,
     score_interval,
     shown,
     shown_interval,
     standing,
 )
-from pica.files.documents import read_json, read_yaml
+from pica.files.documents import read_yaml
 
-COMPARISON, INDEX = "comparison.yaml", "cells.json"
+COMPARISON = "comparison.yaml"
 WITHOUT_TRAINING = "the model without training"
 
 
@@ -71,11 +84,11 @@ class RowSummary:
     label: str
     method: str = ""
     family: str = ""
-    done: list[dict[str, Any]] = field(default_factory=list)
+    done: list[DoneCell] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     rate: float = math.nan
     edge: str | None = None
-    candidates: list[dict[str, Any]] = field(default_factory=list)
+    candidates: list[Candidate | FailedCandidate] = field(default_factory=list)
     score: Stat = NOTHING
     stderr: float = math.nan
     examples: int = 0
@@ -91,11 +104,11 @@ class RowSummary:
     @property
     def scores(self) -> list[float]:
         """The metric of each finished seed."""
-        return [score_of(record["result"]) for record in self.done]
+        return [record.result.score for record in self.done]
 
     def contender(self, metric: str) -> Contender:
         """What it brings to a standing."""
-        runs = {record["seed"]: _outcomes(record, "adapter", metric) for record in self.done}
+        runs = {record.seed: _outcomes(record, "adapter", metric) for record in self.done}
         return Contender(self.label, self.score.mean, self.interval, runs)
 
 
@@ -110,7 +123,7 @@ class Summary:
         metric: Name of the task's metric; higher is better.
         rows: One a method, in the file's order.
         base: Measurements of the model without training, if there are any.
-        records: Every cell's record.
+        records: Every cell's record; of cells that were not begun what the index says of them.
         workers: Cells that ran at a time.
         contenders: The finished methods, and the model without training if it was measured.
     """
@@ -122,8 +135,8 @@ class Summary:
     text: str
     metric: str
     rows: list[RowSummary]
-    base: dict[str, Any] | None
-    records: list[dict[str, Any]]
+    base: Measurement | None
+    records: list[CellRecord | CellEntry]
     workers: int
     contenders: list[Contender]
 
@@ -149,18 +162,18 @@ def summarise(folder: Path) -> Summary:
     try:
         content = read_yaml(folder / COMPARISON)
         text = (folder / COMPARISON).read_text(encoding="utf-8")
-        index = read_json(folder / INDEX)
-        records = [_record(folder, entry) for entry in index["cells"]]
+        index = read_result(CellIndex, folder / INDEX)
+        records = [_record(folder, entry) for entry in index.cells]
         labels = [row["label"] for row in content["methods"]]
-        name, workers = content["name"], index["workers"]
-        rows = [summarise_row(label, [record for record in records if record["label"] == label]) for label in labels]
-        first = next((record for record in records if record["status"] == "done"), None)
-        base = next((record["base"] for record in records if record.get("base")), None)
+        name = content["name"]
+        rows = [summarise_row(label, [record for record in records if record.label == label]) for label in labels]
+        done = [record for record in records if isinstance(record, DoneCell)]
+        base = next((record.base for record in done if record.base is not None), None)
         title, description = (content.get(key) or "" for key in ("title", "description"))
-        metric = first["result"].get("metric", "accuracy") if first else "score"
+        metric = done[0].result.metric if done else "score"
         contenders = [row.contender(metric) for row in rows if row.done]
         if base is not None:
-            contenders.append(_base_contender(metric, base, records))
+            contenders.append(_base_contender(metric, base, done))
     except FileNotFoundError:
         raise ConfigError(f"{str(folder)!r} holds no finished cell yet; run pica compare first.") from None
     except KeyError as error:
@@ -171,75 +184,52 @@ def summarise(folder: Path) -> Summary:
         raise ConfigError(
             f"A file in {str(folder)!r} is damaged ({error}); run pica compare with the folder again."
         ) from None
-    return Summary(name, title, description, content, text, metric, rows, base, records, workers, contenders)
+    return Summary(name, title, description, content, text, metric, rows, base, records, index.workers, contenders)
 
 
-def _base_contender(metric: str, base: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Contender:
+def _base_contender(metric: str, base: Measurement, records: Sequence[DoneCell]) -> Contender:
     """The model without training: the same with every seed."""
     found = next((kept for record in records if (kept := _outcomes(record, "base", metric)) is not None), None)
-    interval = score_interval(metric, score_of(base), base.get("stderr", math.nan), base.get("examples", 0))
-    runs = {record["seed"]: found for record in records if record["status"] == "done"}
-    return Contender(WITHOUT_TRAINING, score_of(base), interval, runs)
+    interval = score_interval(metric, base.score, base.stderr, base.examples)
+    return Contender(WITHOUT_TRAINING, base.score, interval, {record.seed: found for record in records})
 
 
-def _outcomes(record: Mapping[str, Any], kind: str, metric: str) -> Outcomes | None:
+def _outcomes(record: DoneCell, kind: str, metric: str) -> Outcomes | None:
     """Of a cell's adapter or base; None in records from before outcomes were kept."""
-    return Outcomes.read(metric, (record.get("outcomes") or {}).get(kind))
+    return Outcomes.read(metric, record.outcomes.get(kind))
 
 
-def summarise_row(label: str, records: Sequence[Mapping[str, Any]]) -> RowSummary:
+def summarise_row(label: str, records: Sequence[CellRecord | CellEntry]) -> RowSummary:
     """One method's line from its cells' records, the first seed's first."""
     row = RowSummary(label)
-    row.done = [dict(record) for record in records if record["status"] == "done"]
-    row.failures = [record["error"] for record in records if record["status"] == "failed"]
+    row.done = [record for record in records if isinstance(record, DoneCell)]
+    row.failures = [record.error or "" for record in records if not isinstance(record, DoneCell)]
     if not row.done:
         return row
-    results = [record["result"] for record in row.done]
-    chooser = max(results, key=lambda result: len(result["candidates"]))
-    row.family = row.done[0]["family"]
-    row.method, row.rate = chooser["method"], chooser["learning_rate"]
-    row.candidates = [
-        {key: candidate.get(key) for key in ("learning_rate", "validation_loss", "validation_score", "failed")}
-        for candidate in chooser["candidates"]
-    ]
-    rates = sorted(candidate["learning_rate"] for candidate in row.candidates)
+    results = [record.result for record in row.done]
+    chooser = max(results, key=lambda result: len(result.candidates))
+    row.family = row.done[0].family
+    row.method, row.rate, row.candidates = chooser.method, chooser.learning_rate, chooser.candidates
+    rates = sorted(candidate.learning_rate for candidate in row.candidates)
     if len(rates) > 1:
         row.edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(row.rate)
-    row.score = Stat.of([score_of(result) for result in results])
-    row.stderr = statistics.fmean(_number(result["stderr"]) for result in results)
-    row.examples = int(results[0].get("examples", 0))
-    metric = results[0].get("metric", "accuracy")
+    row.score = Stat.of([result.score for result in results])
+    row.stderr = statistics.fmean(result.stderr for result in results)
+    row.examples, metric = results[0].examples, results[0].metric
     row.interval = score_interval(
         metric, row.score.mean, row.stderr, row.examples, row.score.deviation, row.score.count
     )
-    row.loss = Stat.of([result["loss"] for result in results])
-    counts = results[0]["parameters"]
-    row.head = counts.get("head", 0)
-    row.parameters = counts["trainable"] - row.head
-    row.seconds = Stat.of([result["training"]["seconds"] for result in results])
-    steps = [result["training"]["step_seconds"] for result in results if result["training"]["step_seconds"]]
+    row.loss = Stat.of([result.loss for result in results])
+    row.head = results[0].parameters.head
+    row.parameters = results[0].parameters.trainable - row.head
+    row.seconds = Stat.of([result.training.seconds for result in results])
+    steps = [result.training.step_seconds for result in results if result.training.step_seconds]
     row.step = statistics.median(steps) if steps else math.nan
     # A process that trained several times has memory of its earlier trainings; those that trained once are preferred.
-    alone = [result for result in results if len(result["candidates"]) == 1] or results
-    row.memory = Stat.of([peak_of(result) for result in alone])
-    row.file_bytes = results[0]["file_bytes"]
+    alone = [result for result in results if len(result.candidates) == 1] or results
+    row.memory = Stat.of([result.training.peak for result in alone])
+    row.file_bytes = results[0].file_bytes
     return row
-
-
-def score_of(result: Mapping[str, Any]) -> float:
-    """The task's metric."""
-    return _number(result.get("score", result.get("accuracy")))
-
-
-def _number(value: float | None) -> float:
-    """NaN for what is undefined, such as a correlation with constant predictions, and so is null in a file."""
-    return math.nan if value is None else value
-
-
-def peak_of(result: Mapping[str, Any]) -> float:
-    """Peak memory in MiB: the GPU's where there is one, else the process's."""
-    peaks = result["training"]["peak_memory"]
-    return peaks.get("gpu", peaks["host"])
 
 
 def shown_mean(metric: str, stat: Stat) -> str:
@@ -259,51 +249,56 @@ SPREADS = "± standard deviation over seeds; in brackets, with one seed, the 95%
 """What `shown_row` shows."""
 
 
-def flat_rows(summary: Summary) -> list[dict[str, Any]]:
-    """The summary as rows of numbers, for CSV and JSON."""
-    rows = []
-    for row in summary.rows:
-        line: dict[str, Any] = {"label": row.label, "seeds_done": len(row.done), "seeds_failed": len(row.failures)}
-        if row.done:
-            line |= {
-                "method": row.method,
-                "metric": summary.metric,
-                "score_mean": row.score.mean,
-                "score_sd": row.score.deviation,
-                "score_stderr": row.stderr,
-                "score_low": finite(row.interval[0]),
-                "score_high": finite(row.interval[1]),
-                "place": summary.standing.place(row.label) if summary.standing else "",
-                **_behind(summary.standing, row.label),
-                "loss_mean": row.loss.mean,
-                "loss_sd": row.loss.deviation,
-                "parameters": row.parameters,
-                "head_parameters": row.head,
-                "learning_rate": row.rate,
-                "rate_at_edge": row.edge or "",
-                "train_seconds_mean": row.seconds.mean,
-                "step_seconds": None if math.isnan(row.step) else row.step,
-                "peak_memory_mib": row.memory.mean,
-                "adapter_bytes": row.file_bytes,
-            }
-        line["failures"] = "; ".join(row.failures)
-        rows.append(line)
-    return rows
+def result_of(summary: Summary) -> ComparisonResult:
+    """The summary in numbers."""
+    held = summary.standing
+    rows = [_measured(summary, row) if row.done else _unmeasured(row) for row in summary.rows]
+    return ComparisonResult(
+        name=summary.name, base=summary.base, rows=rows, standing=held.result() if held is not None else None
+    )
 
 
-def _behind(held: Standing | None, label: str) -> dict[str, Any]:
-    """By how much a method is behind the best, with the 95% interval; the best one itself by nothing."""
-    behind = held.differences.get(label) if held else None
-    return {
-        "behind_best": behind.value if behind else 0.0,
-        "behind_best_low": finite(behind.low) if behind else None,
-        "behind_best_high": finite(behind.high) if behind else None,
-        "behind_best_paired": behind.paired if behind else None,
-    }
+def _unmeasured(row: RowSummary) -> UnmeasuredRow:
+    return UnmeasuredRow(
+        label=row.label,
+        seeds_done=len(row.done),
+        seeds_failed=len(row.failures),
+        failures="; ".join(row.failures),
+    )
 
 
-def _record(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / "cells" / f"{entry['key']}.json"
-    if not path.is_file() and entry["status"] == "failed":  # a cell that was not even begun has no file
-        return dict(entry)
-    return read_json(path) | {"label": entry["label"], "seed": entry["seed"]}
+def _measured(summary: Summary, row: RowSummary) -> MeasuredRow:
+    held = summary.standing
+    behind = held.differences.get(row.label) if held else None  # the best one itself is behind by nothing
+    return MeasuredRow(
+        **vars(_unmeasured(row)),
+        method=row.method,
+        metric=summary.metric,
+        score_mean=row.score.mean,
+        score_sd=row.score.deviation,
+        score_stderr=row.stderr,
+        score_low=row.interval[0],
+        score_high=row.interval[1],
+        place=held.place(row.label) if held else "",
+        behind_best=behind.value if behind else 0.0,
+        behind_best_low=behind.low if behind else math.nan,
+        behind_best_high=behind.high if behind else math.nan,
+        behind_best_paired=behind.paired if behind else None,
+        loss_mean=row.loss.mean,
+        loss_sd=row.loss.deviation,
+        parameters=row.parameters,
+        head_parameters=row.head,
+        learning_rate=row.rate,
+        rate_at_edge=row.edge or "",
+        train_seconds_mean=row.seconds.mean,
+        step_seconds=row.step,
+        peak_memory_mib=row.memory.mean,
+        adapter_bytes=row.file_bytes,
+    )
+
+
+def _record(folder: Path, entry: CellEntry) -> CellRecord | CellEntry:
+    path = folder / CELLS / f"{entry.key}.json"
+    if not path.is_file() and entry.status == "failed":  # a cell that was not even begun has no file
+        return entry
+    return replace(read_cell(path), label=entry.label, seed=entry.seed)

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pica.errors import ConfigError
 from pica.experiments.methods import METHODS
 from pica.experiments.outcomes import Outcomes
+from pica.experiments.results.comparison import KeptOutcomes
 from pica.experiments.results.documents import read_result
 from pica.experiments.results.run import METRICS, RunMetrics, Trained
 from pica.experiments.standings import read_outcomes
@@ -160,7 +160,7 @@ def _run(folder: Path) -> tuple[str, list[VtabMethod]]:
         raise ConfigError(f"A file in {str(folder)!r} is damaged ({type(error).__name__}: {error}).") from None
 
 
-def _of_result(name: str, result: Trained, kept: dict[str, Any] | None) -> VtabMethod:
+def _of_result(name: str, result: Trained, kept: KeptOutcomes | None) -> VtabMethod:
     method = METHODS.get(result.method)
     trained = result.parameters.trainable - result.parameters.head
     score = result.scores["accuracy"]

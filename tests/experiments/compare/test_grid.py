@@ -13,12 +13,15 @@ import yaml
 from html5lib import HTMLParser
 
 from pica.errors import OutputError
-from pica.experiments.compare.cells import FORMAT, Cell, make_cell, record_path
+from pica.experiments.compare.cells import Cell, make_cell, record_path
 from pica.experiments.compare.comparison import Comparison, load_comparison
 from pica.experiments.compare.grid import run_grid
 from pica.experiments.interrupts import Interrupted
+from pica.experiments.results.comparison import CellRecord
+from pica.experiments.results.documents import to_document, write_result
 from pica.files.output import claimed, write_json
 from pica.report.comparison import write_report
+from tests import results
 
 METHODS = [
     {"label": "PiCa", "adapter": {"method": "pica", "r": 4}, "learning_rates": [0.001, 0.03]},
@@ -48,7 +51,7 @@ class Recorder:
         if self._act:
             self._act(self._cells[worker], label)
 
-    def ended(self, worker: int, cell: Cell, record: dict[str, Any]) -> None: ...
+    def ended(self, worker: int, cell: Cell, record: CellRecord) -> None: ...
 
     def grid(self, done: int, failed: int, total: int) -> None:
         self.counts.append((done, failed, total))
@@ -75,14 +78,17 @@ def comparison(model_folder: Path, tmp_path: Path) -> Callable[..., Comparison]:
     return make
 
 
-def run(comparison: Comparison, folder: Path, watcher: Recorder | None = None, **options: Any) -> list[dict[str, Any]]:
+def run(comparison: Comparison, folder: Path, watcher: Recorder | None = None, **options: Any) -> list[CellRecord]:
     return run_grid(comparison, comparison.rows, folder, watcher=watcher or Recorder(), **{"workers": 1, **options})
 
 
 def test_a_grid_from_beginning_to_report(comparison: Callable[..., Comparison], tmp_path: Path):
     folder, first = tmp_path / "out", Recorder()
     records = run(comparison(), folder, first, workers=2)
-    named = {(record["label"], record["seed"]): record for record in records}
+    named = {(record.label, record.seed): to_document(record) for record in records}
+    for file in (folder / "cells").iterdir():
+        results.check_file("failed-cell" if "VB-LoRA" in file.read_text() else "cell", file)
+    results.check_file("cells", folder / "cells.json")
     assert list(named) == [(row["label"], seed) for row in METHODS for seed in (0, 1)]
     chooser, repeat = named["PiCa", 0]["result"], named["PiCa", 1]["result"]
     losses = {c["learning_rate"]: c["validation_loss"] for c in chooser["candidates"]}
@@ -108,7 +114,7 @@ def test_a_grid_from_beginning_to_report(comparison: Callable[..., Comparison], 
     changed = comparison(trainer__max_steps=3)
     found = run_grid(changed, changed.rows[1:2], folder, workers=1, watcher=only)
     assert only.began == ["LoRA, seed 0", "LoRA, seed 1"], "a changed recipe makes new cells, for the rows asked for"
-    assert [record["label"] for record in found] == ["LoRA", "LoRA"]
+    assert [record.label for record in found] == ["LoRA", "LoRA"]
 
     run(comparison(), folder)
     summary = write_report(folder)
@@ -140,8 +146,8 @@ def test_an_interrupted_grid_goes_on(comparison: Callable[..., Comparison], tmp_
     second = Recorder()
     records = run(made, folder, second)
     assert second.began == ["PiCa, seed 1"]
-    assert [record["status"] for record in records] == ["done", "done"]
-    assert records[1]["result"]["training"]["steps"] == 30
+    assert [record.status for record in records] == ["done", "done"]
+    assert to_document(records[1])["result"]["training"]["steps"] == 30
 
 
 def test_a_killed_cell_is_recorded(comparison: Callable[..., Comparison], tmp_path: Path):
@@ -159,8 +165,8 @@ def test_a_killed_cell_is_recorded(comparison: Callable[..., Comparison], tmp_pa
 
     records = run(comparison(METHODS[:1]), tmp_path / "out", Recorder(kill))
     assert killed
-    assert [record["status"] for record in records] == ["failed", "failed"]
-    assert "SIGKILL; the system does that when memory runs out" in records[0]["error"]
+    assert [record.status for record in records] == ["failed", "failed"]
+    assert "SIGKILL; the system does that when memory runs out" in to_document(records[0])["error"]
 
 
 def test_a_folder_of_something_else_is_left_alone(comparison: Callable[..., Comparison], tmp_path: Path):
@@ -186,12 +192,11 @@ def test_cells_are_of_the_model_as_it_is(comparison: Callable[..., Comparison], 
     assert after.key != before[0].key
     assert after.earlier_key == before[0].earlier_key
     for cell in before:  # as a version that did not look at the model's files left them
-        head = {"format": FORMAT, "key": cell.earlier_key, "label": "PiCa", "seed": cell.seed}
-        record = head | {"status": "done", "result": {"learning_rate": 0.01}}
-        write_json(record_path(tmp_path / "out", cell.earlier_key), record)
+        record = results.done_cell(key=cell.earlier_key, label="PiCa", seed=cell.seed)
+        write_result(record_path(tmp_path / "out", cell.earlier_key), record)
     write_json(tmp_path / "out" / "comparison.yaml", {"name": "tiny"})
     watcher = Recorder()
-    assert [record["key"] for record in run(made, tmp_path / "out", watcher)] == [cell.earlier_key for cell in before]
+    assert [record.key for record in run(made, tmp_path / "out", watcher)] == [cell.earlier_key for cell in before]
     assert watcher.began == []
 
 

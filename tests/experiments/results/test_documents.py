@@ -82,7 +82,7 @@ def test_what_an_earlier_version_noted_of_a_run_under_way_is_read():
         ({"format": 2}, "its format is 2, and this version of pica reads 1; upgrade pica"),
         ({"seed": None}, "seed: Input should be a valid integer"),
         ({"seed": "many"}, "seed: Input should be a valid integer"),
-        ({"adapter": {}}, "adapter.loss: Field required"),
+        ({"adapter": {}}, "it lacks 'adapter.loss'"),
         ({"machine": 3}, "machine: Input should be"),
     ],
 )

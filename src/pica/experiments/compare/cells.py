@@ -25,7 +25,8 @@ from pica.experiments.methods import METHODS
 from pica.experiments.recipes.parsing import dump_recipe
 from pica.experiments.recipes.recipe import Recipe, columns_of, with_absolute_paths
 from pica.experiments.reporting import Advance
-from pica.experiments.results.documents import read_result, to_document
+from pica.experiments.results.comparison import CELLS, CellHead, CellRecord, DoneCell, FailedCell, read_cell
+from pica.experiments.results.documents import read_result, write_result
 from pica.experiments.results.run import METRICS, RunMetrics
 from pica.experiments.train.origins import file_digest, model_digest
 from pica.files import output as files
@@ -33,9 +34,6 @@ from pica.tasks import TASKS, Split
 from pica.tasks.dreambooth import picture_files
 from pica.tasks.pictures import files_of
 from pica.tasks.places import data_files
-
-FORMAT = 1
-"""Version of the record; a record of another version is run again."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """Of a recipe's data."""
@@ -84,26 +82,24 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
 
 
 def _key(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, content], sort_keys=True).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps([CellHead.FORMAT, content], sort_keys=True).encode()).hexdigest()[:20]
 
 
 def record_path(folder: Path, key: str) -> Path:
     """Where a cell's record is."""
-    return folder / "cells" / f"{key}.json"
+    return folder / CELLS / f"{key}.json"
 
 
-def read_record(folder: Path, key: str) -> dict[str, Any] | None:
-    """A cell's record, or None if there is none that can be read."""
-    try:
-        record = json.loads(record_path(folder, key).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+def read_record(folder: Path, key: str) -> CellRecord | None:
+    """A cell's record, or None if there is none that can be read: the cell is then run again."""
+    with suppress(OSError, ValueError):
+        return read_cell(record_path(folder, key))
+    return None
 
 
-def failed_record(cell: Cell, reason: str, log: str = "") -> dict[str, Any]:
+def failed_record(cell: Cell, reason: str, log: str = "") -> FailedCell:
     """The record of a cell that came to nothing."""
-    return _head(cell) | {"status": "failed", "error": reason, "log": log}
+    return FailedCell(**_head(cell), status="failed", error=reason, log=log)
 
 
 def run_cell(cell: Cell, folder: Path, connection: Connection) -> None:
@@ -137,12 +133,12 @@ def run_cell(cell: Cell, folder: Path, connection: Connection) -> None:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         record = failed_record(cell, reason, log=tail(log))
     try:
-        files.write_json(record_path(folder, cell.key), record)
+        write_result(record_path(folder, cell.key), record)
     except OutputError as error:
         _send_last(connection, ("stop", str(error)))
         return
     shutil.rmtree(work, ignore_errors=True)
-    _send_last(connection, ("done", record["status"]))
+    _send_last(connection, ("done", record.status))
 
 
 def tail(log: Path, lines: int = 30) -> str:
@@ -152,7 +148,7 @@ def tail(log: Path, lines: int = 30) -> str:
     return ""
 
 
-def _run(cell: Cell, run: Path, reporter: "_Messenger") -> dict[str, Any]:
+def _run(cell: Cell, run: Path, reporter: "_Messenger") -> DoneCell:
     # Here and not above: the parent makes cells as well, and has no use for torch.
     from pica.experiments.measuring import machine, versions
     from pica.experiments.standings import read_outcomes
@@ -168,32 +164,33 @@ def _run(cell: Cell, run: Path, reporter: "_Messenger") -> dict[str, Any]:
     elif metrics is None:
         shutil.rmtree(run, ignore_errors=True)
         metrics = start(recipe, reporter=reporter).metrics
-    record = _head(cell) | {
-        "status": "done",
-        "base": to_document(metrics.base) if metrics.base is not None else None,
-        "result": to_document(metrics.adapter),
-        "outcomes": read_outcomes(run, metrics),
-        "curve": _curve(run, metrics.adapter.learning_rate),
-        "problems": to_document(metrics.problems),
-        "versions": versions(),
-        "machine": to_document(machine()),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "wall_seconds": round(time.time() - begun, 1),
-    }
-    return record
+    return DoneCell(
+        **_head(cell),
+        status="done",
+        base=metrics.base,
+        result=metrics.adapter,
+        outcomes=read_outcomes(run, metrics),
+        curve=_curve(run, metrics.adapter.learning_rate),
+        problems=metrics.problems,
+        versions=versions(),
+        machine=machine(),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        wall_seconds=round(time.time() - begun, 1),
+    )
 
 
 def _head(cell: Cell) -> dict[str, Any]:
+    """The fields of `CellHead`."""
     shown = dataclasses.replace(cell.recipe, output=None)
-    return {
-        "format": FORMAT,
-        "key": cell.key,
-        "label": cell.row.label,
-        "seed": cell.seed,
-        "family": METHODS[cell.recipe.adapter.method].family,
-        "recipe": dataclasses.asdict(shown),
-        "recipe_yaml": dump_recipe(shown),
-    }
+    head = CellHead(
+        key=cell.key,
+        label=cell.row.label,
+        seed=cell.seed,
+        family=METHODS[cell.recipe.adapter.method].family,
+        recipe=dataclasses.asdict(shown),
+        recipe_yaml=dump_recipe(shown),
+    )
+    return vars(head)
 
 
 def _finished(run: Path) -> RunMetrics | None:
@@ -202,7 +199,7 @@ def _finished(run: Path) -> RunMetrics | None:
     return None
 
 
-def _curve(run: Path, rate: float) -> list[list[float]]:
+def _curve(run: Path, rate: float) -> list[list[int | float]]:
     """[step, loss] of the chosen rate's training."""
     with open(run / "loss_curve.csv", encoding="utf-8", newline="") as file:
         rows: Iterator[Mapping[str, str]] = csv.DictReader(file)

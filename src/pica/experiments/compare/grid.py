@@ -16,14 +16,13 @@ from pica.errors import OutputError
 from pica.experiments.compare.cells import Cell, failed_record, make_cell, read_record, record_path, run_cell, tail
 from pica.experiments.compare.comparison import Comparison, Row, dump_comparison
 from pica.experiments.interrupts import Interrupted
+from pica.experiments.results.comparison import INDEX, CellIndex, CellRecord, DoneCell, FailedCell, entry_of
+from pica.experiments.results.documents import write_result
 from pica.files import output as files
 from pica.files.documents import read_yaml
 
 COMPARISON = "comparison.yaml"
 """File that marks a folder as a comparison's."""
-
-INDEX = "cells.json"
-"""File that lists the comparison's cells as far as they have ended."""
 
 _SECONDS_TO_STOP = 90.0  # a cell finishes its optimizer step and writes a checkpoint
 
@@ -39,7 +38,7 @@ class Watcher(Protocol):
         """A step of a worker's cell, such as a training, has got this far."""
         ...
 
-    def ended(self, worker: int, cell: Cell, record: dict[str, Any]) -> None:
+    def ended(self, worker: int, cell: Cell, record: CellRecord) -> None:
         """A cell is done or has failed."""
         ...
 
@@ -80,7 +79,7 @@ def run_grid(
     workers: int,
     watcher: Watcher,
     retry_failed: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[CellRecord]:
     """Run what is not finished yet and return the records of all cells that there are, row by row.
 
     The first seed tries each learning rate of the row's grid and keeps the best on the validation problems; the other
@@ -150,7 +149,7 @@ class _Grid:
         self._workers: dict[int, _Worker] = {}
         self._rows = [_RowState(row, row in rows, waiting=list(comparison.seeds)) for row in comparison.rows]
         self._warned = set[str]()
-        self.records: dict[tuple[str, int], dict[str, Any]] = {}
+        self.records: dict[tuple[str, int], CellRecord] = {}
         self._total = len(rows) * len(comparison.seeds)
 
     def run(self) -> None:
@@ -163,7 +162,7 @@ class _Grid:
             self._listen()
         self._write_index()
 
-    def in_order(self) -> list[dict[str, Any]]:
+    def in_order(self) -> list[CellRecord]:
         """The records, row by row and seed by seed."""
         order = [(state.row.label, seed) for state in self._rows for seed in self._comparison.seeds]
         return [self.records[key] for key in order if key in self.records]
@@ -207,8 +206,10 @@ class _Grid:
                 self._ended(state, cell, failed_record(cell, reason))
                 continue
             record = read_record(self._folder, cell.key) or read_record(self._folder, cell.earlier_key)
-            if record is not None and not (record["status"] == "failed" and self._retry and state.runs):
-                self._ended(state, cell, record | {"label": cell.row.label})  # the label is no part of the key
+            if record is not None and not (isinstance(record, FailedCell) and self._retry and state.runs):
+                self._ended(
+                    state, cell, dataclasses.replace(record, label=cell.row.label)
+                )  # the label is no part of the key
             elif state.runs:
                 return cell
             else:
@@ -269,31 +270,29 @@ class _Grid:
         if record is None:
             log = self._folder / "work" / cell.key / "log.txt"
             record = failed_record(cell, _death(status), log=tail(log))
-            files.write_json(record_path(self._folder, cell.key), record)
+            write_result(record_path(self._folder, cell.key), record)
         self._watcher.ended(worker.number, cell, record)
         state = next(state for state in self._rows if state.row is cell.row)
         self._ended(state, cell, record)
 
-    def _ended(self, state: _RowState, cell: Cell, record: dict[str, Any]) -> None:
+    def _ended(self, state: _RowState, cell: Cell, record: CellRecord) -> None:
         self.records[cell.row.label, cell.seed] = record
         if cell.seed == self._comparison.seeds[0]:
-            if record["status"] == "done":
-                state.chosen = record["result"]["learning_rate"]
+            if isinstance(record, DoneCell):
+                state.chosen = record.result.learning_rate
             else:
-                state.failed = f"the cell that chooses the learning rate failed ({record['error']})"
+                state.failed = f"the cell that chooses the learning rate failed ({record.error})"
         self._tell()
 
         self._write_index()
 
     def _write_index(self) -> None:
         """Which cells the report is made of: the folder may hold others, of recipes since changed."""
-        shown = ("label", "seed", "key", "status", "error")
-        cells = [{name: record[name] for name in shown if name in record} for record in self.in_order()]
-        files.write_json(self._folder / INDEX, {"workers": self._size, "cells": cells})
+        write_result(self._folder / INDEX, CellIndex(workers=self._size, cells=list(map(entry_of, self.in_order()))))
 
     def _tell(self) -> None:
         wanted = {state.row.label for state in self._rows if state.runs}
-        ended = [record["status"] for (label, _), record in self.records.items() if label in wanted]
+        ended = [record.status for (label, _), record in self.records.items() if label in wanted]
         self._watcher.grid(len(ended), ended.count("failed"), self._total)
 
 

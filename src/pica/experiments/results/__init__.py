@@ -8,8 +8,15 @@ A key of a file is spelt here and nowhere else. Each file of results has a JSON 
 the dataclasses by tools/write_schemas.py.
 """
 
+from pica.experiments.results.comparison import CellIndex, ComparisonResult, DoneCell, FailedCell
 from pica.experiments.results.documents import Result
 from pica.experiments.results.run import RunMetrics
 
-FILES: dict[str, type[Result]] = {"metrics": RunMetrics}
+FILES: dict[str, type[Result]] = {
+    "metrics": RunMetrics,
+    "cell": DoneCell,
+    "failed-cell": FailedCell,
+    "cells": CellIndex,
+    "comparison": ComparisonResult,
+}
 """What has a file of its own, by the name of its schema."""

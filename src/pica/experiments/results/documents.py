@@ -63,6 +63,8 @@ def from_document(kind: type[T], document: object) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise DocumentError(f"it lacks {place!r}") from None
         raise DocumentError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
