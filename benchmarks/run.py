@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --quick      under ten minutes on two cores
     python -m benchmarks.run              about an hour
-    python -m benchmarks.run --page       only write the tables that are there into docs/performance.md and docs/vision.md
+    python -m benchmarks.run --page       only write the tables that are there into the pages of docs/
 
 Quick results go to benchmarks/results/quick/ and are not put on the page.
 """
@@ -20,6 +20,7 @@ from benchmarks.harness import RESULTS
 from pica.files.output import write_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+BASES, ADAPTERS = PAGE.with_name("performance-bases.md"), PAGE.with_name("performance-adapters.md")
 PICTURES = PAGE.with_name("vision.md")
 """Has the table of benchmarks.digits, which is run by itself."""
 QUANTISED = PAGE.with_name("quantised.md")
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(script)
             print(f"  {time.monotonic() - begun:.0f} s\n", flush=True)
     if not given.quick:
-        pages = (PAGE, PICTURES, QUANTISED, RESULTS_PAGE)
+        pages = (PAGE, BASES, ADAPTERS, PICTURES, QUANTISED, RESULTS_PAGE)
         missing = [name for page in pages for name in write_page(page)]
         wrote = ", ".join(page.name for page in pages)
         print(f"Wrote {wrote}" + (f"; no results yet of {', '.join(missing)}" if missing else ""))

@@ -1,4 +1,4 @@
-"""The pages of the theory hold what their code and data give."""
+"""The pages that are built hold what their code and data give."""
 
 import re
 
@@ -14,7 +14,7 @@ def test_a_page_holds_the_numbers_that_its_script_computes(page: str):
     built, committed = build_docs.build(page), (build_docs.DOCS / page).read_text(encoding="utf-8")
     assert NUMBER.sub("#", built) == NUMBER.sub("#", committed), "run python tools/build_docs.py"
     pairs = list(zip(NUMBER.findall(built), NUMBER.findall(committed), strict=True))
-    assert len(pairs) > 100
+    assert len(pairs) > 40
     for one, other in pairs:
         decimals = len(other.partition(".")[2].partition("e")[0])
         unit = 0.0 if "." not in other and "," not in other else 10.0**-decimals

@@ -1,6 +1,6 @@
 """Build the pages of docs/ whose numbers are computed.
 
-    python tools/build_docs.py     write docs/theory-walkthrough.md and docs/theory-in-practice.md
+    python tools/build_docs.py     write the pages of PAGES into docs/
     python tools/build_docs.py --take OUT TUNED NAME
                                    keep the results of `pica analyze BASE TUNED -o OUT` as docs/theory/NAME*
 
@@ -17,16 +17,20 @@ from typing import Any
 
 import jinja2
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.docs_numbers import against_lora, recipe_sections, ties
+
 ROOT = Path(__file__).parents[1]
 TEMPLATES, DOCS = ROOT / "tools" / "docs", ROOT / "docs"
-PAGES = ("theory-walkthrough.md", "theory-in-practice.md")
+PAGES = ("theory-walkthrough.md", "theory-in-practice.md", "index.md", "recipe-fields.md")
 
 
 def build(page: str) -> str:
     """The text of a page of `PAGES`, with its code run."""
     source = (TEMPLATES / f"{page}.jinja").read_text(encoding="utf-8")
-    helpers = (study, intruders, wedin_share, extreme, times, ranks_of, over_chance)
+    helpers = (study, intruders, wedin_share, extreme, times, ranks_of, over_chance, against_lora, recipe_sections)
     namespace: dict[str, Any] = {helper.__name__: helper for helper in helpers}
+    namespace |= {"sst2": ties("comparison_minilm-sst2"), "digits": ties("digits")}
     for block in re.findall(r"^```python\n(.*?)^```$", source, flags=re.DOTALL | re.MULTILINE):
         exec(compile(block, page, "exec"), namespace)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

@@ -138,8 +138,8 @@ def export_lora(
         engine: "vllm", "sglang", "lorax", "llama.cpp", "diffusers" or "peft": follow its rules (see `engines`).
         fill_siblings: Write zero adapters for the members of q/k/v and gate/up that the adapter leaves out, and for
             blocks it leaves out. Engines that need it get it without asking.
-        base_model_name, revision: What to record as the base model; by default what the adapter records. A base model
-            that is loaded by name is loaded at `revision`.
+        base_model_name: What to record as the base model; by default what the adapter records.
+        revision: Which revision of it to record, and to load where it is loaded by name.
         check: Reload the folder with plain PEFT and compare each layer and the model's output.
         check_inputs: Keyword arguments of the forward pass to compare on; by default random tokens or pixels.
         overwrite: Replace an adapter that is in `output_dir`.
