@@ -21,7 +21,7 @@ from tests.experiments.tiny import write_tiny_llama
 from tests.experiments.tiny_encoder import BAD, GOOD, write_tiny_bert
 
 PAGE = Path(__file__).parents[1] / "docs" / "ecosystem.md"
-NAMES = ["dpo", "dpo again", "reward", "grpo", "sentences", "mixed", "federated"]
+NAMES = ["dpo", "dpo again", "reward", "grpo", "sentences", "mixed", "federated", "graph"]
 PAIRS = [{"prompt": f"say {word}:", "chosen": " yes yes", "rejected": " no"} for word in ("a", "b", "c", "d")]
 
 
@@ -275,3 +275,15 @@ def test_federated_clients_meet_in_the_weighted_mean_of_their_updates(dpo: dict[
     state = pica.average_adapters([peft.get_peft_model_state_dict(m) for m in (north, south)], weights=[3, 1])
     peft.set_peft_model_state_dict(start, state)
     torch.testing.assert_close(logits(start, place), logits(mean, place))
+
+
+def test_the_graph_of_a_merged_model_holds_for_any_length(dpo: dict[str, Any], place: Place):
+    place.run("graph")
+    graph = torch.export.load("merged.pt2").module()
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("dpo").eval()
+    with torch.no_grad():
+        for length in (5, 40):
+            ids = torch.arange(length)[None] % 20 + 3
+            torch.testing.assert_close(graph(ids), model(input_ids=ids).logits, rtol=0, atol=1e-5)
+            with model.disable_adapter():
+                assert not torch.allclose(graph(ids), model(input_ids=ids).logits, atol=1e-5)
