@@ -67,3 +67,17 @@ def test_verdicts_follow_from_the_numbers():
         docs_numbers._verdict(one, one | {"loss_sd": None, "loss_mean": 0.2})
         == "accuracy: a tie; loss: LoRA lower, one seed"
     )
+
+
+def test_the_first_example_prints_what_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, said = (
+        re.findall(f"^```{kind}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)[0] for kind in ("python", "text")
+    )
+    assert len(code.splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == said
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
