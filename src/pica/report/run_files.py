@@ -30,8 +30,11 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Read the files of a run.
 
+    Returns:
+        What is in them.
     Raises:
-        OSError, ValueError: One is missing or damaged.
+        OSError: One is missing.
+        ValueError: One is damaged.
     """
     with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
         curve = list(csv.DictReader(file))
@@ -39,10 +42,13 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_predictions(folder: Path, metrics: RunMetrics) -> dict[str, Rows]:
-    """The lines of the predictions files by "base", "adapter" and "baseline", of those that were measured.
+    """Read the answers of a run.
 
+    Returns:
+        The lines of the predictions files by "base", "adapter" and "baseline", of those that were measured.
     Raises:
-        OSError, ValueError: One is missing or damaged.
+        OSError: One is missing.
+        ValueError: One is damaged.
     """
     return {kind: read_rows(folder / name) for kind, name in prediction_files(metrics).items()}
 

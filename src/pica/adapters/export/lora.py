@@ -119,8 +119,7 @@ def export_lora(
 ) -> LoraExport:
     """Write a PiCa adapter as a LoRA: A = P, B = M, alpha = r, exactly; or smaller, with a known error.
 
-    Likewise an SVFT adapter: A = V^T, B = U T. That is exact at rank n = min(out, in) only, twice the weight's size and
-    more than engines serve, so it usually goes with `rank` or `energy`.
+    SVFT likewise: A = V^T, B = U T, exact at rank min(out, in) only, more than engines serve, so give `rank` or `energy`.
 
     The folder (adapter_config.json, adapter_model.safetensors, README.md) follows the rules of all known engines:
     one rank, scale baked in, no patterns, plain names. It appears whole or not at all, and only after it was reloaded
@@ -130,8 +129,7 @@ def export_lora(
         adapter: A model with a PiCa adapter (a `PeftModel`, or a base model with an injected adapter), or a saved folder.
         output_dir: Folder to make.
         base_model: For a saved folder: its base model, or where to load it from; by default what the adapter records.
-        rank: Truncate to this rank: the best LoRA of that rank for every layer. The rank is rounded up to the engine's
-            next legal one and all of it is used.
+        rank: Truncate every layer to its best LoRA of this rank, rounded up to the engine's next legal one.
         energy: Truncate to the smallest rank that keeps this share of every group's squared norm, e.g. 0.99.
         dtype: float32, float16 or bfloat16 (or their names). Default: the base model's; an engine that computes adapters
             in half precision gets bfloat16 for a float32 base.
@@ -146,11 +144,13 @@ def export_lora(
         adapter_name: Which adapter of the model; by default the active one.
         trust_remote_code: Run the Python code that comes with a base model that is loaded by name, if it has some.
         on_plan: Called with the plan, known errors included, before anything is written.
-
+    Returns:
+        The folder, the plan, what the check found, and the engine's command.
     Raises:
-        AdapterFileError: the adapter cannot be read, or holds values that cannot be exported.
-        ConfigError, RankError: an argument is wrong, or the engine has no rank that is large enough.
-        ExportError: the adapter has parts that a LoRA of this engine cannot express, or the result fails the check.
+        AdapterFileError: The adapter cannot be read, or holds values that cannot be exported.
+        ConfigError: An argument is wrong.
+        RankError: The engine has no rank that is large enough.
+        ExportError: The adapter has parts that a LoRA of this engine cannot express, or the result fails the check.
         OutputError: `output_dir` cannot be written.
     """
     rules = find_engine(engine)

@@ -25,8 +25,10 @@ from pica.tuners.base.layer import SharedLayer
 
 
 def fetch(path: str) -> Path:
-    """The folder of a model or adapter on disk, in this package ("embedded") or on the hub, code and pickles left there.
+    """Find a model or adapter on disk, in this package ("embedded") or on the hub, code and pickles left there.
 
+    Returns:
+        Its folder.
     Raises:
         ConfigError: There is no such model.
     """
@@ -48,8 +50,10 @@ def fetch(path: str) -> Path:
 
 
 def open_folder(path: str) -> WeightFolder:
-    """The weights of a model; see `fetch`.
+    """Open a model; see `fetch`.
 
+    Returns:
+        Its weights.
     Raises:
         ConfigError: There is no such model, or it has no safetensors files.
     """
@@ -60,12 +64,14 @@ def open_folder(path: str) -> WeightFolder:
 
 
 def skeleton(folder: WeightFolder, model_class: type | None = None, outputs: int | None = None) -> nn.Module | None:
-    """The model's modules on the meta device, without weights; None where transformers cannot build it.
+    """Build the model's modules on the meta device, without weights.
 
     Args:
         folder: Its configuration names the architecture.
         model_class: A class of transformers to build instead of the one that the configuration names.
         outputs: Number of a head's outputs, where it is not the configuration's.
+    Returns:
+        None where transformers cannot build it.
     """
     import transformers
 
@@ -101,11 +107,9 @@ class Target:
 
 
 def linear_weights(folder: WeightFolder) -> list[Target]:
-    """The matrices of linear layers; embeddings and the head over the vocabulary are left out.
-
-    Where transformers cannot build the architecture, every matrix whose name does not speak of an embedding or a head
-    counts.
-    """
+    """The matrices of linear layers; embeddings and the head over the vocabulary are left out."""
+    # Where transformers cannot build the architecture, every matrix whose name does not speak of an embedding or a head
+    # counts.
     from transformers.pytorch_utils import Conv1D
 
     matrices = {n: e for n, e in folder.entries.items() if n.endswith(".weight") and len(e.shape) == 2}
@@ -175,6 +179,7 @@ class TunedAdapter:
 
         Raises:
             AdapterFileError: The adapter cannot be loaded on this base, or changes no weight of a linear layer.
+            PicaError: Whatever else its method refuses.
         """
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -221,8 +226,10 @@ class TunedAdapter:
         return target.name in self._by_name
 
     def load(self, target: Target) -> Tensor:
-        """What PEFT's merge makes of the layer's weight, in float32.
+        """Merge the adapter into one layer's weight, as PEFT does.
 
+        Returns:
+            The merged weight, float32.
         Raises:
             AdapterFileError: The method cannot be merged into this layer.
         """
@@ -262,10 +269,12 @@ def _confined(config: Any) -> str:
 
 
 def mapped_model(folder: WeightFolder, model_class: type, outputs: int | None = None) -> nn.Module:
-    """The model with its weights mapped from the files: pages are read when they are touched, and can be dropped.
+    """Map a model's weights from its files: pages are read when they are touched, and can be dropped.
 
     Weights that the files lack (a new head, with as many `outputs` if given) are zero.
 
+    Returns:
+        The model, in evaluation mode.
     Raises:
         ConfigError: transformers cannot build the architecture.
     """

@@ -28,10 +28,12 @@ def build(
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of a configuration, on the meta device: the class that it names, else a causal language model.
+    """Build the model of a configuration: the class that it names, else a causal language model.
 
     With `packing` its linear layers are bitsandbytes'; with `trust_remote_code` code that comes with the model is run.
 
+    Returns:
+        The model, on the meta device.
     Raises:
         ConfigError: transformers cannot build one, or it generates no text and is to be quantised.
     """
@@ -65,8 +67,10 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype, code: dict[str, bool]) 
 
 
 def adapt(model: PreTrainedModel, config: peft.PeftConfig, notes: list[str]) -> PeftModel:
-    """The model with an adapter, still on the meta device; warnings on PiCa's ranks become notes.
+    """Put an adapter on a model of the meta device; warnings on PiCa's ranks become notes.
 
+    Returns:
+        The model with it, still there.
     Raises:
         ConfigError: The family has no default targets.
         PicaError: PiCa refuses the targets.

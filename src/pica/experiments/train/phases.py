@@ -49,10 +49,8 @@ class Phases:
             raise self._damaged(f" ({name}: {error})") from None
 
     def done(self, name: str, make: Callable[[], T], kind: type[T]) -> T:
-        """Note the result of a phase, which the first process makes, and return it in all of them.
-
-        It is the same before and after a resume: as JSON holds it, None for what is no number.
-        """
+        """Note the result of a phase, which the first process makes, and return it in all of them."""
+        # It is the same before and after a resume: as JSON holds it, None for what is no number.
         self._results[name] = distributed.in_first(lambda: to_document(make()))
         if distributed.leads():
             files.write_json(self._path, self._results)

@@ -152,7 +152,9 @@ class AdapterSlot(nn.ParameterDict):
             arrival.written.add(name)
         super().__setattr__(name, value)
 
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - torch gives all by position
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
         """Torch's; a fingerprint other than the present one means matrices that were trained elsewhere.
 
         Their bases are held against it before the next forward pass. Whoever reads adapter files has done that before.

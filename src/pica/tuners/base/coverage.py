@@ -72,12 +72,15 @@ class Coverage:
 
 
 def coverage(model: nn.Module, adapter_name: str | None = None) -> Coverage:
-    """Coverage table of a PiCa or SVFT adapter in `model` (a PeftModel, or a base model with injected adapters).
+    """Tell which layers an adapter adapts, and how.
 
     Args:
+        model: A PeftModel, or a base model with injected adapters, of PiCa or SVFT.
         adapter_name: Which adapter; by default the active one.
+    Returns:
+        A table, which prints itself.
     Raises:
-        ConfigError: the model has no such adapter.
+        ConfigError: The model has no such adapter.
     """
     layers = [m for m in model.modules() if isinstance(m, SharedLayer)]
     names = sorted({n for m in layers for n in m.group_of})

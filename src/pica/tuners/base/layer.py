@@ -208,7 +208,9 @@ class SharedLayer(nn.Module, BaseTunerLayer):
 
     # ---- housekeeping ------------------------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - torch gives all by position
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         """Torch's, called before the base layer's own: a new weight has another basis."""
         if f"{prefix}base_layer.weight" in state_dict and loaded_weight_differs(self, state_dict, prefix):
             rebase(self)

@@ -35,13 +35,16 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def refusal(method: str, path: str, module: nn.Module, family: str, root: nn.Module) -> str | None:
-    """Why a layer that was named cannot be adapted, and what to do; None where it can.
+    """Find out whether a layer that was named can be adapted.
 
     Args:
-        method: Who refuses.
-        path, module: The layer.
+        method: Who asks.
+        path: Of the layer.
+        module: The layer.
         family: The model's type, as in its configuration.
         root: The base model.
+    Returns:
+        Why not, and what to do; None where it can.
     """
     leave_out = "Leave it out of target_modules, or name it in exclude_modules."
     if isinstance(module, BaseTunerLayer):
@@ -117,11 +120,13 @@ def further_modules(config: PeftConfig) -> list[str]:
 
 
 def check_further_modules(names: Iterable[str], slot: str) -> None:
-    """Raise `ConfigError` where a name would have PEFT wrap the adapter's own matrices, as it wraps all that ends so.
+    """Refuse names by which PEFT would wrap the adapter's own matrices, as it wraps all that ends so.
 
     Args:
         names: As `further_modules` gives them.
         slot: Path of the adapter's matrices in the base model.
+    Raises:
+        ConfigError: There is such a name.
     """
     bank = slot.partition(".")[0]
     if wrong := [n for n in names if slot.endswith(n) or bank.endswith(n)]:
@@ -132,10 +137,8 @@ def check_further_modules(names: Iterable[str], slot: str) -> None:
 
 
 def check_task_type(config: PeftConfig, model: nn.Module) -> None:
-    """Raise `ConfigError` if the task type needs a model that generates and this one cannot.
-
-    PEFT finds that out once the adapter is in the model, and then only as a missing attribute.
-    """
+    """Raise `ConfigError` if the task type needs a model that generates and this one cannot."""
+    # PEFT finds that out once the adapter is in the model, and then only as a missing attribute.
     task = getattr(config.task_type, "value", config.task_type)
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ConfigError(
@@ -163,11 +166,13 @@ def _near(missing: Sequence[str], names: Iterable[str]) -> str:
 
 
 def target_layers(tuner: Any, config: PeftConfig, adapted: type[SharedLayer]) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of each layer that `config` targets, by the same test that PEFT's injection applies.
+    """Find the layers that a configuration targets, by the same test that PEFT's injection applies.
 
+    Yields:
+        Path and module of each.
     Raises:
-        TargetError: one is neither a layer that can be adapted nor one that is `adapted` already.
-        ConfigError: one was adapted within another model.
+        TargetError: One is neither a layer that can be adapted nor one that is `adapted` already.
+        ConfigError: One was adapted within another model.
     """
     is_target: Callable[[PeftConfig, str], Any] = tuner._check_target_module_exists
     family = str(getattr(getattr(tuner.model, "config", None), "model_type", ""))

@@ -292,10 +292,10 @@ class BankedModel(BaseTuner):
 
     # ---- removing adapters -------------------------------------------------------------------------------------
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # a module; PEFT annotates None
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         drop_bank(self.model, self.bank_name)
-        return model  # pyright: ignore[reportReturnType] - PEFT annotates None
+        return model
 
     # ---- saving and loading ------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 def source_of(layer: SharedLayer, request: BasisRequest, *, check: bool = False) -> Source:
-    """What the basis that was asked for is of.
+    """Find what the basis that was asked for is of.
 
     That is the layer's own weight, dequantised where it is quantised; or the one that the request names in a
     checkpoint. The projector of another weight than the layer's own cannot read the layer's output, W x, so it reads

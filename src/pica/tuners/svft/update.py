@@ -68,7 +68,9 @@ class _Band(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - once_differentiable has no types
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
         (dz,) = grad_outputs
         h, values = ctx.saved_tensors
         d, n = ctx.off_diagonals, dz.shape[-1]
@@ -118,7 +120,9 @@ class _Entries(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - once_differentiable has no types
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
         (dz,) = grad_outputs
         h, values, positions = ctx.saved_tensors
         dh = dvalues = None
