@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pica.tasks import wordproblems
-from pica.tasks.wordproblems import SPLITS, TEMPLATES, Split, available, extract_answer, generate, is_correct
+from pica.tasks.wordproblems import SPLITS, TEMPLATES, Split, available, extract_answer, generate
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 OPERATIONS = {
@@ -127,11 +127,11 @@ def test_extract_answer(response: str, answer: int | None):
 
 def test_scoring_is_by_the_whole_number():
     problem = next(problem for problem in generate("train", 100) if problem.answer >= 10)
-    assert is_correct(problem.solution, problem)
-    assert is_correct(f"9 + 9 = 1. The answer is {problem.answer}", problem)
-    assert not is_correct(f"The answer is {problem.answer}0.", problem)
-    assert not is_correct(f"The answer is {problem.answer // 10}.", problem)
-    assert not is_correct(str(problem.answer), problem)
+    assert extract_answer(problem.solution) == problem.answer
+    assert extract_answer(f"9 + 9 = 1. The answer is {problem.answer}") == problem.answer
+    assert extract_answer(f"The answer is {problem.answer}0.") != problem.answer
+    assert extract_answer(f"The answer is {problem.answer // 10}.") != problem.answer
+    assert extract_answer(str(problem.answer)) != problem.answer
 
 
 def test_prompt_holds_the_question_and_not_the_answer():

@@ -171,11 +171,6 @@ def configuration(section: AdapterSection) -> "peft.PeftConfig":
         raise ConfigError(f"adapter: method {section.method} refuses these settings: {error}") from error
 
 
-def trained_in_full(section: AdapterSection) -> bool:
-    """Whether the target modules' own weights are trained."""
-    return section.method == "full"
-
-
 def changes_base(section: AdapterSection) -> bool:
     """Whether the method may change the base weights when it is put on, so that turned off it leaves another model.
 

@@ -261,11 +261,6 @@ def extract_answer(response: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def is_correct(response: str, problem: WordProblem) -> bool:
-    """Exact match of the final answer; the way to it is not judged."""
-    return extract_answer(response) == problem.answer
-
-
 def _known(split: str) -> Split:
     for known in SPLITS:
         if split == known:

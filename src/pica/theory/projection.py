@@ -145,11 +145,6 @@ class ProjectionError:
         return self._bound(self.epsilon * self.scale, self.epsilon * self.scale)
 
     @property
-    def excess(self) -> float:
-        """`residual` - `optimum`: what the paper calls O(epsilon)."""
-        return self.residual - self.optimum
-
-    @property
     def vacuous(self) -> bool:
         """Whether `epsilon_bound` says no more than that a projection does not expand."""
         return self.epsilon_bound >= self.total
