@@ -34,7 +34,8 @@ def write_report(folder: Path, *, page: Path | None = None) -> Summary:
     Args:
         folder: Output folder of `pica compare`.
         page: Where the page goes; report.html in the folder if None.
-
+    Returns:
+        What the report says.
     Raises:
         ConfigError: The folder is no such folder, or holds no finished cell.
         OutputError: A file can't be written.

@@ -154,6 +154,8 @@ class Summary:
 def summarise(folder: Path) -> Summary:
     """Read the output folder of `pica compare`, finished or not.
 
+    Returns:
+        What its cells say so far.
     Raises:
         ConfigError: It is no such folder, or a file in it is damaged.
     """

@@ -84,6 +84,8 @@ def _of_mean(reaches: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def read_vtab(folders: Sequence[Path]) -> list[VtabMethod]:
     """Collect the scores of output folders of `pica train` and `pica compare`, each of one set.
 
+    Returns:
+        A method each, in the order in which they come up.
     Raises:
         ConfigError: A folder is neither, is unfinished, is of another task, or a method has a set twice.
     """
