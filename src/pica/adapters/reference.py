@@ -246,7 +246,7 @@ def _take_fingerprint(root: nn.Module) -> None:
     slot = bank.matrices("default")
     fingerprint = take_fingerprint(slot, "default")
     assert fingerprint is not None  # the weights were there for the decomposition
-    slot.set_fingerprint(fingerprint)
+    slot.solved(fingerprint)
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device | None:

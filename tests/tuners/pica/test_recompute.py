@@ -46,16 +46,16 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
 
 def keep_everything(patch: pytest.MonkeyPatch) -> None:
     """Autograd's own way: W + M P lives until the backward pass."""
-    patch.setattr(experts, "can_be_remade", lambda _: False)
+    patch.setattr(experts, "can_be_recomputed", lambda _: False)
 
 
 def assert_same_bits_as_kept(model: Any, loss: Callable[[], Tensor]) -> None:
-    remade = gradients(model, loss)
+    recomputed = gradients(model, loss)
     with pytest.MonkeyPatch.context() as patch:
         keep_everything(patch)
         kept = gradients(model, loss)
-    assert len(kept) == len(remade) > 0
-    for first, second in zip(kept, remade, strict=True):
+    assert len(kept) == len(recomputed) > 0
+    for first, second in zip(kept, recomputed, strict=True):
         assert first.abs().max() > 0
         assert torch.equal(first, second)
 
@@ -178,9 +178,9 @@ def test_gradient_checkpointing_keeps_as_little_as_without_and_gives_the_same_bi
 ):
     model = mixture(3, implementation, reentrant)
     assert_same_bits_as_kept(model, lambda: loss_of(model))
-    remade, kept = step_bytes(model), step_bytes(model, keep=True)
-    assert remade[0] == kept[0]
-    assert remade[1] < kept[1] + 0.05 * BLOCK  # beside each other: two copies of the directions
+    recomputed, kept = step_bytes(model), step_bytes(model, keep=True)
+    assert recomputed[0] == kept[0]
+    assert recomputed[1] < kept[1] + 0.05 * BLOCK  # beside each other: two copies of the directions
     plain = mixture(3, implementation)
     for first, second in zip(
         gradients(model, lambda: loss_of(model)), gradients(plain, lambda: loss_of(plain)), strict=True
@@ -221,10 +221,10 @@ def test_hooks_around_the_model_get_all_but_the_adapted_experts():
             loss.backward()
         return sorted(sizes)
 
-    remade, kept = seen(keep=False), seen(keep=True)
+    recomputed, kept = seen(keep=False), seen(keep=True)
     stacks = {BLOCK // 3, BLOCK // 3 * 2}
-    assert [size for size in kept if size not in stacks] == [size for size in remade if size not in stacks]
-    assert len(kept) - len(remade) >= 2 * 2 * 2  # two stacks, two blocks, at least two experts
+    assert [size for size in kept if size not in stacks] == [size for size in recomputed if size not in stacks]
+    assert len(kept) - len(recomputed) >= 2 * 2 * 2  # two stacks, two blocks, at least two experts
 
 
 # ---- what was written to meanwhile ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pica.experiments.plan.layout import adapt, build
 from pica.experiments.plan.packing import resting_bytes
 from pica.experiments.plan.tracing import StepTracer, TraceError, positions
 from pica.experiments.recipes.recipe import ModelSection
-from pica.tuners.base.bank import BANK_NAME, AdapterSlot, get_bank
+from pica.tuners.base.bank import BANK_NAME, SharedMatrices, get_bank
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.layer import PicaLinear
 
@@ -285,7 +285,7 @@ def _projector(layer: PicaLinear) -> torch.Tensor:
     return found
 
 
-def _slot(model: PeftModel) -> AdapterSlot:
+def _slot(model: PeftModel) -> SharedMatrices:
     bank = get_bank(cast(nn.Module, model.base_model.model))
     assert bank is not None
     return bank.matrices(ADAPTER)

@@ -14,10 +14,41 @@ from torch import Tensor
 
 from pica.basis import process_count
 from pica.errors import AdapterFileError
-from pica.tuners.base.bank import AdapterSlot, Arrival, PicaBank
-from pica.tuners.base.sharding import is_dtensor
+from pica.tuners.base.bank import Arrival, PicaBank, SharedMatrices
+from pica.tuners.base.sharding import from_first_process, is_dtensor, loads_in_one_process
 from pica.tuners.base.state_dict import check_matrices, no_fingerprint, take_out
-from pica.tuners.base.verification import establish_meaning, siblings, take_fingerprint
+from pica.tuners.base.verification import (
+    align_or_refuse,
+    new_fingerprint,
+    room_for_fingerprint,
+    siblings,
+    take_fingerprint,
+)
+
+
+def note_provenance(bank: PicaBank, name: str, expected: Arrival | None) -> None:
+    """Of an adapter that has just been added: take the fingerprint of its bases, or expect one from a file.
+
+    Args:
+        bank: Where its matrices are.
+        name: The adapter.
+        expected: What is known of an adapter whose weights are to come from a file; None for a new one.
+    """
+    slot = bank.matrices(name)
+    room = room_for_fingerprint(slot, name)
+    if expected is not None:
+        slot.awaits(room)  # the trained one comes with the weights
+        slot.expect(expected)
+    else:
+        fingerprint = new_fingerprint(bank, slot, name)
+        if loads_in_one_process():
+            fingerprint = from_first_process(room if fingerprint is None else fingerprint)
+            slot.keep_fingerprint_aside()
+        if fingerprint is None:  # the base weights are still to come, perhaps in a state dict that brings it
+            slot.awaits(room)
+        else:
+            slot.solved(fingerprint)
+    bank.refresh_unverified()
 
 
 def verify_arrived(bank: PicaBank) -> None:
@@ -43,14 +74,13 @@ def verify_arrived(bank: PicaBank) -> None:
     bank.refresh_unverified()
 
 
-def _verify(bank: PicaBank, slot: AdapterSlot, name: str) -> None:
+def _verify(bank: PicaBank, slot: SharedMatrices, name: str) -> None:
     if any(matrix.is_meta for matrix in slot.values()):
         return  # still to be written
     written = slot.written()
     if not written and not slot.has_fingerprint():  # a new adapter, made from a saved adapter's configuration
         if (own := take_fingerprint(slot, name)) is not None:
-            slot.set_fingerprint(own)
-            slot.settle()
+            slot.solved(own)
         return
     arrival = slot.arrival or Arrival()
     found = {group: _as_checked(slot, group) for group in written}
@@ -61,13 +91,12 @@ def _verify(bank: PicaBank, slot: AdapterSlot, name: str) -> None:
     if not slot.has_fingerprint():
         if (twin := _twin(bank, slot, name)) is None:
             raise AdapterFileError(no_fingerprint(name))
-        slot.set_fingerprint(cast(Tensor, twin.fingerprint), taken_here=twin.taken_here)
-        slot.settle()
+        slot.verified_like(twin)
         return
-    establish_meaning(bank, slot, name, cast(Tensor, slot.fingerprint), arrival.base_name)
+    align_or_refuse(bank, slot, name, cast(Tensor, slot.fingerprint), arrival.base_name)
 
 
-def _twin(bank: PicaBank, slot: AdapterSlot, name: str) -> AdapterSlot | None:
+def _twin(bank: PicaBank, slot: SharedMatrices, name: str) -> SharedMatrices | None:
     """A verified adapter on the same bases with the same matrices: what was copied from it means what it means.
 
     TRL makes the reference of a preference training in this way, matrix by matrix.
@@ -81,11 +110,11 @@ def _twin(bank: PicaBank, slot: AdapterSlot, name: str) -> AdapterSlot | None:
     return None
 
 
-def _bank_name(slot: AdapterSlot) -> str:
+def _bank_name(slot: SharedMatrices) -> str:
     return next((layer.adapter_layer_names[0] for layer in slot.layers.values()), "")
 
 
-def _as_checked(slot: AdapterSlot, group: str) -> Tensor:
+def _as_checked(slot: SharedMatrices, group: str) -> Tensor:
     """What is here of a written matrix; where processes share it, no more than its shape can be checked."""
     matrix = slot[group].detach()
     shape = slot.shapes.get(group) or matrix.shape

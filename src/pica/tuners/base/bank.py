@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,19 @@ EXPERT_ADAPTERS = "expert_adapters"
 # torch.compile, whose state dicts do not.
 HIDDEN_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 WRAPPERS = HIDDEN_WRAPPERS | {"_orig_mod"}
+
+
+class Provenance(Enum):
+    """How the bases that give an adapter's matrices their meaning are known to be the right ones."""
+
+    AWAITED = "not there yet"
+    """The base weights are still to come, and with them a fingerprint."""
+    SOLVED = "solved here"
+    """The fingerprint was taken of the layers' bases as they are."""
+    EXPECTED = "expected from a file"
+    """The fingerprint is, or will be, one from a file, never held against the layers' bases: the adapter is unverified."""
+    VERIFIED = "verified"
+    """The fingerprint is one from a file, and the layers' bases were held against it."""
 
 
 @dataclass
@@ -55,19 +69,19 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class AdapterSlot(nn.ParameterDict):
+class SharedMatrices(nn.ParameterDict):
     """One adapter's matrices {group key: M (out, rank)}, with the fingerprint of the bases that give them meaning.
 
     Attributes:
         fingerprint: uint8 buffer, stored with the matrices; None or all zeros until the adapter's bases exist, or until
             the one that a file holds is read into it.
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
-        taken_here: Whether the fingerprint was taken of the layers' bases as they are, and not read from a file.
-        unverified: Whether the fingerprint may be one that was loaded and never held against the layers' bases.
+        provenance: How its bases are known to be the right ones.
         arrival: What an adapter that a loader has yet to fill is held against; None once it has been.
         shapes: Of each matrix as a whole: a sharding framework may leave less of it in this process.
         drawn: The version counter of each matrix that began with random numbers.
         checks: For each further buffer, what says what is wrong with its value; a function that can be pickled.
+        stored: Those of them that files hold.
     """
 
     fingerprint: torch.Tensor | None
@@ -76,20 +90,22 @@ class AdapterSlot(nn.ParameterDict):
         super().__init__()
         self.register_buffer("fingerprint", None)
         self.layers: dict[str, AdaptedLayer] = {}
-        self.taken_here = False
-        self.unverified = False
+        self.provenance = Provenance.AWAITED
         self.arrival: Arrival | None = None
         self.shapes: dict[str, torch.Size] = {}
         self.drawn: dict[str, int] = {}
         self.checks: dict[str, Callable[[torch.Tensor], str | None]] = {}
+        self.stored: set[str] = set()
 
     def add_buffer(
         self, key: str, value: torch.Tensor, *, persistent: bool, check: Callable[[torch.Tensor], str | None]
     ) -> None:
         """Keep a frozen tensor beside the matrices, unless it is there already; `check` says what is wrong with one."""
-        if key not in self._buffers:
+        if key not in self.checks:
             self.register_buffer(key, value, persistent=persistent)
             self.checks[key] = check
+            if persistent:
+                self.stored.add(key)
 
     def buffer_problem(self, key: str, value: torch.Tensor, name: str) -> str | None:
         """What is wrong with a file's value for one of the buffers, or None."""
@@ -99,14 +115,35 @@ class AdapterSlot(nn.ParameterDict):
         problem = self.checks[key](value)
         return f"{name} {problem}" if problem else None
 
-    def set_fingerprint(self, fingerprint: torch.Tensor, *, taken_here: bool = True) -> None:
+    @property
+    def unverified(self) -> bool:
+        return self.provenance is Provenance.EXPECTED
+
+    def solved(self, fingerprint: torch.Tensor) -> None:
+        """The layers' bases are those of the adapter, and this was taken of them."""
+        self._settle(fingerprint, Provenance.SOLVED)
+
+    def verified(self, fingerprint: torch.Tensor) -> None:
+        """The layers' bases were held against this, which is the adapter's own."""
+        self._settle(fingerprint, Provenance.VERIFIED)
+
+    def verified_like(self, twin: SharedMatrices) -> None:
+        """The bases are those of `twin`, on the same layers."""
+        self._settle(cast(torch.Tensor, twin.fingerprint), twin.provenance)
+
+    def awaits(self, room: torch.Tensor) -> None:
+        """Leave room for a fingerprint only, until one is taken or read."""
+        self._settle(room, Provenance.AWAITED)
+
+    def _settle(self, fingerprint: torch.Tensor, provenance: Provenance) -> None:
         with torch.inference_mode(False):  # a loader may write to it outside of that mode
-            self.fingerprint, self.taken_here = fingerprint.clone(), taken_here
+            self.fingerprint = fingerprint.clone()
+        self.provenance, self.arrival = provenance, None
 
     def forget_fingerprint(self) -> None:
         """Leave room only, until one is taken again."""
         if self.fingerprint is not None:
-            self.set_fingerprint(torch.zeros_like(self.fingerprint))
+            self.awaits(torch.zeros_like(self.fingerprint))
 
     def untouched(self) -> bool:
         """Whether every matrix is as it was made, or zero: it means nothing yet, in whatever basis."""
@@ -125,13 +162,9 @@ class AdapterSlot(nn.ParameterDict):
         self._mark_unverified()
 
     def _mark_unverified(self) -> None:
-        self.unverified, self.taken_here = True, False
+        self.provenance = Provenance.EXPECTED
         for layer in self.layers.values():
             layer.bank.unverified = True
-
-    def settle(self) -> None:
-        """The adapter's matrices are held to mean what they were trained as."""
-        self.unverified, self.arrival = False, None
 
     def written(self) -> set[str]:
         """Groups whose matrices somebody has written since `expect`."""
@@ -148,7 +181,7 @@ class AdapterSlot(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         arrival = self.__dict__.get("arrival")
-        if arrival is not None and name in self._keys:  # transformers' loader replaces the parameter
+        if arrival is not None and name in self:  # transformers' loader replaces the parameter
             arrival.written.add(name)
         super().__setattr__(name, value)
 
@@ -175,7 +208,7 @@ class AdapterSlot(nn.ParameterDict):
         Accelerate, when it sends the weights of the first process to the others for FSDP, takes every entry of a state
         dict for a sharded parameter and fails at a buffer.
         """
-        self._non_persistent_buffers_set.add("fingerprint")
+        self.register_buffer("fingerprint", self.fingerprint, persistent=False)
 
     def has_fingerprint(self) -> bool:
         """Whether there is one, and not only room for it."""
@@ -184,7 +217,7 @@ class AdapterSlot(nn.ParameterDict):
 
 
 class PicaBank(nn.ModuleDict):
-    """{adapter name: AdapterSlot}.
+    """{adapter name: SharedMatrices}.
 
     Attributes:
         unverified: Whether some slot may be; layers look at it in each forward pass, so it is one flag for all of them.
@@ -199,11 +232,11 @@ class PicaBank(nn.ModuleDict):
         self.verifier: Callable[[PicaBank], None] | None = None
         self._activated: tuple[tuple[str, ...], bool, set[str]] | None = None
 
-    def matrices(self, adapter_name: str) -> AdapterSlot:
-        return cast(AdapterSlot, self[adapter_name])
+    def matrices(self, adapter_name: str) -> SharedMatrices:
+        return cast(SharedMatrices, self[adapter_name])
 
     def refresh_unverified(self) -> None:
-        self.unverified = any(cast(AdapterSlot, slot).unverified for slot in self.values())
+        self.unverified = any(cast(SharedMatrices, slot).unverified for slot in self.values())
 
     def activate(self, adapter_names: Sequence[str], inference_mode: bool, layer: str) -> None:
         """Let the matrices of these adapters be trained, and no other's.
@@ -232,7 +265,7 @@ class PicaBank(nn.ModuleDict):
     def add_matrix(self, adapter_name: str, group: str, matrix: torch.Tensor) -> None:
         """Register M for a group of an adapter unless it is there already (a reload keeps the parameter object)."""
         if adapter_name not in self:
-            self[adapter_name] = AdapterSlot()
+            self[adapter_name] = SharedMatrices()
         if group not in self.matrices(adapter_name):
             self.matrices(adapter_name)[group] = nn.Parameter(matrix)
             slot = self.matrices(adapter_name)

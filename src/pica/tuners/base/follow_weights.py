@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pica.errors import BasisMismatchError
-from pica.tuners.base.bank import AdapterSlot
+from pica.tuners.base.bank import SharedMatrices
 from pica.tuners.base.frozen_weight import SAME_WEIGHT
 from pica.tuners.base.replaced_weight import rebase
 from pica.tuners.base.verification import check_fingerprint, take_fingerprint
@@ -12,7 +12,7 @@ from pica.tuners.base.verification import check_fingerprint, take_fingerprint
 OTHER_WEIGHT = 0.1
 
 
-def follow_weights(slot: AdapterSlot, adapter_name: str, *, stores_basis: bool) -> None:
+def follow_weights(slot: SharedMatrices, adapter_name: str, *, stores_basis: bool) -> None:
     """Before an adapter is saved: see to it that its fingerprint and the base model's weights belong together.
 
     Raises:
@@ -35,9 +35,9 @@ def follow_weights(slot: AdapterSlot, adapter_name: str, *, stores_basis: bool) 
                 "configuration, which stores the basis."
             )
         if (taken := take_fingerprint(slot, adapter_name)) is not None:
-            slot.set_fingerprint(taken)
+            slot.solved(taken)
 
 
-def _still_fits(slot: AdapterSlot, adapter_name: str) -> bool:
+def _still_fits(slot: SharedMatrices, adapter_name: str) -> bool:
     assert slot.fingerprint is not None
     return all(check.acceptable for check in check_fingerprint(slot, adapter_name, slot.fingerprint))

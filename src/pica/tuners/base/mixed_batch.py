@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from pica.basis.apply import add_product
 
@@ -122,3 +125,48 @@ class MixedBatch(list[str]):
                 stack[rows, :used] = method.layer.matrix(name)[:, :used].T.to(stack)
             self._stacked[key] = stack
         return self._stacked[key]
+
+
+@contextmanager
+def handed_out(
+    model: nn.Module, layer_class: type[nn.Module], adapter_names: Sequence[str], call: dict[str, Any]
+) -> Iterator[None]:
+    """Give `adapter_names`, one a sample, to each layer of a model for the length of one forward or generate call.
+
+    Args:
+        model: The base model's root.
+        layer_class: Of the adapted layers.
+        adapter_names: One for each input; "__base__" for none.
+        call: The call's further arguments, which may ask for several rows an input.
+    """
+    repeats = _rows_per_input(call)
+    per_input = MixedBatch(adapter_names)
+    per_row = MixedBatch([n for n in adapter_names for _ in range(repeats)]) if repeats > 1 else per_input
+    encoder: Any = None
+    if repeats > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = cast(Any, model).get_encoder()  # decoder-only models answer this too, with all their layers
+    in_encoder = {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
+    handles = []
+    try:
+        for module in model.modules():
+            if isinstance(module, (layer_class, AuxiliaryTrainingWrapper)):
+                # beams repeat the decoder's rows, while an encoder sees each input once
+                names = per_input if id(module) in in_encoder else per_row
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows_per_input(kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` with these arguments makes of each input: beams, or sequences to return."""
+    settings = kwargs.get("generation_config")
+    counts = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max((n for n in counts if isinstance(n, int)), default=1)
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, *, adapter_names: list[str]) -> tuple[Any, dict]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

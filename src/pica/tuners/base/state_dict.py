@@ -16,9 +16,9 @@ from pica.basis import process_index
 from pica.errors import AdapterFileError
 from pica.tuners.base.bank import (
     BANK_NAMES,
-    AdapterSlot,
     Arrival,
     PicaBank,
+    SharedMatrices,
     find_banks,
     get_bank,
     plain_name,
@@ -29,7 +29,7 @@ from pica.tuners.base.protocols import Tuner
 from pica.tuners.base.sharding import placed_like
 from pica.tuners.base.verification import (
     BASIS_MARK,
-    establish_meaning,
+    align_or_refuse,
     stored_bases,
     stored_bases_installed,
     take_fingerprint,
@@ -38,7 +38,7 @@ from pica.tuners.base.verification import (
 FINGERPRINT = "fingerprint"
 
 
-def slots_of(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, AdapterSlot]]:
+def slots_of(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, SharedMatrices]]:
     return [(name, bank, bank.matrices(adapter_name)) for name, bank in find_banks(model) if adapter_name in bank]
 
 
@@ -65,7 +65,7 @@ def select_state(
         selected.update({plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)})
         plain = plain_name(prefix.rstrip(".")) + "."
         if not slot.has_fingerprint() and (taken := take_fingerprint(slot, adapter_name)) is not None:
-            slot.set_fingerprint(taken)  # the weights were on the meta device when the adapter was added
+            slot.solved(taken)  # the weights were on the meta device when the adapter was added
         if slot.has_fingerprint():
             selected[f"{plain}{FINGERPRINT}"] = cast(Tensor, slot.fingerprint)
         if getattr(config, "save_basis", False) and slot.has_fingerprint():
@@ -73,7 +73,7 @@ def select_state(
     return selected
 
 
-def _check_gathered(slot: AdapterSlot, entries: dict[str, Tensor]) -> None:
+def _check_gathered(slot: SharedMatrices, entries: dict[str, Tensor]) -> None:
     """Refuse to take an adapter from a state dict that holds parts of its matrices, or none of them."""
     short = [group for group, shape in slot.shapes.items() if group in entries and entries[group].shape != shape]
     if not short and process_index() == 0:  # where states are gathered in the first process, the others have none
@@ -109,7 +109,7 @@ def remap_state(
                 entries[match["entry"]] = renamed.pop(key)
         bases = {k.removeprefix(BASIS_MARK): entries.pop(k) for k in list(entries) if k.startswith(BASIS_MARK)}
         fingerprint = entries.pop(FINGERPRINT, None)
-        buffers = {k: entries.pop(k) for k in list(entries) if k in slot._buffers}
+        buffers = {k: entries.pop(k) for k in list(entries) if k in slot.checks}
         check_matrices(slot, entries, short_bank)
         _check_buffers(slot, buffers, short_bank)
         if fingerprint is None:
@@ -117,7 +117,7 @@ def remap_state(
         fingerprint = _as_bytes(fingerprint)
         base_name = getattr(config, "base_model_name_or_path", None)
         with stored_bases_installed(slot, adapter_name, bases):
-            establish_meaning(bank, slot, adapter_name, fingerprint, base_name, new_bases=bool(bases))
+            align_or_refuse(bank, slot, adapter_name, fingerprint, base_name, new_bases=bool(bases))
         bank.refresh_unverified()
         prefix = f"{bank_name}.{adapter_name}."
         entries = {group: placed_like(value, slot[group]) for group, value in entries.items()}
@@ -159,7 +159,7 @@ def _as_bytes(fingerprint: Tensor) -> Tensor:
     return rounded.to(torch.uint8)
 
 
-def check_matrices(slot: AdapterSlot, entries: Mapping[str, Tensor], bank: str) -> None:
+def check_matrices(slot: SharedMatrices, entries: Mapping[str, Tensor], bank: str) -> None:
     """Refuse matrices that do not fit the slot's groups; on the meta device only their shapes are looked at.
 
     Args:
@@ -188,9 +188,9 @@ def check_matrices(slot: AdapterSlot, entries: Mapping[str, Tensor], bank: str) 
         )
 
 
-def _check_buffers(slot: AdapterSlot, found: dict[str, Tensor], bank: str) -> None:
+def _check_buffers(slot: SharedMatrices, found: dict[str, Tensor], bank: str) -> None:
     """What a file holds beside matrices and fingerprint, for instance positions of entries, must fit the slot's own."""
-    stored = {name for name in slot._buffers if name != FINGERPRINT and name not in slot._non_persistent_buffers_set}
+    stored = slot.stored
     problems = [f"{bank}.{k} is missing" for k in sorted(stored - set(found))]
     problems += [f"{bank}.{k} is not expected" for k in sorted(set(found) - stored)]
     problems += [

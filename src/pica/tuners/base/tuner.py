@@ -6,19 +6,17 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from pica.errors import ConfigError, ModuleError, PicaError, TargetError
 from pica.text import first_line
-from pica.tuners.base.arrival import verify_arrived
+from pica.tuners.base.arrival import note_provenance, verify_arrived
 from pica.tuners.base.bank import (
     BANK_NAMES,
     EXPERT_ADAPTERS,
@@ -33,13 +31,12 @@ from pica.tuners.base.default_targets import DEFAULT_TARGETS
 from pica.tuners.base.frozen_weight import SAME_WEIGHT
 from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.matching import resolved, start_counting, with_plain_targets
-from pica.tuners.base.mixed_batch import MixedBatch
+from pica.tuners.base.mixed_batch import handed_out
 from pica.tuners.base.parallel import check_gradient_reduction
 from pica.tuners.base.quantised import check_differentiable, keep_differentiable
 from pica.tuners.base.replaced_weight import rebase
 from pica.tuners.base.roles import Group
 from pica.tuners.base.rollback import active_adapters, all_or_nothing, replace_earlier
-from pica.tuners.base.sharding import from_first_process, loads_in_one_process
 from pica.tuners.base.state_dict import remap_state, select_state, slots_of, withdraw
 from pica.tuners.base.targets import (
     check_further_modules,
@@ -48,7 +45,6 @@ from pica.tuners.base.targets import (
     further_modules,
     keep_from_bypassing,
 )
-from pica.tuners.base.verification import new_fingerprint, room_for_fingerprint
 
 # components of paths that lead to what adapters brought
 NOT_THE_MODELS = BANK_NAMES | {EXPERT_ADAPTERS}
@@ -168,26 +164,13 @@ class BankedModel(BaseTuner):
         keep_from_bypassing(self.model)
         bank = get_bank(self.model, self.bank_name)
         if bank is not None and adapter_name in bank:
-            slot = bank.matrices(adapter_name)
-            config = self.peft_config[adapter_name]
-            loaded = getattr(config, "basis_format", None) is not None
-            if loaded:
-                # the trained one comes with the weights
-                slot.set_fingerprint(room_for_fingerprint(slot, adapter_name), taken_here=False)
-            else:
-                room = room_for_fingerprint(slot, adapter_name)
-                fingerprint = new_fingerprint(bank, slot, adapter_name)
-                if loads_in_one_process():
-                    fingerprint = from_first_process(room if fingerprint is None else fingerprint)
-                    slot.keep_fingerprint_aside()
-                # room for one where the weights are still to come, perhaps in a state dict that brings it
-                slot.set_fingerprint(room if fingerprint is None else fingerprint, taken_here=fingerprint is not None)
-            bank.tuner = (self,)
-            if loaded:  # until its weights arrive, with the fingerprint that they were trained with
+            config, expected = self.peft_config[adapter_name], None
+            if getattr(config, "basis_format", None) is not None:  # its weights are to come from a file
                 base_name = getattr(config, "base_model_name_or_path", None)
                 from_zero = bool(getattr(config, "init_weights", True))
-                slot.expect(Arrival(base_name, from_zero, active, trainable))
-            bank.refresh_unverified()
+                expected = Arrival(base_name, from_zero, active, trainable)
+            bank.tuner = (self,)
+            note_provenance(bank, adapter_name, expected)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The bank is a child of the base model, where PEFT does not expect adapter parameters and would freeze them.
@@ -365,25 +348,8 @@ class BankedModel(BaseTuner):
             )
         if unknown := {n for n in adapter_names if n != "__base__"} - known:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        repeats = _rows_per_input(kwargs)
-        per_input = MixedBatch(adapter_names)
-        per_row = MixedBatch([n for n in adapter_names for _ in range(repeats)]) if repeats > 1 else per_input
-        encoder = None
-        if repeats > 1 and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            encoder = self.model.get_encoder()  # decoder-only models answer this too, with all their layers
-        in_encoder = {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (self.layer_class, AuxiliaryTrainingWrapper)):
-                    # beams repeat the decoder's rows, while an encoder sees each input once
-                    names = per_input if id(module) in in_encoder else per_row
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with handed_out(self.model, self.layer_class, adapter_names, kwargs):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -407,15 +373,3 @@ def _check_name(adapter_name: str, groups: Sequence[str] = (), bank: PicaBank | 
     if "." in adapter_name or clash is not None:
         why = f"{clash!r} is the name of shared matrices" if clash is not None else "a name must not contain a dot"
         raise ConfigError(f"Adapter {adapter_name!r}: {why}. Choose another adapter name.")
-
-
-def _rows_per_input(kwargs: dict[str, Any]) -> int:
-    """How many rows `generate` with these arguments makes of each input: beams, or sequences to return."""
-    settings = kwargs.get("generation_config")
-    counts = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
-    return max((n for n in counts if isinstance(n, int)), default=1)
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, *, adapter_names: list[str]) -> tuple[Any, dict]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs

@@ -28,7 +28,7 @@ from pica.basis.fingerprint import (
     path_hash,
 )
 from pica.errors import AdapterFileError, BasisMismatchError
-from pica.tuners.base.bank import AdapterSlot, PicaBank
+from pica.tuners.base.bank import PicaBank, Provenance, SharedMatrices
 from pica.tuners.base.method import StoresBasis
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class LayerCheck:
         )
 
 
-def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
+def take_fingerprint(slot: SharedMatrices, adapter_name: str) -> Tensor | None:
     """The fingerprint of an adapter's bases as they are now, uint8; None while a layer's weights are on the meta device."""
     layers = slot.layers
     if not layers or any(layer.frozen.is_deferred() for layer in layers.values()):
@@ -82,18 +82,18 @@ def take_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor | None:
     return torch.frombuffer(bytearray(encode(prints, mode, probes)), dtype=torch.uint8)
 
 
-def room_for_fingerprint(slot: AdapterSlot, adapter_name: str) -> Tensor:
+def room_for_fingerprint(slot: SharedMatrices, adapter_name: str) -> Tensor:
     """Zeros, as many bytes as the adapter's fingerprint has: for a loader that writes a stored one into the model."""
     ranks = [layer.method.direction_count(adapter_name) for layer in slot.layers.values()]
     return torch.zeros(encoded_size(ranks, *_mode(slot, adapter_name)), dtype=torch.uint8, device="cpu")
 
 
-def _mode(slot: AdapterSlot, adapter_name: str) -> tuple[Mode, int]:
+def _mode(slot: SharedMatrices, adapter_name: str) -> tuple[Mode, int]:
     ranks = [layer.method.direction_count(adapter_name) for layer in slot.layers.values()]
     return choose_mode(ranks, sum(m.numel() for m in slot.values()))
 
 
-def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor) -> list[LayerCheck]:
+def check_fingerprint(slot: SharedMatrices, adapter_name: str, fingerprint: Tensor) -> list[LayerCheck]:
     """Hold each layer's basis against a stored fingerprint; changes nothing.
 
     Raises:
@@ -125,7 +125,7 @@ def check_fingerprint(slot: AdapterSlot, adapter_name: str, fingerprint: Tensor)
     return checks
 
 
-def _check_ranks(slot: AdapterSlot, adapter_name: str, prints: Mapping[bytes, LayerPrint]) -> None:
+def _check_ranks(slot: SharedMatrices, adapter_name: str, prints: Mapping[bytes, LayerPrint]) -> None:
     """Refuse an adapter whose configuration gives a layer other directions of the shared matrix than it was trained with."""
     for path, layer in slot.layers.items():
         trained, rank = prints[path_hash(path)], layer.method.direction_count(adapter_name)
@@ -138,9 +138,9 @@ def _check_ranks(slot: AdapterSlot, adapter_name: str, prints: Mapping[bytes, La
             )
 
 
-def establish_meaning(
+def align_or_refuse(
     bank: PicaBank,
-    slot: AdapterSlot,
+    slot: SharedMatrices,
     adapter_name: str,
     fingerprint: Tensor,
     base_name: str | None,
@@ -162,8 +162,7 @@ def establish_meaning(
         AdapterFileError: the fingerprint is damaged or is of other layers.
     """
     if (not new_bases and _has_already(slot, fingerprint)) or _known(bank, slot, adapter_name, fingerprint):
-        slot.set_fingerprint(fingerprint, taken_here=False)
-        slot.settle()
+        slot.verified(fingerprint)
         return
     checks = check_fingerprint(slot, adapter_name, fingerprint)
     if bad := [c for c in checks if not c.acceptable]:
@@ -187,11 +186,10 @@ def establish_meaning(
             f"deviates by up to {worst.alignment.deviation:.1%} (layer {worst.path}; accepted up to {TOLERANCE:.0%}).",
             stacklevel=3,
         )
-    slot.set_fingerprint(fingerprint, taken_here=False)
-    slot.settle()
+    slot.verified(fingerprint)
 
 
-def siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[tuple[str, AdapterSlot]]:
+def siblings(bank: PicaBank, slot: SharedMatrices, adapter_name: str) -> Iterator[tuple[str, SharedMatrices]]:
     """Other adapters on the very bases that this one uses, whose fingerprints were held against them."""
     layers = slot.layers.values()
     for name in bank:
@@ -207,13 +205,13 @@ def siblings(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Iterator[t
             yield name, other
 
 
-def _has_already(slot: AdapterSlot, fingerprint: Tensor) -> bool:
+def _has_already(slot: SharedMatrices, fingerprint: Tensor) -> bool:
     """Whether it is the adapter's own, as when a training goes on from its checkpoint (with weights sharded by then)."""
     own = slot.fingerprint
     return not slot.unverified and slot.has_fingerprint() and torch.equal(cast(Tensor, own).cpu(), fingerprint.cpu())
 
 
-def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Tensor) -> bool:
+def _known(bank: PicaBank, slot: SharedMatrices, adapter_name: str, fingerprint: Tensor) -> bool:
     """Whether this very fingerprint was held against these bases already.
 
     Hundreds of adapters of one base model would otherwise cost a check each.
@@ -225,17 +223,18 @@ def _known(bank: PicaBank, slot: AdapterSlot, adapter_name: str, fingerprint: Te
     )
 
 
-def _same_ranks(slot: AdapterSlot, one: str, other: str) -> bool:
+def _same_ranks(slot: SharedMatrices, one: str, other: str) -> bool:
     return all(
         layer.method.direction_count(one) == layer.method.direction_count(other) for layer in slot.layers.values()
     )
 
 
-def new_fingerprint(bank: PicaBank, slot: AdapterSlot, adapter_name: str) -> Tensor | None:
+def new_fingerprint(bank: PicaBank, slot: SharedMatrices, adapter_name: str) -> Tensor | None:
     """`take_fingerprint`, or what it gave for an adapter of the same ranks on the same bases."""
     size = room_for_fingerprint(slot, adapter_name).shape  # its mode depends on how much is shared
     for name, other in siblings(bank, slot, adapter_name):
-        if _same_ranks(slot, adapter_name, name) and other.taken_here and cast(Tensor, other.fingerprint).shape == size:
+        solved_here = other.provenance is Provenance.SOLVED
+        if _same_ranks(slot, adapter_name, name) and solved_here and cast(Tensor, other.fingerprint).shape == size:
             return other.fingerprint
     return take_fingerprint(slot, adapter_name)
 
@@ -249,11 +248,11 @@ def _some(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _method(slot: AdapterSlot) -> str:
+def _method(slot: SharedMatrices) -> str:
     return next((layer.method.name for layer in slot.layers.values()), "")
 
 
-def _remedy(slot: AdapterSlot) -> str:
+def _remedy(slot: SharedMatrices) -> str:
     return next((layer.method.remedy for layer in slot.layers.values()), "")
 
 
@@ -293,17 +292,17 @@ def _mismatch_message(bad: list[LayerCheck], total: int, base_name: str | None, 
 BASIS_MARK = "basis:"  # in a file: pica_M.basis:<layer path>, the projector itself
 
 
-def stored_bases(slot: AdapterSlot, adapter_name: str) -> dict[str, Tensor]:
+def stored_bases(slot: SharedMatrices, adapter_name: str) -> dict[str, Tensor]:
     """The projectors of an adapter's layers, by file name, for `save_basis`: in the compute dtype, cut to its rank."""
     return {f"{BASIS_MARK}{path}": method.stored_basis(adapter_name) for path, method in _storing(slot).items()}
 
 
-def _storing(slot: AdapterSlot) -> dict[str, StoresBasis]:
+def _storing(slot: SharedMatrices) -> dict[str, StoresBasis]:
     return {path: layer.method for path, layer in slot.layers.items() if isinstance(layer.method, StoresBasis)}
 
 
 @contextmanager
-def stored_bases_installed(slot: AdapterSlot, adapter_name: str, stored: Mapping[str, Tensor]) -> Iterator[None]:
+def stored_bases_installed(slot: SharedMatrices, adapter_name: str, stored: Mapping[str, Tensor]) -> Iterator[None]:
     """Use projectors from an adapter file, if it has any, from now on; an error in the block puts the old ones back.
 
     Raises:

@@ -11,7 +11,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from torch import Tensor
 
 from pica.errors import ConfigError
-from pica.tuners.base.bank import AdapterSlot, PicaBank
+from pica.tuners.base.bank import PicaBank, SharedMatrices
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.layer import PicaLinear
 
@@ -54,25 +54,25 @@ def check_combination(
     if adapter_name in present:
         raise ConfigError(f"Adapter {adapter_name!r} exists already; choose another name or delete it first.")
     slots = {name: bank.matrices(name) for name in adapters}
-    chief = max(adapters, key=lambda name: max(m.shape[1] for m in slots[name].values()))
+    widest = max(adapters, key=lambda name: max(m.shape[1] for m in slots[name].values()))
     for name in adapters:
-        if problem := _difference(name, slots[name], chief, slots[chief]):
-            raise ConfigError(f"Adapters {name!r} and {chief!r} cannot be added up: {problem}.")
-    return chief
+        if problem := _difference(name, slots[name], widest, slots[widest]):
+            raise ConfigError(f"Adapters {name!r} and {widest!r} cannot be added up: {problem}.")
+    return widest
 
 
-def _difference(name: str, slot: AdapterSlot, chief: str, chief_slot: AdapterSlot) -> str | None:
-    """Why M of `name` does not mean the same in the layers and columns of `chief`, or None."""
-    if slot.layers.keys() != chief_slot.layers.keys():
-        path = next(iter(slot.layers.keys() ^ chief_slot.layers.keys()))
+def _difference(name: str, slot: SharedMatrices, widest: str, widest_slot: SharedMatrices) -> str | None:
+    """Why M of `name` does not mean the same in the layers and columns of `widest`, or None."""
+    if slot.layers.keys() != widest_slot.layers.keys():
+        path = next(iter(slot.layers.keys() ^ widest_slot.layers.keys()))
         return f"only one of them adapts {path}"
     partner: dict[str, str] = {}
     for path, layer in _pica_layers(slot):
-        if partner.setdefault(layer.group_of[name], layer.group_of[chief]) != layer.group_of[chief]:
+        if partner.setdefault(layer.group_of[name], layer.group_of[widest]) != layer.group_of[widest]:
             return f"at {path} they share matrices between different layers"
-        if not layer.method.same_basis(name, chief):
+        if not layer.method.same_basis(name, widest):
             return f"at {path} they use different bases"
-        rank, most = layer.method.rank_of[name], layer.method.rank_of[chief]
+        rank, most = layer.method.rank_of[name], layer.method.rank_of[widest]
         if rank < min(layer.method.group_rank(name), most) or rank > most:
             return f"at {path} their ranks ({rank} and {most}) follow different patterns"
     if len(set(partner.values())) != len(partner):
@@ -114,5 +114,5 @@ def fill_combination(
             target.copy_(PRUNED[combination_type](parts, scales, density))
 
 
-def _pica_layers(slot: AdapterSlot) -> list[tuple[str, PicaLinear]]:
+def _pica_layers(slot: SharedMatrices) -> list[tuple[str, PicaLinear]]:
     return [(path, cast(PicaLinear, layer)) for path, layer in slot.layers.items()]

@@ -23,7 +23,7 @@ from pica.tuners.base.bank import PicaBank, find_banks, verify_loaded
 from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.base.sharding import in_parts
 from pica.tuners.pica.layer import PicaLinear
-from pica.tuners.pica.recompute import Remade, can_be_remade, kept_as_recipes
+from pica.tuners.pica.recompute import Recomputed, can_be_recomputed, kept_as_recipes
 
 _one_at_a_time = threading.RLock()
 # stored as (experts, in, out) without saying so, as transformers' other modules of that kind do (`is_transposed`)
@@ -116,9 +116,9 @@ class AdaptedExperts(nn.Module):
         if not stacks:
             return self.base_layer(*args, **kwargs)
         with with_weights(self.base_layer, adapted) as run:
-            if not all(can_be_remade(stack.sources()) for stack in stacks.values()):
+            if not all(can_be_recomputed(stack.sources()) for stack in stacks.values()):
                 return run(*args, **kwargs)
-            made = [(Remade(s.tensor, s.sources(), s.name), adapted[name]) for name, s in stacks.items()]
+            made = [(Recomputed(s.tensor, s.sources(), s.name), adapted[name]) for name, s in stacks.items()]
             with kept_as_recipes(made):
                 return run(*args, **kwargs)
 

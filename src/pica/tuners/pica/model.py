@@ -60,7 +60,7 @@ class PicaModel(BankedModel):
                 one trained further modules too (`modules_to_save`); nothing has changed.
         """
         bank = get_bank(self.model, self.bank_name)
-        chief = check_combination(bank, adapters, weights, adapter_name, combination_type, density)
+        widest = check_combination(bank, adapters, weights, adapter_name, combination_type, density)
         assert bank is not None
         for name in adapters:
             if further := further_modules(self.peft_config[name]):
@@ -72,7 +72,7 @@ class PicaModel(BankedModel):
         verify_loaded(bank)  # an adapter that a loader has just written is combined as what it means
         configs = cast("dict[str, PicaConfig]", self.peft_config)
         save_basis = any(configs[name].save_basis for name in adapters)
-        configs[adapter_name] = config_of_combination(configs[chief], save_basis=save_basis)
+        configs[adapter_name] = config_of_combination(configs[widest], save_basis=save_basis)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
@@ -81,11 +81,11 @@ class PicaModel(BankedModel):
         slot = bank.matrices(adapter_name)
         for layer in slot.layers.values():
             assert isinstance(layer, PicaLinear)
-            layer.bases.key_of[adapter_name] = layer.bases.key_of[chief]  # one that a file brought, perhaps
-            layer.method.limit(adapter_name, layer.method.usable_rank(chief))
+            layer.bases.key_of[adapter_name] = layer.bases.key_of[widest]  # one that a file brought, perhaps
+            layer.method.limit(adapter_name, layer.method.usable_rank(widest))
             layer.bases.drop_unused()
         if (fingerprint := take_fingerprint(slot, adapter_name)) is not None:
-            slot.set_fingerprint(fingerprint)
+            slot.solved(fingerprint)
         fill_combination(bank, adapters, weights, adapter_name, combination_type, density)
 
     def _inject_parameters(

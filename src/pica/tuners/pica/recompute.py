@@ -23,7 +23,7 @@ Unpacking = Callable[[Any], Tensor]
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class Remade:
+class Recomputed:
     """How one tensor is made.
 
     What is made a second time has the bits of the first: the same operations run, in one piece, on the same numbers.
@@ -64,9 +64,9 @@ class Remade:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What is kept for backward of a remade tensor, or of a view of it."""
+    """What is kept for backward of a recomputed tensor, or of a view of it."""
 
-    origin: Remade
+    origin: Recomputed
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
@@ -75,7 +75,7 @@ class _View:
         return self.origin.again().as_strided(self.size, self.stride, self.offset)
 
 
-def can_be_remade(sources: Iterable[Tensor]) -> bool:
+def can_be_recomputed(sources: Iterable[Tensor]) -> bool:
     """Whether `kept_as_recipes` applies here, to tensors made of these."""
     # Not without autograd, while compiling (the compiler decides itself what to make again), within torch.func, and for
     # sources that a framework takes apart outside of autograd's sight (DeepSpeed ZeRO-3, tensors over a mesh of devices).
@@ -89,11 +89,11 @@ def can_be_remade(sources: Iterable[Tensor]) -> bool:
 
 
 @contextmanager
-def kept_as_recipes(made: Sequence[tuple[Remade, Tensor]]) -> Iterator[None]:
+def kept_as_recipes(made: Sequence[tuple[Recomputed, Tensor]]) -> Iterator[None]:
     """A forward pass in which of these tensors, and of views of them, only the way to make them again is kept.
 
     Everything else is kept as it would be without: by hooks that are active outside of this (gradient checkpointing,
-    offloading), else by autograd. When the gradient of a remade tensor is known, nothing needs the tensor any more.
+    offloading), else by autograd. When the gradient of a recomputed tensor is known, nothing needs the tensor any more.
     """
     outer: tuple[Packing, Unpacking] | None = _autograd._top_saved_tensors_default_hooks(False)
     outer_pack, outer_unpack = outer or (_detached, _itself)
@@ -122,7 +122,7 @@ def kept_as_recipes(made: Sequence[tuple[Remade, Tensor]]) -> Iterator[None]:
 class _Forget:
     """A gradient's hook; holds the recipe weakly, so that the copy is freed with what was kept for backward."""
 
-    def __init__(self, origin: Remade) -> None:
+    def __init__(self, origin: Recomputed) -> None:
         self._origin = weakref.ref(origin)
 
     def __call__(self, gradient: Tensor) -> None:
