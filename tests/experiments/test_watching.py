@@ -206,7 +206,10 @@ def test_every_step_has_its_own_note(recipe: Callable[..., Recipe], tmp_path: Pa
             "trainer.keep_best = false: there is no best adapter without trainer.eval_steps",
         ),
         ({"trainer.eval_steps": 2, "data.refit": True}, "trainer.eval_steps does not go with data.refit"),
-        ({"trainer.sample_steps": 2}, "trainer.sample_steps is for task chat, and the task is arithmetic"),
+        (
+            {"trainer.sample_steps": 2},
+            "trainer.sample_steps is for tasks chat, preference, reward, and the task is arithmetic",
+        ),
         (
             {"trainer.report_to": ["tensorbord"]},
             "trainer.report_to = 'tensorbord': unknown program; did you mean 'tensorboard'?",

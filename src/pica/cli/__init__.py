@@ -28,7 +28,7 @@ COMMANDS = {
     "train": "fine-tune a model and measure what it gained; no arguments: a small example that needs no download",
     "chat": "talk to a model, an adapter or what a run learnt; /base and /both hold them beside each other",
     "generate": "answer a file of prompts, or one prompt",
-    "data": "what a model would see of a file of conversations, before any training",
+    "data": "what a model would see of a file of conversations or preferences, before any training",
     "compare": "train several methods on one task side by side, and write one report page",
     "evaluate": "measure a model or an adapter on a task",
     "report": "write one page about a run, or a comparison's anew",

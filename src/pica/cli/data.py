@@ -1,4 +1,4 @@
-"""`pica data`: what a model would see of a file of conversations, before any training."""
+"""`pica data`: what a model would see of a file of conversations or of preferences, before any training."""
 
 import argparse
 import json
@@ -14,10 +14,12 @@ from pica.errors import ConfigError
 
 if TYPE_CHECKING:
     from pica.experiments.chat.preview import Preview
+    from pica.experiments.preference.preview import PairPreview
 
 EPILOG = """examples:
   pica data chats.jsonl --model ./SmolLM2-135M-Instruct
   pica data chats.jsonl --model ./SmolLM2-135M-Instruct --examples 10 --page chats.html
+  pica data pairs.jsonl --model ./SmolLM2-135M-Instruct
   pica data recipe.yaml
 
 What is learnt is green on a terminal, and between « and » elsewhere.
@@ -28,12 +30,17 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     made = argparse.ArgumentParser(
         prog="pica data",
-        description="Show what a model would see of conversations: examples with the words that are learnt, lengths, what "
-        "is cut or left out, duplicates, and what is in the test too.",
+        description="Show what a model would see of conversations, or of preferences (chosen and rejected answers): "
+        "examples with the words that are learnt, lengths, what is cut or left out, duplicates, and what is in the test.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("source", nargs="+", metavar="FILE|RECIPE", help="conversations, or a recipe for task chat")
+    made.add_argument(
+        "source",
+        nargs="+",
+        metavar="FILE|RECIPE",
+        help="conversations or preferences, or a recipe for task chat or preference",
+    )
     made.add_argument("--model", metavar="MODEL", help="the model that would learn (its tokenizer and chat template)")
     made.add_argument("--test", metavar="FILE", help="test conversations, to be held against these")
     made.add_argument(
@@ -79,18 +86,22 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def look(recipe: Any, train: Sequence[Any], test: Sequence[Any], *, examples: int) -> tuple["Preview", dict[str, str]]:
-    """What a model would see of conversations of a recipe, and what can be said of them in numbers."""
+def look(
+    recipe: Any, train: Sequence[Any], test: Sequence[Any], *, examples: int
+) -> tuple["Preview | PairPreview", dict[str, str]]:
+    """What a model would see of a recipe's conversations or pairs, and what can be said of them in numbers."""
     from pica.experiments.chat.preview import preview
     from pica.experiments.chat.rendering import Renderer
     from pica.experiments.chat.templates import set_template
     from pica.experiments.models import load_tokenizer
+    from pica.experiments.preference.preview import preview_pairs
     from pica.tasks.chat import described, described_sources
+    from pica.tasks.preference import described_pairs
 
     tokenizer = load_tokenizer(recipe.model)
     set_template(tokenizer, recipe.task.chat_template)
-    length = recipe.trainer.max_length
-    found = preview(
+    length, pairs = recipe.trainer.max_length, recipe.task.name == "preference"
+    found = (preview_pairs if pairs else preview)(
         Renderer(tokenizer, recipe.task.loss),
         train,
         test,
@@ -99,6 +110,8 @@ def look(recipe: Any, train: Sequence[Any], test: Sequence[Any], *, examples: in
         overflow=recipe.trainer.overflow,
         examples=examples,
     )
+    if pairs:
+        return found, {"read": described_pairs(train), **found.facts(length)}
     sources = {f"source {number}": line for number, line in enumerate(described_sources(train), start=1)}
     return found, {"read": described(train), **sources, **found.facts(length)}
 
@@ -114,9 +127,14 @@ def _recipe(given: argparse.Namespace) -> Any:
         recipe = load_recipe(recipes[0], [("model.path", given.model)] if given.model else [])
     else:
         files = given.source[0] if len(given.source) == 1 else given.source
-        recipe = Recipe(task=TaskSection(name="chat"), data=DataSection(train=files))
-    if recipe.task.name != "chat":
-        raise ConfigError(f"{recipes[0]!r} is a recipe for task {recipe.task.name}; pica data is for task chat.")
+        recipe = Recipe(task=TaskSection(name=_task_of(given.source)), data=DataSection(train=files))
+    if recipe.task.name not in ("chat", "preference"):
+        raise ConfigError(
+            f"{recipes[0]!r} is a recipe for task {recipe.task.name}; pica data is for tasks chat and preference."
+        )
+    if recipe.task.name == "preference" and (given.loss or given.overflow == "split"):
+        option = "--loss" if given.loss else "--overflow split"
+        raise ConfigError(f"{option} is for conversations, and {given.source[0]!r} holds preferences; leave it out.")
     if given.model is not None:
         recipe.model = ModelSection(path=given.model)
     elif not recipes:
@@ -134,7 +152,20 @@ def _recipe(given: argparse.Namespace) -> Any:
     return recipe
 
 
-def print_preview(found: "Preview", facts: dict[str, str]) -> None:
+def _task_of(files: Sequence[str]) -> str:
+    """Preference where the first row has a chosen and a rejected answer, else chat."""
+    from pica.tasks.preference import looks_like_preferences
+    from pica.tasks.rows import read_rows
+
+    first = next(iter(read_rows(files[0])), None)
+    if first is None or not looks_like_preferences(first.fields):
+        return "chat"
+    if len(files) > 1:
+        raise ConfigError(f"{files[0]!r} holds preferences, which are read from one file; leave the other names out.")
+    return "preference"
+
+
+def print_preview(found: "Preview | PairPreview", facts: dict[str, str]) -> None:
     """The numbers, then the examples with what is learnt of them."""
     from rich.text import Text
 
@@ -156,7 +187,7 @@ def print_preview(found: "Preview", facts: dict[str, str]) -> None:
         console.print(text)
 
 
-def _write_page(path: Path, recipe: Any, found: "Preview", facts: dict[str, str]) -> None:
+def _write_page(path: Path, recipe: Any, found: "Preview | PairPreview", facts: dict[str, str]) -> None:
     from markupsafe import Markup
 
     from pica.experiments.recipes.recipe import weights_of

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     if options["trust"] and options["resume"] is None:
         overrides.append(("model.trust_remote_code", True))
     recipe = None if folder else load_recipe(reference, [*overrides, *_task_of_data(reference, overrides)])
-    if options["dry"] and recipe is not None and recipe.task.name != "chat":
+    if options["dry"] and recipe is not None and recipe.task.name not in ("chat", "preference"):
         raise ConfigError(f"--dry-run shows conversations, which task {recipe.task.name} has not; leave it out.")
 
     from pica.cli.console import loading
@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
         print_result(result, page=options["page"])
         if result.metrics.task == "dreambooth":
             _print_pictures(result)
-        if result.metrics.task == "chat":
+        if result.metrics.task in ("chat", "preference"):
             trusts = options["trust"] or (recipe is not None and recipe.model.trust_remote_code)
             _print_answers(result, f" {FLAG}" if trusts else "")
     return 0
@@ -149,18 +149,19 @@ def _look(recipe: "Recipe") -> None:
 
 
 def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """Task chat, where no task is named and the data is conversations; else nothing."""
+    """Task chat or preference, where no task is named and the data is conversations or pairs of answers; else nothing."""
     given = dict(overrides)
     if reference is not None or "task.name" in given or "data.train" not in given:
         return []
     from pica.experiments.recipes.parsing import read_field
-    from pica.experiments.recipes.starting import holds_conversations
+    from pica.experiments.recipes.starting import talking_task
 
     train = read_field("data.train", given["data.train"])
     if not isinstance(train, str):  # which only chat takes
         return [("task.name", "chat")]
     # What is wrong with a place is said where the recipe is checked.
-    return [("task.name", "chat")] if "data.columns" not in given and holds_conversations(train) else []
+    found = None if "data.columns" in given else talking_task(train)
+    return [("task.name", found)] if found else []
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
@@ -249,7 +250,7 @@ def parser(topics: Sequence[str] = (), *, everything: bool = False) -> argparse.
     made.add_argument("--resume", metavar="DIR", nargs="?", help="go on with the interrupted run in DIR")
     add_trust(made)
     made.add_argument("--page", action="store_true", help="write DIR/report.html as the run goes, to be watched")
-    made.add_argument("--dry-run", action="store_true", help="chat: only show what the model would see")
+    made.add_argument("--dry-run", action="store_true", help="chat, preference: only show what is learnt")
     made.add_argument("--help-all", action="store_true", help="show every field of a recipe")
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     add_fields(made, sections=topics, everything=everything)
@@ -286,6 +287,9 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     console = table_console()
     console.print(table)
     unit = "loss on the gold answers in nats a token" if adapter.tokens is not None else f"loss on the {kind}"
+    for name in ("chosen_likelier", "reward_margin", "mean_reward"):
+        if name in adapter.scores:
+            console.print(f"{name}: {_change(metrics, name)}", markup=False)
     if metrics.standing is not None:
         console.print(metrics.standing.statement, markup=False)
     if metrics.task == "chat" and metrics.base is not None:
@@ -356,13 +360,30 @@ def _answers(folder: Path) -> list[tuple[str, str | None, str]]:
     adapted, before = read_rows(folder / predictions_file("adapter")), folder / predictions_file("base")
     base = read_rows(before) if before.is_file() else [{}] * len(adapted)
     answered = [pair for pair in zip(adapted, base) if "answer" in pair[0]][:_SHOWN]
-    return [(row["messages"][-2]["content"], other.get("answer"), row["answer"]) for row, other in answered]
+    return [(_question(row), other.get("answer"), row["answer"]) for row, other in answered]
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """What was answered: the last message before an answer."""
+    asked = row["prompt"] if "prompt" in row else row["messages"][:-1]
+    return asked[-1]["content"]
 
 
 def _scores(row: "Measurement") -> tuple[str, str]:
     from pica.experiments.evaluate.evaluation import shown_score
 
     return shown_score(row.metric, row.score, row.stderr, row.examples), f"{row.loss:.4f}"
+
+
+def _change(metrics: "RunMetrics", name: str) -> str:
+    """A further measure before and after."""
+    from pica.experiments.evaluate.evaluation import shown_score
+
+    titles = {kind: trained.title for kind, trained in metrics.trained.items()}
+    return ", ".join(
+        f"{shown_score(name, one.scores[name], one.scores[f'{name}_stderr'])} ({titles.get(kind, 'base model')})"
+        for kind, one in metrics.models.items()
+    )
 
 
 def _brackets(metrics: "RunMetrics") -> str:

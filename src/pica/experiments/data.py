@@ -14,7 +14,7 @@ from pica.errors import DataError
 from pica.experiments.limits import Limits, check_tokens
 from pica.experiments.recipes.recipe import Recipe, columns_of, weights_of
 from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
-from pica.tasks.base import Bar, LeftOut
+from pica.tasks.base import TALKING, Bar, LeftOut
 from pica.tasks.identity import same_problem
 from pica.tasks.labelled import check_labels, checked_target, classes_of
 
@@ -176,7 +176,8 @@ def mixed(examples: Sequence[Any], weights: Mapping[str, float], *, seed: int) -
 
 def held_out(recipe: Recipe, task: Task) -> bool:
     """Whether the test problems are taken out of the training ones, since there are no others."""
-    return task.kind == "chat" and recipe.data.test is None and not _in_folder(recipe, task, "test")
+    own = recipe.data.test is not None or recipe.data.train == "embedded" or _in_folder(recipe, task, "test")
+    return task.kind in TALKING and not own
 
 
 def _in_folder(recipe: Recipe, task: Task, split: Split) -> bool:
@@ -245,7 +246,7 @@ def _limited(examples: list[Any], limit: int | None, task: Task, *, seed: int) -
     """As the tasks' own reading has it: a sample where files are often sorted (by class, by set), else the first ones."""
     if limit is None or limit >= len(examples):
         return examples
-    if task.kind == "generation" and task.name != "commonsense":
+    if task.kind in ("generation", "reward") and task.name != "commonsense":
         return examples[:limit]
     return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pica.experiments.results.comparison import KeptOutcomes
-from pica.tasks.base import REGRESSION_METRICS
+from pica.tasks.base import ANSWER_METRICS, REGRESSION_METRICS
 from pica.tasks.metrics import f1_of_tables, matthews_of_tables
 
 RESAMPLES = 5000
@@ -23,8 +23,8 @@ class Outcomes:
 
     Attributes:
         metric: Name of the metric that the task is judged by.
-        predicted: Of shape (problems,): whether right (accuracy), a class index (f1, matthews), a number, or a sum over the
-            tokens of a conversation (`POOLED`).
+        predicted: Of shape (problems,): whether right (accuracy; 0.5: neither), a class index (f1, matthews), a number, or
+            a sum over the tokens of a conversation (`POOLED`).
         gold: Class indices, numbers, or counts of tokens, of the same shape; None for accuracy.
         groups: Number of problems of each data set, in their order; accuracy is the mean over data sets.
         classes: Number of classes (f1, matthews).
@@ -48,8 +48,8 @@ class Outcomes:
         if kept is None:
             return None
         if kept.correct is not None:
-            right = np.frombuffer(kept.correct.encode(), dtype=np.uint8) - ord("0")
-            return cls(metric, right.astype(np.float32), None, tuple(kept.groups) or (len(right),))
+            right = np.array([0.5 if mark == "=" else float(mark) for mark in kept.correct], dtype=np.float32)
+            return cls(metric, right, None, tuple(kept.groups) or (len(right),))
         predicted, gold = np.asarray(kept.predicted), np.asarray(kept.gold)
         return cls(metric, predicted, gold, (len(gold),), kept.classes)
 
@@ -73,11 +73,11 @@ def kept_outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> KeptOutcome
     Returns:
         None for predictions that are no answers (drawn pictures).
     """
-    if metric == "accuracy" and rows and all("correct" in row for row in rows):
+    if metric in ANSWER_METRICS and rows and all("correct" in row for row in rows):
         parts: dict[str, str] = {}
         for row in rows:
             name = row.get("group", "")
-            parts[name] = parts.get(name, "") + "01"[bool(row["correct"])]
+            parts[name] = parts.get(name, "") + ("=" if row["correct"] is None else "01"[bool(row["correct"])])
         groups = [len(part) for part in parts.values()] if len(parts) > 1 else []
         return KeptOutcomes(correct="".join(parts.values()), groups=groups)
     if metric == "token_accuracy" and rows and all("tokens" in row for row in rows):
@@ -102,7 +102,7 @@ def resampled(runs: Sequence[Outcomes], groups: Sequence[int]) -> tuple[np.ndarr
     Returns:
         Scores (runs, resamples), and what the made-up problems add to a difference, (resamples,).
     """
-    made_up = 2 if runs[0].metric == "accuracy" else 0
+    made_up = 2 if runs[0].metric in ANSWER_METRICS else 0
     generator = np.random.default_rng(0)
     scores, favours = [], []
     done, step = 0, max(1, _AT_ONCE // sum(groups))

@@ -34,7 +34,8 @@ def write_run_card(adapter: Path, recipe: Recipe, metrics: RunMetrics, described
         described: Sentences on the training data.
     """
     trained, counts, task = metrics.adapter, metrics.problems, metrics.task
-    what = "conversations" if task == "chat" else "pictures" if task == "dreambooth" else "examples"
+    what = {"chat": "conversations", "preference": "pairs", "dreambooth": "pictures"}.get(task, "examples")
+    talks = task in ("chat", "preference")
     subset = f", {recipe.task.subset}" if recipe.task.subset else ""
     names = [name if name.startswith("hub:") else Path(name).name for name in weights_of(recipe.data.train)]
     learnt = [text.removeprefix("Training data: ") for text in described] or [f"{counts.train:,} {what} learnt from"]
@@ -44,8 +45,8 @@ def write_run_card(adapter: Path, recipe: Recipe, metrics: RunMetrics, described
         "training": f"{trained.training.steps:,} steps, learning rate {trained.learning_rate:g}, seed {metrics.seed}",
         "base in training": f"quantised ({recipe.model.quantization})" if recipe.model.quantization else "",
         "classes": ", ".join(map(str, recipe.task.labels or ())),
-        "chat template": "in `chat_template.jinja`" if task == "chat" else "",
-        "system prompt": recipe.task.system or "" if task == "chat" else "",
+        "chat template": "in `chat_template.jinja`" if talks else "",
+        "system prompt": recipe.task.system or "" if talks else "",
     }
     models = ([("before", metrics.base)] if metrics.base else []) + [("after", trained)]
     measured = [one for _, one in models]
@@ -59,6 +60,10 @@ def write_run_card(adapter: Path, recipe: Recipe, metrics: RunMetrics, described
     ]
     if "perplexity" in trained.scores:
         rows.append(["perplexity", *(f"{one.scores['perplexity']:,.2f}" for one in measured)])
+    for name in ("chosen_likelier", "reward_margin", "mean_reward"):
+        if name in trained.scores:
+            found = [shown_score(name, one.scores[name], one.scores[f"{name}_stderr"]) for one in measured]
+            rows.append([name.replace("_", " "), *found])
     note = f"On {trained.examples:,} held-out {what}, one seed; ± is the standard error, brackets the 95% interval."
     write_card(adapter, title=f"{metrics.name}: {trained.title}", facts=facts, measures=rows, note=note, tags=[task])
 

@@ -24,11 +24,11 @@ from scipy.special import stdtrit
 
 from pica.experiments.outcomes import POOLED, Outcomes, resampled, scores_of
 from pica.experiments.results.standing import Behind, Placed, StandingResult
+from pica.tasks.base import ANSWER_METRICS
 
-LEVEL = 0.95
-"""Of every interval here."""
+LEVEL = 0.95  # of every interval here
 
-SHARES = ("accuracy", "f1", "token_accuracy")
+SHARES = (*ANSWER_METRICS, "f1", "token_accuracy", "chosen_likelier")
 """Metrics that are shown in percent."""
 
 _Z = 1.959963984540054  # the normal quantile of LEVEL
@@ -59,9 +59,9 @@ def score_interval(
     Returns:
         Two numbers that are no numbers if the score or its standard error is none.
     """
-    if not (math.isfinite(score) and (math.isfinite(stderr) or (metric == "accuracy" and examples > 0))):
+    if not (math.isfinite(score) and (math.isfinite(stderr) or (metric in ANSWER_METRICS and examples > 0))):
         return math.nan, math.nan
-    if metric == "accuracy" and examples > 0 and 0 <= score <= 1:
+    if metric in ANSWER_METRICS and examples > 0 and 0 <= score <= 1:
         # Of several data sets the standard error is not that of one share; a count that has it serves as well.
         spread = score * (1 - score)
         counts = spread / stderr**2 if stderr > 0 and spread > 0 else examples
@@ -70,13 +70,15 @@ def score_interval(
         low, high = score - _Z * stderr, score + _Z * stderr
     of_seeds = _Z * (deviation or 0.0) / math.sqrt(seeds)
     low, high = score - math.hypot(score - low, of_seeds), score + math.hypot(high - score, of_seeds)
-    least = {"accuracy": 0.0, "f1": 0.0, "matthews": -1.0, "pearson": -1.0, "spearman": -1.0}.get(metric, -math.inf)
+    least = {**dict.fromkeys(ANSWER_METRICS, 0.0), "f1": 0.0, "matthews": -1.0, "pearson": -1.0, "spearman": -1.0}.get(
+        metric, -math.inf
+    )
     return max(least, low), min(1.0 if least > -math.inf else math.inf, high)
 
 
 def near_the_end(metric: str, score: float, examples: int | None) -> bool:
     """Whether so few answers are right, or wrong, that a standard error says too little: Wilson's interval is shown then."""
-    return metric == "accuracy" and bool(examples) and min(score, 1 - score) * (examples or 0) < _FEW
+    return metric in ANSWER_METRICS and bool(examples) and min(score, 1 - score) * (examples or 0) < _FEW
 
 
 def shown(metric: str, score: float) -> str:

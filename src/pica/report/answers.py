@@ -14,7 +14,7 @@ from pica.report.page import entries
 MOST = 300
 """Entries of a page; of more, those whose loss changed most, or whose answer became right or wrong."""
 
-_OWN = {"predicted", "gold", "correct", "probabilities", "group", "prompt", "completion", "extracted"}
+_OWN = {"mean_reward", "predicted", "gold", "correct", "probabilities", "group", "prompt", "completion", "extracted"}
 _LEARNT, _LOST, _RIGHT, _WRONG = "became right", "became wrong", "right before and after", "wrong before and after"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -61,14 +61,21 @@ def answers_block(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> tuple[
     if len(counts) > 1:
         raise ValueError(f"the predictions files have {' and '.join(map(str, sorted(counts)))} lines")
     first = rows["adapter"][0]
-    chat = "messages" in first
+    chat, preference = "messages" in first, "chosen" in first
     made = [
-        (_conversation if chat else _answer)(place, {name: some[place] for name, some in rows.items()}, titles)
+        (_conversation if chat else _pair if preference else _answer)(
+            place, {name: some[place] for name, some in rows.items()}, titles
+        )
         for place in range(len(rows["adapter"]))
     ]
     chosen = _both_ends(made)
     left = f" {len(made) - len(chosen):,} between these are left out." if len(made) > len(chosen) else ""
-    if chat:
+    if preference:
+        text = (
+            f"{len(made):,} held-out pairs, by how much their loss changed: the worst and the best first. The reward of an "
+            "answer is beta times how much likelier it has become, in nats."
+        )
+    elif chat:
         answered = sum(bool(entry.said) for entry in made)
         text = (
             f"{len(made):,} held-out conversations, {answered:,} of them with answers to the last question "
@@ -109,7 +116,7 @@ def _conversation(place: int, rows: Mapping[str, Mapping[str, Any]], titles: Map
     if isinstance(messages, str):
         asked, wanted = [("text", messages)], ""
     else:
-        asked = [(str(message["role"]), message_text(message)) for message in messages[:-1]]
+        asked = _said_by(messages[:-1])
         wanted = message_text(messages[-1])
     loss = _number(row["loss"])
     before = _number(base["loss"]) if base else loss
@@ -125,6 +132,41 @@ def _conversation(place: int, rows: Mapping[str, Mapping[str, Any]], titles: Map
     return Entry(title, place, kind, _finite(change), asked, wanted, said, notes, bool(said))
 
 
+def _pair(place: int, rows: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> Entry:
+    row, base = rows["adapter"], rows.get("base")
+    asked = [("text", row["prompt"])] if isinstance(row["prompt"], str) else _said_by(row["prompt"])
+    rewards = [f"{kind} {_number(row[f'{kind}_reward']):+.2f}" for kind in ("chosen", "rejected")]
+    loss = _number(row["loss"])
+    before = _number(base["loss"]) if base else loss
+    notes = [f"Loss {_change(before, loss, base is not None)}", f"rewards: {', '.join(rewards)}"]
+    kind = {True: "chosen preferred", False: "rejected preferred", None: "neither preferred"}[row["correct"]]
+    said: list[tuple[str, str, bool | None]] = [
+        ("chosen", _text_of(row["chosen"]), None),
+        ("rejected", _text_of(row["rejected"]), None),
+    ]
+    said += [(titles[name], str(some["answer"]), None) for name, some in rows.items() if "answer" in some]
+    return Entry(
+        f"Pair {place + 1}",
+        place,
+        kind,
+        _finite(loss - before if base else loss),
+        asked,
+        "",
+        said,
+        notes,
+        "answer" in row,
+    )
+
+
+def _said_by(messages: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [(str(message["role"]), message_text(message)) for message in messages]
+
+
+def _text_of(answer: Any) -> str:
+    """A chosen or rejected answer, which is text or messages."""
+    return answer if isinstance(answer, str) else "\n\n".join(text for _, text in _said_by(answer))
+
+
 def _answer(place: int, rows: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> Entry:
     row, base = rows["adapter"], rows.get("base")
     if "prompt" in row:
@@ -135,6 +177,9 @@ def _answer(place: int, rows: Mapping[str, Mapping[str, Any]], titles: Mapping[s
     entry = Entry(f"Problem {place + 1}", place, "", 0.0, asked, str(row["gold"]), said)
     if group := row.get("group"):
         entry.notes.append(str(group))
+    if "mean_reward" in row:
+        was = f"{_number(base['mean_reward']):.2f} → " if base and "mean_reward" in base else ""
+        entry.notes.append(f"mean reward of sampled answers {was}{_number(row['mean_reward']):.2f}")
     if "correct" in row:
         was = base["correct"] if base else row["correct"]
         table = {(False, True): _LEARNT, (True, False): _LOST, (True, True): _RIGHT, (False, False): _WRONG}

@@ -1,6 +1,6 @@
 """Training curves of one run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
@@ -10,6 +10,17 @@ from pica.report.figures import INK, Sheet, figure, style
 
 HELD_OUT = "validation_loss"
 """The column of loss_curve.csv with the loss on held-out examples, where it was measured while training went on."""
+_MEASURES = {
+    "reward": (
+        "mean reward",
+        "Mean reward of the answers that were sampled in training, the mean since the point before.",
+    ),
+    "reward_accuracy": (
+        "reward accuracy",
+        "Share of training pairs whose chosen answer has the higher reward, the mean since the point before.",
+    ),
+}
+"""Columns that have a figure of their own, with their axis and caption."""
 
 
 def run_titles(metrics: RunMetrics, *, base: str) -> dict[str, str]:
@@ -35,9 +46,7 @@ def loss_figure(rows: Iterable[Mapping[str, str]], titles: Mapping[str, str], *,
     trained: dict[str, list[tuple[int, float]]] = {}
     held_out: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        run = row["run"].removesuffix("-refit")
-        again = " (refit)" if "refit" in row["run"] else ""
-        label = f"{titles.get(run, row['method'])}, rate {float(row['peak_rate']):g}{again}"
+        label = _label(row, titles)
         for found, column in ((trained, "loss"), (held_out, HELD_OUT)):
             if value := row.get(column):
                 found.setdefault(label, []).append((int(row["step"]), float(value)))
@@ -63,6 +72,50 @@ def loss_figure(rows: Iterable[Mapping[str, str]], titles: Mapping[str, str], *,
     count = len(trained) + len(held_out)
     alt = f"Loss against optimizer steps, {count} curve{'' if count == 1 else 's'}."
     return figure("loss-plot", draw, caption=caption, alt=alt, height=3.6)
+
+
+def _label(row: Mapping[str, str], titles: Mapping[str, str]) -> str:
+    run = row["run"].removesuffix("-refit")
+    again = " (refit)" if "refit" in row["run"] else ""
+    return f"{titles.get(run, row['method'])}, rate {float(row['peak_rate']):g}{again}"
+
+
+def measure_figures(rows: Iterable[Mapping[str, str]], titles: Mapping[str, str]) -> list[Markup]:
+    """What was rewarded or preferred as training went on, a figure for each measure of loss_curve.csv that has one.
+
+    Args, Raises: As `loss_figure`.
+    """
+    rows = list(rows)
+    return [
+        _measure_figure(rows, titles, name, *said) for name, said in _MEASURES.items() if any(map(_has(name), rows))
+    ]
+
+
+def _has(name: str) -> Callable[[Mapping[str, str]], bool]:
+    return lambda row: bool(row.get(name))
+
+
+def _measure_figure(
+    rows: Sequence[Mapping[str, str]], titles: Mapping[str, str], name: str, label: str, caption: str
+) -> Markup:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in filter(_has(name), rows):
+        curves.setdefault(_label(row, titles), []).append((int(row["step"]), float(row[name])))
+
+    def draw(sheet: Sheet) -> None:
+        panel = sheet.figure.subplots()
+        for index, (title, points) in enumerate(curves.items()):
+            look = style(index)
+            alone = look.marker if len(points) == 1 else ""  # one point makes no line
+            panel.plot(*_points(points), color=look.color, linestyle=look.linestyle, marker=alone, label=title)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if sheet.narrow else 10))
+        panel.set_xlabel("optimizer step", color=INK)
+        panel.set_ylabel(label, color=INK)
+        panel.legend()
+
+    count = len(curves)
+    alt = f"{label.capitalize()} against optimizer steps, {count} curve{'' if count == 1 else 's'}."
+    return figure(f"{name}-plot", draw, caption=caption, alt=alt, height=3.2)
 
 
 def _points(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -15,18 +15,23 @@ from pica.experiments.evaluate.evaluation import shown_score
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.results.documents import result_document
 from pica.experiments.results.run import METRICS, Candidate, FailedCandidate, Measurement, RunMetrics, Trained
-from pica.experiments.uncertainty import finite, loss_change, shown
+from pica.experiments.uncertainty import finite, loss_change
 from pica.files.documents import parse_yaml
 from pica.files.output import RESOLVED, json_text, write_text
 from pica.foreign_code import FLAG
 from pica.report import page as html
 from pica.report.answers import Rows, answers_block
-from pica.report.curves import loss_figure, run_titles
+from pica.report.curves import loss_figure, measure_figures, run_titles
 from pica.report.page import Cell, Column, Page
 from pica.report.run_files import read_predictions, read_run
 
 PAGE = "report.html"
 _IN_COLUMNS_OF_THEIR_OWN = {"loss_stderr", "perplexity"}
+_LOSS = "Held-out loss, in nats a token for tasks that write text."
+_LOSSES = {
+    "preference": "Held-out loss of direct preference optimisation, in nats a pair.",
+    "reward": "Loss on the gold answers in nats a token, which is not trained on.",
+}
 
 
 def is_run(folder: Path) -> bool:
@@ -74,7 +79,7 @@ def _page(
 ) -> str:
     titles = run_titles(metrics, base="base model")
     adapter, counts = metrics.adapter, metrics.problems
-    what = "conversations" if metrics.task == "chat" else "problems"
+    what = {"chat": "conversations", "preference": "pairs"}.get(metrics.task, "problems")
     made = Page(
         metrics.name,
         lead=f"{metrics.model} on task {metrics.task}, before and after training {adapter.title}.",
@@ -92,7 +97,9 @@ def _page(
     made.section("Before and after", *_measurements(metrics, titles, predictions))
     if curve:
         caption = "Training loss, the mean since the point before. The table above is of what was held out."
-        made.section("Loss", loss_figure(curve, titles, caption=caption), *_rates(metrics))
+        made.section(
+            "Loss", *measure_figures(curve, titles), loss_figure(curve, titles, caption=caption), *_rates(metrics)
+        )
     if predictions["adapter"]:
         made.section("Answers", *answers_block(predictions, titles))
     made.section("Repeat it", *_repeating(metrics, recipe, text))
@@ -109,12 +116,14 @@ def _measurements(
     more = [
         name
         for name, value in adapter.scores.items()
-        if math.isfinite(value) and name not in {*_IN_COLUMNS_OF_THEIR_OWN, metric}
+        if math.isfinite(value)
+        and name not in {*_IN_COLUMNS_OF_THEIR_OWN, metric}
+        and name.removesuffix("_stderr") not in adapter.scores.keys() - {name}
     ]
     columns = [
         Column("model", "model", numeric=False),
         Column("score", metric.replace("_", " "), "± standard error; in brackets the 95% interval."),
-        Column("loss", "loss", "Held-out loss, in nats a token for tasks that write text.", lower_first=True),
+        Column("loss", "loss", _LOSSES.get(metrics.task, _LOSS), lower_first=True),
         *(
             [Column("perplexity", "perplexity", "exp(loss).", lower_first=True)]
             if "perplexity" in adapter.scores
@@ -131,7 +140,12 @@ def _measurements(
             "perplexity": _perplexity(model),
             "parameters": model.parameters.trainable if isinstance(model, Trained) else 0,
             **{
-                key: Cell(shown("accuracy" if key == "exact_match" else key, value), value)
+                key: Cell(
+                    shown_score(
+                        "accuracy" if key == "exact_match" else key, value, model.scores.get(f"{key}_stderr", math.nan)
+                    ),
+                    value,
+                )
                 for key in more
                 if math.isfinite(value := model.scores.get(key, math.nan))
             },

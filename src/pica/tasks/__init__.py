@@ -27,6 +27,8 @@ from pica.tasks.pictures import LabelledPicture, has_pictures
 from pica.tasks.pictures import location_problem as picture_location_problem
 from pica.tasks.places import check_location
 from pica.tasks.places import has_split as has_records
+from pica.tasks.preference import Pair, PreferenceTask
+from pica.tasks.reward import RewardTask
 from pica.tasks.sentiment import SentimentTask
 from pica.tasks.vtab import ImagesTask, VtabTask
 
@@ -40,6 +42,8 @@ TASKS: dict[str, Task] = {
         GlueTask(),
         ImagesTask(),
         MathTask(),
+        PreferenceTask(),
+        RewardTask(),
         SentimentTask(),
         VtabTask(),
     )
@@ -86,6 +90,7 @@ __all__ = [
     "Labelled",
     "LabelledPicture",
     "LabelledText",
+    "Pair",
     "Source",
     "Split",
     "Target",

@@ -14,8 +14,14 @@ from pica.tasks.identity import joined
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 Split = Literal["train", "validation", "test"]
-Kind = Literal["generation", "chat", "text-classification", "image-classification", "text-to-image"]
+Kind = Literal[
+    "generation", "chat", "preference", "reward", "text-classification", "image-classification", "text-to-image"
+]
 """What a model does for a task; `pica.experiments.pipelines` holds how, one file each."""
+WRITING: tuple[Kind, ...] = ("generation", "chat", "preference", "reward")
+"""Kinds for which a causal language model writes."""
+TALKING: tuple[Kind, ...] = ("chat", "preference")
+"""Kinds whose examples are conversations, in the model's chat template; where no test is named, some are held out."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,8 @@ class Target:
 
 CLASS_METRICS = ("accuracy", "f1", "matthews")
 REGRESSION_METRICS = ("pearson", "spearman")
+ANSWER_METRICS = ("accuracy", "reward_accuracy")
+"""Metrics that are the share of what is right."""
 METRICS = (*CLASS_METRICS, *REGRESSION_METRICS)
 """Names that `task.metric` takes."""
 

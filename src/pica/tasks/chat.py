@@ -14,23 +14,9 @@ from typing import Any
 
 from pica.errors import DataError
 from pica.tasks.base import Kind, Source, Split
+from pica.tasks.messages import Message, message_list, read_message, read_tools, under_our_names
 from pica.tasks.records import Record, read_records
 
-Message = dict[str, Any]
-"""`role` and `content`, and what templates know beside them (`tool_calls`, `reasoning_content`, ...)."""
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_OTHER_NAMES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
 _PAIRS = (
     ("question", "answer"),
     ("question", "response"),
@@ -49,7 +35,8 @@ class Conversation:
         messages: What is said, the last word the assistant's; empty for a plain text.
         text: The plain text, where that is all there is.
         tools: Descriptions of functions that the assistant may call, as templates take them.
-        learnt_from: Index of the first message that may be learnt: what comes before belongs to a `prompt`.
+        learnt_from: Index of the first message (of a text, the first character) that may be learnt: what comes before
+            belongs to a `prompt`.
         place: Where it stands ("chats.jsonl, line 7"), for messages.
         form: What the form of its file is called.
         source: The data location that it is of.
@@ -103,7 +90,7 @@ class ChatTask:
             raise DataError("Task chat has no embedded conversations; set data.train to a file of yours.")
         names = {name for form in FORMS for name in form.fields} | set(source.columns.values())
         records = read_records(source.location, split, names=names)[: source.limit]
-        records = [_renamed(record, source.columns) for record in records]
+        records = [under_our_names(record, source.columns) for record in records]
         form = form_of(records)
         return [replace(form.read(record), form=form.name, source=source.location) for record in records]
 
@@ -192,12 +179,12 @@ def with_system(conversation: Conversation, system: str | None) -> Conversation:
 
 
 def _messages(record: Record) -> Conversation:
-    return _conversation(record, _list(record, "messages"), learnt_from=0)
+    return _conversation(record, message_list(record, "messages"), learnt_from=0)
 
 
 def _share_gpt(record: Record) -> Conversation:
     name = "conversations" if "conversations" in record.fields else "conversation"
-    turns = _list(record, name)
+    turns = message_list(record, name)
     said = [
         {"role": turn.get("from"), "content": turn.get("value"), **_rest(turn)} if "from" in turn else turn
         for turn in turns
@@ -218,7 +205,7 @@ def _prompt_completion(record: Record) -> Conversation:
 
 def _turns(record: Record, name: str, role: str) -> list[Message]:
     value = record.fields[name]
-    return [{"role": role, "content": record.text(name)}] if isinstance(value, str) else _list(record, name)
+    return [{"role": role, "content": record.text(name)}] if isinstance(value, str) else message_list(record, name)
 
 
 def _alpaca(record: Record) -> Conversation:
@@ -271,7 +258,7 @@ def _fits(record: Record, form: Form) -> bool:
 
 def _unknown(fields: Mapping[str, Any]) -> str:
     if {"chosen", "rejected"} <= fields.keys():
-        return "these are preferences (chosen and rejected), not conversations; give the chosen ones as `messages`."
+        return "these are preferences (chosen and rejected), not conversations: learn from them with task preference."
     names = [name for form in FORMS for name in form.fields]
     there = ", ".join(map(repr, fields)) or "no fields"
     for name in fields:
@@ -286,104 +273,13 @@ def _unknown(fields: Mapping[str, Any]) -> str:
     )
 
 
-def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
-    """The row under the names that the forms know."""
-    if not columns:
-        return record
-    if missing := next((theirs for theirs in columns.values() if theirs not in record.fields), None):
-        there = ", ".join(map(repr, record.fields)) or "no fields"
-        raise DataError(
-            f"{record.place}: data.columns names {missing!r}, which the row does not have (it has {there})."
-        )
-    taken = set(columns.values())
-    kept = {name: value for name, value in record.fields.items() if name not in taken}
-    return Record({**kept, **{ours: record.fields[theirs] for ours, theirs in columns.items()}}, record.place)
-
-
-# ---- messages --------------------------------------------------------------------------------------------------------
-
-
 def _conversation(record: Record, turns: Sequence[Any], *, learnt_from: int) -> Conversation:
-    messages = [_message(record, turn, number) for number, turn in enumerate(turns, start=1)]
+    messages = [read_message(record, turn, number) for number, turn in enumerate(turns, start=1)]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # nobody answers it
     if not any(message["role"] == "assistant" for message in messages[learnt_from:]):
         raise DataError(f"{record.place}: the assistant says nothing, so there is nothing to learn.")
-    return Conversation(tuple(messages), tools=tuple(_tools(record)), learnt_from=learnt_from, place=record.place)
-
-
-def _message(record: Record, turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping) or "role" not in turn:
-        raise DataError(f"{record.place}: message {number} is no object with `role` and `content`.")
-    role = _OTHER_NAMES.get(str(turn["role"]).lower(), str(turn["role"]).lower())
-    if role not in ROLES:
-        raise DataError(
-            f"{record.place}: message {number} has the role {turn['role']!r}; known are {', '.join(ROLES)}."
-        )
-    message: Message = {"role": role, "content": _content(record, turn, number)}
-    for key, value in turn.items():
-        if key not in ("role", "content") and value is not None:  # tables fill what a row lacks with nulls
-            message[key] = [_call(record, call, number) for call in value] if key == "tool_calls" else value
-    if not message["content"].strip() and role == "assistant" and not message.get("tool_calls"):
-        raise DataError(f"{record.place}: message {number} is empty, so that the assistant would learn to say nothing.")
-    return message
-
-
-def _content(record: Record, turn: Mapping[str, Any], number: int) -> str:
-    content = turn.get("content")
-    if content is None:
-        return ""
-    if isinstance(content, (list, tuple)):  # parts, as multimodal templates have them
-        kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
-        if kinds - {"text"}:
-            other = ", ".join(sorted(map(str, kinds - {"text"})))
-            raise DataError(f"{record.place}: message {number} holds {other}; only text can be learnt.")
-        content = "".join(str(part["text"]) for part in content)
-    if not isinstance(content, str):
-        raise DataError(
-            f"{record.place}: the content of message {number} must be text, found {type(content).__name__}."
-        )
-    return content
-
-
-def _call(record: Record, call: Any, number: int) -> Any:
-    """A tool call with its arguments as an object: templates write them as JSON themselves."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-        try:
-            arguments = json.loads(function["arguments"])
-        except ValueError:
-            raise DataError(
-                f"{record.place}: the tool call in message {number} has arguments that are no JSON."
-            ) from None
-        return {**call, "function": {**function, "arguments": arguments}}
-    return call
-
-
-def _list(record: Record, name: str) -> list[Any]:
-    value = _parsed(record.fields[name])
-    if not isinstance(value, (list, tuple)) or not value:
-        raise DataError(f"{record.place}: field {name!r} must be a list of messages.")
-    return list(value)
-
-
-def _tools(record: Record) -> list[Any]:
-    value = _parsed(record.fields.get("tools"))
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"{record.place}: field 'tools' must be a list of function descriptions.")
-    return list(value)
-
-
-def _parsed(value: Any) -> Any:
-    """A list that a table keeps as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    return Conversation(tuple(messages), tools=tuple(read_tools(record)), learnt_from=learnt_from, place=record.place)
 
 
 def _said(message: Message) -> Any:

@@ -37,6 +37,7 @@ THINGS = ("apples", "pears", "plums", "eggs", "books", "cards", "coins", "stamps
 """Countable things, in the plural (no template needs the singular)."""
 
 _LARGEST = 99
+_MISTAKEN = {"+": "-", "-": "+", "*": "+", "/": "-"}
 _ANSWER = re.compile(r"[Tt]he answer is\s*:?\s*(-?\d+)")
 
 Numbers = tuple[int, ...]
@@ -252,6 +253,38 @@ def split_of(template: str, numbers: Numbers) -> Split:
 def prompt(problem: WordProblem) -> str:
     """The text a model is asked to continue."""
     return PROMPT.format(question=problem.question)
+
+
+def with_a_mistake(problem: WordProblem, rng: random.Random) -> str:
+    """Solve a problem wrongly: one step, which `rng` chooses, does another calculation than it should.
+
+    Returns:
+        A solution that goes on from there; it ends in another answer than the problem's, a whole number above 0.
+    """
+    template = next(template for template in TEMPLATES if template.name == problem.template)
+    steps = template.steps(*problem.numbers)
+    slips = [(at, _MISTAKEN[step[1]]) for at, step in enumerate(steps)]
+    rng.shuffle(slips)
+    last = [(at, "*") for at, step in enumerate(steps) if step[1] != "*"]  # where a difference would be below 1
+    worked = (_worked(steps, at, operator) for at, operator in [*slips, *last])
+    return next(text for text in worked if text is not None and extract_answer(text) != problem.answer)
+
+
+def _worked(steps: tuple[Step, ...], at: int, operator: str) -> str | None:
+    """The steps in words, step `at` with another operator; None if a result is then no whole number above 0."""
+    sentences = []
+    right = found = 0
+    for index, (left, own, other) in enumerate(steps):
+        truth = _evaluate((left, own, other))
+        if index > at:  # goes on with the number that was found
+            left, other = (found, other) if left == right else (left, found if other == right else other)
+        chosen = operator if index == at else own
+        result = _evaluate((left, chosen, other))
+        if truth is None or result is None or result < 1:
+            return None
+        right, found = truth, result
+        sentences.append(f"{left} {chosen} {other} = {found}.")
+    return " ".join([*sentences, f"The answer is {found}."])
 
 
 def extract_answer(response: str) -> int | None:

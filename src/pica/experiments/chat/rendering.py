@@ -90,7 +90,7 @@ class Renderer:
             DataError: The template refuses the conversation, or its words cannot be found in what the template makes of it.
         """
         if not conversation.messages:
-            return Rendered(conversation.text, ((0, len(conversation.text)),))
+            return Rendered(conversation.text, ((conversation.learnt_from, len(conversation.text)),))
         stops = self.stops
         text = self._text(conversation, conversation.messages)
         if self.loss == "all":

@@ -17,7 +17,7 @@ from pica.experiments.recipes.recipe import DataSection, ModelSection, Recipe, w
 from pica.experiments.reporting import Reporter
 from pica.files import output as files
 from pica.tasks import Task, get_task, location_problem
-from pica.tasks.base import METRICS
+from pica.tasks.base import METRICS, TALKING, WRITING
 from pica.tasks.records import class_name
 
 
@@ -151,11 +151,11 @@ def _check_options(request: Request, task: Task, adapter: Path | None) -> None:
         raise ConfigError(f"--subset: task {task.name} has none; leave it out.")
     for name in ("template", "max_new_tokens"):
         if getattr(request, name) is not None and not (
-            task.kind == "generation" or (task.kind == "chat" and name == "max_new_tokens")
+            task.kind in ("generation", "reward") or (task.kind in TALKING and name == "max_new_tokens")
         ):
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} is for tasks that generate text, and {task.name} does not; leave it out.")
-    if task.kind in ("generation", "chat") and (request.metric or request.labels):
+    if task.kind in WRITING and (request.metric or request.labels):
         option = "metric" if request.metric else "labels"
         raise ConfigError(f"--{option} is for classification tasks, and {task.name} is none; leave it out.")
     metrics = SUBJECT_METRICS if task.kind == "text-to-image" else METRICS
@@ -172,7 +172,7 @@ def _with_labels(recipe: Recipe, examples: list[Any], adapter: Path | None) -> R
     among them; else the examples' own, in the order that training would have given them.
     """
     task = get_task(recipe.task.name)
-    if task.kind in ("generation", "chat") or recipe.task.labels is not None:
+    if task.kind in WRITING or recipe.task.labels is not None:
         return with_classes(recipe, Splits([], [], examples))
     if adapter is None:
         own = [class_name(name) for _, name in sorted((load_config(recipe.model).id2label or {}).items())]

@@ -170,8 +170,13 @@ def answers(
     max_new_tokens: int,
     reporter: Reporter,
     label: str,
+    *,
+    sampling: tuple[float, float] | None = None,
 ) -> list[str]:
-    """Greedy continuations of the prompts, in the examples' order, without special tokens."""
+    """Continuations of the prompts, in the examples' order, without special tokens.
+
+    They are greedy, or sampled from torch's global generators with the temperature and top_p of `sampling`.
+    """
     model.eval()
     limits = limits_of(model)
     prompts = prompt_ids(examples, tokenizer, limits)
@@ -188,13 +193,14 @@ def answers(
             )
         prompts = [prompt[-room:] for prompt in prompts]
     end, padding = special_ids(tokenizer)
-    # Sampling options in a model's own generation_config would only cause warnings, as greedy decoding ignores them.
+    # Always set: greedy decoding ignores those of a model's own generation_config with warnings, sampling would heed them.
+    temperature, top_p = sampling or (1.0, 1.0)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
+        do_sample=sampling is not None,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=50 if sampling is None else 0,
         eos_token_id=end,
         pad_token_id=padding,
     )

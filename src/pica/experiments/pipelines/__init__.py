@@ -13,6 +13,8 @@ from pica.experiments.pipelines.chat import ChatPipeline
 from pica.experiments.pipelines.classification import text_classification
 from pica.experiments.pipelines.generation import GenerationPipeline
 from pica.experiments.pipelines.images import image_classification
+from pica.experiments.pipelines.preference import PreferencePipeline
+from pica.experiments.pipelines.reward import RewardPipeline
 from pica.experiments.recipes.recipe import Recipe
 from pica.tasks import get_task
 
@@ -33,6 +35,8 @@ def _text_to_image(recipe: Recipe, task: Any) -> Pipeline:
 _MAKERS: dict[str, Callable[..., Any]] = {
     "chat": ChatPipeline,
     "generation": GenerationPipeline,
+    "preference": PreferencePipeline,
+    "reward": RewardPipeline,
     "text-classification": text_classification,
     "image-classification": image_classification,
     "text-to-image": _text_to_image,

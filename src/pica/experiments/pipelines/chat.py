@@ -43,13 +43,13 @@ class ChatPipeline(Pipeline):
             ConfigError: There is no tokenizer or no chat template, or it does not do.
         """
         self._recipe = recipe
-        self._limits = planned_limits(recipe.model, AutoModelForCausalLM)
-        self._max_length = longest(recipe.trainer.max_length, self._limits)
+        self.limits = planned_limits(recipe.model, AutoModelForCausalLM)
+        self.max_length = longest(recipe.trainer.max_length, self.limits)
         self._speak(load_tokenizer(recipe.model))
 
     def _speak(self, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> None:
         """Use this tokenizer, with the chat template that the recipe names or that lies in an adapter's folder."""
-        fit_padding(tokenizer, self._limits, self._recipe.model.path)
+        fit_padding(tokenizer, self.limits, self._recipe.model.path)
         self.tokenizer = tokenizer
         self.template = set_template(tokenizer, self._recipe.task.chat_template, folder)
         self.renderer = Renderer(tokenizer, self._recipe.task.loss)
@@ -70,17 +70,17 @@ class ChatPipeline(Pipeline):
     def rows(self, examples: Sequence[Conversation]) -> Rows:
         """The conversations' tokens, each row at most `trainer.max_length` of them, or what the model has positions for."""
         given = [with_system(example, self._recipe.task.system) for example in examples]
-        rows = self.renderer.rows(given, max_length=self._max_length, overflow=self._recipe.trainer.overflow)
+        rows = self.renderer.rows(given, max_length=self.max_length, overflow=self._recipe.trainer.overflow)
         places = [given[owner].place for owner in rows.owners]
-        check_tokens(rows.input_ids, places, self.tokenizer, self._limits)
+        check_tokens(rows.input_ids, places, self.tokenizer, self.limits)
         return rows
 
     def encode(self, examples: Sequence[Conversation]) -> datasets.Dataset:
         """Columns `input_ids` and `labels`, and `seq_lengths` where rows are packed."""
         rows = self.rows(examples)
-        for sentence in lost(rows, self._max_length):
+        for sentence in lost(rows, self.max_length):
             logger.warning("%s", sentence)
-        return packed(as_dataset(rows), self._max_length) if self._recipe.trainer.packing else as_dataset(rows)
+        return packed(as_dataset(rows), self.max_length) if self._recipe.trainer.packing else as_dataset(rows)
 
     def trainer(
         self,
@@ -115,7 +115,7 @@ class ChatPipeline(Pipeline):
         with reporter.bar(label, len(rows.input_ids)) as advance:
             found = measure_rows(model, rows, padding, batch_size=section.eval_batch_size, advance=advance)
         total = summed_up(list(found.values()))
-        said = self._answers(model, given, sorted(found), reporter, label)
+        said = self.answers(model, given, sorted(found), reporter, label)
         predictions = [
             {
                 "messages": [dict(message) for message in given[index].messages] or given[index].text,
@@ -150,7 +150,7 @@ class ChatPipeline(Pipeline):
     def samples(self, model: Any, examples: Sequence[Conversation]) -> list[tuple[str, str]]:
         """The last questions of the first `task.answers` conversations that have one, and what the model answers."""
         given = [with_system(example, self._recipe.task.system) for example in examples]
-        said = self._answers(model, given, range(len(given)), Silent(), "")
+        said = self.answers(model, given, range(len(given)), Silent(), "")
         return [(given[index].messages[-2]["content"], text) for index, text in said.items()]
 
     def describe(self, examples: Sequence[Conversation]) -> list[str]:
@@ -170,7 +170,7 @@ class ChatPipeline(Pipeline):
         """Put the chat template beside an adapter, so that it is spoken to as it was trained."""
         write_text(folder / FILE, self.template)
 
-    def _answers(
+    def answers(
         self, model: Any, examples: Sequence[Conversation], measured: Sequence[int], reporter: Reporter, label: str
     ) -> dict[int, str]:
         """Answers to the last question of the first few conversations that were measured, by the conversation's index."""

@@ -27,16 +27,16 @@ class GenerationPipeline(Pipeline):
     def __init__(self, recipe: Recipe, task: GenerationTask) -> None:
         self._recipe, self._task = recipe, task
         self.tokenizer = load_tokenizer(recipe.model)
-        self._limits = planned_limits(recipe.model, AutoModelForCausalLM)
-        fit_padding(self.tokenizer, self._limits, recipe.model.path)
-        self._max_new_tokens = recipe.task.max_new_tokens or task.default_max_new_tokens
+        self.limits = planned_limits(recipe.model, AutoModelForCausalLM)
+        fit_padding(self.tokenizer, self.limits, recipe.model.path)
+        self.max_new_tokens = recipe.task.max_new_tokens or task.default_max_new_tokens
         generates = recipe.task.scoring == "generation"
-        if generates and self._limits.positions is not None and self._max_new_tokens >= self._limits.positions:
+        if generates and self.limits.positions is not None and self.max_new_tokens >= self.limits.positions:
             raise ConfigError(
-                f"task.max_new_tokens = {self._max_new_tokens}: the model has {self._limits.positions} positions for "
+                f"task.max_new_tokens = {self.max_new_tokens}: the model has {self.limits.positions} positions for "
                 "question and answer together; set it lower."
             )
-        self._max_length = longest(recipe.trainer.max_length, self._limits)
+        self.max_length = longest(recipe.trainer.max_length, self.limits)
 
     def load_base(self) -> PreTrainedModel:
         """See `Pipeline.load_base`."""
@@ -53,7 +53,7 @@ class GenerationPipeline(Pipeline):
 
     def encode(self, examples: Sequence[Example]) -> datasets.Dataset:
         """Columns `input_ids` and `labels`; the loss is on the completions."""
-        return encode(examples, self.tokenizer, max_length=self._max_length, limits=self._limits)
+        return encode(examples, self.tokenizer, max_length=self.max_length, limits=self.limits)
 
     def trainer(
         self,
@@ -84,7 +84,7 @@ class GenerationPipeline(Pipeline):
             self._task,
             examples,
             batch_size=self._recipe.trainer.eval_batch_size,
-            max_new_tokens=self._max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             reporter=reporter,
             label=label,
             by_likelihood=self._recipe.task.scoring == "likelihood",

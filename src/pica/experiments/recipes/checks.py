@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from pica.experiments.methods import METHODS, SPECIAL
-from pica.experiments.recipes.recipe import AdapterSection, DreamBoothSection, Recipe, weights_of
+from pica.experiments.recipes.owned_fields import fields_of_others
+from pica.experiments.recipes.policy_checks import policy_problems
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, weights_of
 from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
-from pica.tasks.base import METRICS
+from pica.tasks.base import METRICS, TALKING, WRITING
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
 from pica.tasks.places import KINDS_OF_FILE
 from pica.tasks.records import class_name
@@ -45,6 +47,7 @@ _AT_LEAST_ZERO = {
     "task": ("answers",),
     "trainer": ("warmup", "weight_decay", "max_grad_norm"),
     "dreambooth": ("prior_weight", "validation_pictures", "guidance"),
+    "reward": ("beta", "test_generations"),
 }
 REPORTS = ("tensorboard", "wandb", "trackio")
 """What trainer.report_to may name, as transformers does."""
@@ -59,7 +62,8 @@ REQUIRED = "REQUIRED"
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything that is wrong with the recipe, one sentence each: ranges, unknown names, missing files."""
-    return [*_absurdities(recipe), *_ranges(recipe), *_watching(recipe), *_names(recipe), *_places(recipe)]
+    checks = (_absurdities, _ranges, _watching, _names, _places, policy_problems)
+    return [problem for check in checks for problem in check(recipe)]
 
 
 def model_problem(path: str) -> str | None:
@@ -236,7 +240,7 @@ def _places(recipe: Recipe) -> Iterator[str]:
         and recipe.data.train not in ("embedded", REQUIRED)
         and recipe.data.test is None
         and not draws
-        and not (task is not None and task.kind == "chat")  # some of the training conversations are held out
+        and not (task is not None and task.kind in TALKING)  # some of the training conversations are held out
         and not has_split(task, recipe.data.train, "test")
     ):
         yield (
@@ -277,7 +281,7 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
     given, task = recipe.task, TASKS[recipe.task.name]
     if task.subsets and given.subset is None:
         yield f"task.subset is not set: task {task.name} is several tasks; choose one of {', '.join(task.subsets)}."
-    elif given.subset is not None and given.subset not in task.subsets:
+    elif given.subset is not None and given.subset not in task.subsets and task.kind != "reward":
         known = _near(given.subset, task.subsets) if task.subsets else f": task {task.name} has none; leave it out."
         yield f"task.subset = {given.subset!r}: unknown subset{known}"
     if given.scoring == "likelihood" and task.name != "commonsense":
@@ -286,26 +290,22 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
         yield f"data.skip_unreadable is for pictures, and task {task.name} has none; leave it out."
     if task.kind in ("image-classification", "text-to-image") and recipe.trainer.group_by_length:
         yield "trainer.group_by_length is for texts: all pictures are the same size to a model; leave it out."
-    yield from _chat_fields(recipe, task.kind == "chat")
-    if task.kind not in ("generation", "chat") and recipe.model.quantization is not None:
+    yield from fields_of_others(recipe)
+    if task.kind not in WRITING and recipe.model.quantization is not None:
         yield (
             f"model.quantization is for tasks that generate text, and {task.name} is none (a classifier's new head would be "
             "quantised before it is trained); leave it out."
         )
-    if task.kind in ("generation", "chat"):
+    if task.kind in WRITING:
         for name in ("labels", "metric"):
             if getattr(given, name) is not None:
                 yield f"task.{name} is for classification tasks, and {task.name} is none; leave it out."
         if recipe.trainer.head_learning_rate is not None:
             yield f"trainer.head_learning_rate is for classification tasks, and {task.name} is none; leave it out."
-        if recipe.dreambooth != DreamBoothSection():
-            yield f"The section dreambooth is for task dreambooth, and the task is {task.name}; leave it out."
         return
     if task.kind == "text-to-image":
         yield from _subject_fields(recipe)
         return
-    if recipe.dreambooth != DreamBoothSection():
-        yield f"The section dreambooth is for task dreambooth, and the task is {task.name}; leave it out."
     if given.metric is not None and given.metric not in METRICS:
         yield f"task.metric = {given.metric!r}: unknown metric{_near(given.metric, METRICS)}"
     if given.labels is not None and (
@@ -343,23 +343,6 @@ def _watching(recipe: Recipe) -> Iterator[str]:
         elif trainer.report_to.count(name) > 1:
             yield f"trainer.report_to: {name!r} occurs twice; leave one out."
             break
-
-
-def _chat_fields(recipe: Recipe, chat: bool) -> Iterator[str]:
-    """What only task chat has, and what it has no use for."""
-    default = Recipe()
-    if chat and recipe.task.template is not None:
-        yield "task.template is for other tasks; chat has task.chat_template."
-    for section, names in (
-        ("task", ("loss", "chat_template", "system", "answers")),
-        ("trainer", ("overflow", "packing", "sample_steps")),
-    ):
-        for name in names:
-            value = getattr(getattr(recipe, section), name)
-            if not chat and value != getattr(getattr(default, section), name):
-                yield f"{section}.{name} is for task chat, and the task is {recipe.task.name}; leave it out."
-    if recipe.trainer.packing and recipe.trainer.group_by_length:
-        yield "trainer.group_by_length does not go with trainer.packing, whose rows all have one length; leave it out."
 
 
 def _subject_fields(recipe: Recipe) -> Iterator[str]:

@@ -40,7 +40,7 @@ class DataSection:
     """Source of the problems that choose between learning rates; if unset, the folder's, or out of the training ones."""
     test: str | None = None
     """Source of the problems that results are reported on, never used to choose anything; required with files, but for
-    chat, which takes some of the training ones out."""
+    chat and preference, which take some of the training ones out."""
     train_limit: int | None = None
     """Use at most this many training problems."""
     validation_limit: int | None = None
@@ -67,9 +67,10 @@ class TaskSection:
     """What is asked and how answers are scored."""
 
     name: str = "arithmetic"
-    """Task: arithmetic, chat, commonsense, dreambooth, glue, images, math, sentiment or vtab."""
+    """Task: arithmetic, chat, commonsense, dreambooth, glue, images, math, preference, reward, sentiment or vtab."""
     subset: str | None = None
-    """glue: which of the eight, for instance mrpc; vtab: which of the nineteen, for instance cifar."""
+    """glue: which of the eight, for instance mrpc; vtab: which of the nineteen, for instance cifar; reward: whose problems,
+    arithmetic, commonsense or math."""
     labels: list[str] | None = None
     """Classification: the classes in the order of the model's outputs; those of the training data if unset."""
     metric: str | None = None
@@ -84,11 +85,11 @@ class TaskSection:
     loss: Literal["assistant", "last", "all"] = "assistant"
     """chat: learn all that the assistant says, only its last turn, or everything."""
     chat_template: str | None = None
-    """chat: alpaca, chatml or plain, a file, or the template itself; the model's own if unset."""
+    """chat, preference: alpaca, chatml or plain, a file, or the template itself; the model's own if unset."""
     system: str | None = None
-    """chat: a system prompt for conversations that have none."""
+    """chat, preference: a system prompt for conversations that have none."""
     answers: int = 3
-    """chat: answer the last question of this many held-out conversations, without and with the adapter."""
+    """chat, preference: answer the last question of this many held-out conversations, without and with the adapter."""
 
 
 @dataclass
@@ -127,6 +128,30 @@ class DreamBoothSection:
     """Folder or hub name of a ViT for the DINO score of drawn pictures, for instance facebook/dino-vits16."""
     clip: str | None = None
     """Folder or hub name of a CLIP for CLIP-I and CLIP-T, for instance openai/clip-vit-base-patch32."""
+
+
+@dataclass
+class PreferenceSection:
+    """Task preference: direct preference optimisation (DPO)."""
+
+    beta: float = 0.1
+    """How strongly the model is held to what it was: what rewards are scaled by; lower lets it move further away."""
+
+
+@dataclass
+class RewardSection:
+    """Task reward: group relative policy optimisation (GRPO), the reward being 1 for a right answer and 0 for another."""
+
+    num_generations: int = 8
+    """Answers to each problem, which are held against each other."""
+    temperature: float = 1.0
+    """Temperature at which they are sampled."""
+    top_p: float = 1.0
+    """Share of the probability that their words are chosen from."""
+    beta: float = 0.0
+    """Weight of the divergence from the model without its adapter; 0, which is usual, saves a forward pass."""
+    test_generations: int = 4
+    """Answers to each test problem that are sampled to measure the mean reward; 0 measures accuracy only."""
 
 
 @dataclass
@@ -196,7 +221,7 @@ class TrainerSection:
     max_length: int = 512
     """Longest training sequence in tokens; longer ones are cut off at the end."""
     overflow: Literal["cut", "split", "drop"] = "cut"
-    """chat: longer conversations are cut off, split into several rows, or left out."""
+    """chat: longer conversations are cut off, split into several rows, or left out; preference: cut off or left out."""
     packing: bool = False
     """chat: several conversations in one row of max_length, none of which sees another: no padding is computed."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -216,7 +241,8 @@ class TrainerSection:
     patience: int | None = None
     """With eval_steps: stop after this many measurements in a row without a lower validation loss; never if unset."""
     sample_steps: int | None = None
-    """chat: steps between two times that task.answers held-out questions are answered, into samples.jsonl; unset: never."""
+    """chat, preference, reward: steps between two times that task.answers held-out questions are answered, into
+    samples.jsonl; unset: never."""
     report_to: list[str] = field(default_factory=list)
     """Also log to these: tensorboard, wandb (files in the output folder's logs), trackio; each has to be installed."""
     eval_batch_size: int = 32
@@ -257,6 +283,10 @@ class Recipe:
     """Task."""
     dreambooth: DreamBoothSection = field(default_factory=DreamBoothSection)
     """DreamBooth."""
+    preference: PreferenceSection = field(default_factory=PreferenceSection)
+    """Preference."""
+    reward: RewardSection = field(default_factory=RewardSection)
+    """Reward."""
     adapter: AdapterSection = field(default_factory=AdapterSection)
     """Adapter."""
     trainer: TrainerSection = field(default_factory=TrainerSection)

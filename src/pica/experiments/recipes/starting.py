@@ -12,6 +12,7 @@ from pica.experiments.recipes.parsing import field_help
 
 GOALS = {
     "chat": "to answer as the conversations or instructions in a file do",
+    "preference": "to prefer one of two answers, as the pairs in a file do",
     "math": "to solve mathematics problems; answers are compared by value",
     "arithmetic": "to solve word problems whose answer is a number",
     "commonsense": "to choose among several answers",
@@ -23,6 +24,7 @@ GOALS = {
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "chat": {"trainer.epochs": 3.0, "trainer.batch_size": 4, "trainer.max_length": 1024},
+    "preference": {"preference.beta": 0.1, "trainer.batch_size": 4, "trainer.max_length": 1024},
     "images": {"trainer.epochs": 10.0},
     "dreambooth": {
         "dreambooth.instance_prompt": "a photo of sks dog",
@@ -34,22 +36,27 @@ _USUAL: dict[str, Any] = {"trainer.epochs": 1.0, "trainer.batch_size": 8, "train
 _WIDTH = 100
 
 
-def holds_conversations(location: str) -> bool:
-    """Whether the first row of a local source is a conversation; False for what cannot be looked at here."""
+def talking_task(location: str) -> str | None:
+    """Task chat or preference, whichever the first row of a local source is for; None for others and what is not here."""
     from pica.tasks.chat import looks_like_chat
     from pica.tasks.places import check_location, is_hub
+    from pica.tasks.preference import looks_like_preferences
     from pica.tasks.rows import read_rows
 
     if location == "embedded" or is_hub(location) or check_location(location):
-        return False
+        return None
     first = next(iter(read_rows(location, "train")), None)
-    return first is not None and looks_like_chat(first.fields)
+    if first is None:
+        return None
+    if looks_like_preferences(first.fields):
+        return "preference"
+    return "chat" if looks_like_chat(first.fields) else None
 
 
 def likely_goal(location: str) -> str:
     """The goal that a source of data suggests."""
     try:
-        return "chat" if holds_conversations(location) else "arithmetic"
+        return talking_task(location) or "arithmetic"
     except DataError:  # said where the recipe is used
         return "arithmetic"
 
@@ -66,7 +73,7 @@ def starting_recipe(model: str, data: str, goal: str) -> str:
         Text that `load_recipe` reads. Where the goal needs test problems from a place of their own, their field says so.
     """
     values: dict[str, Any] = {"model.path": model, "data.train": data}
-    if goal not in ("chat", "dreambooth") and data != "embedded" and not Path(data).expanduser().is_dir():
+    if goal not in ("chat", "preference", "dreambooth") and data != "embedded" and not Path(data).expanduser().is_dir():
         values["data.test"] = REQUIRED
     values |= {"task.name": goal, "adapter.method": "pica", "adapter.r": 32}
     values |= _USUAL | _FIELDS.get(goal, {})

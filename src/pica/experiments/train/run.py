@@ -38,7 +38,7 @@ from pica.experiments.train.phases import Phases
 from pica.experiments.train.search import Search
 from pica.experiments.train.setting import CHECKPOINTS, Setting, attempt_name, pictures_of, refit_name
 from pica.experiments.train.trainers import check_optimizer
-from pica.experiments.train.training import last_checkpoint
+from pica.experiments.train.training import curve_columns, last_checkpoint
 from pica.experiments.watching import check_reports
 from pica.files import output as files
 from pica.files.place import Place
@@ -49,17 +49,6 @@ LEFT_OUT = "left-out.jsonl"
 """File in the output folder that lists the problems that are not used: where each stands, and why."""
 # among the phases: in what kind of job they were done, and what the run began with
 _LAUNCH, _ORIGIN = "launch", "origin"
-_CURVE_COLUMNS = (
-    "run",
-    "method",
-    "peak_rate",
-    "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "validation_loss",
-)
 
 
 @dataclass(frozen=True)
@@ -292,7 +281,7 @@ class _Run:
             for run, rate, phase in attempts:
                 begin = {"run": run, "method": trained.method, "peak_rate": rate}
                 rows += [begin | point for point in self.phases.read(phase, Attempt).curve]
-        files.write_csv(self.folder / "loss_curve.csv", rows, _CURVE_COLUMNS)
+        files.write_csv(self.folder / "loss_curve.csv", rows, curve_columns(rows))
 
 
 def _parameters(model: peft.PeftModel, section: AdapterSection) -> Iterator[str]:

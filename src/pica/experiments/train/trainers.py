@@ -26,6 +26,8 @@ class Guards:
 
     heard: Callable[[float, int], None] | None = None
     """Is told the loss of each batch, as a share of its step's, and its tokens (0 where it is no text)."""
+    note = ""
+    """What else is to be said of the last step, in a few words."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         tokens = _tokens(inputs)

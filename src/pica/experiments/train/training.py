@@ -6,7 +6,7 @@ import shutil
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,16 @@ _STATE = "trainer_state.json"  # the last file that the trainer writes into a ch
 _TIMES = "step_times.json"  # and what is added to it
 
 
+MEASURES = {
+    "reward": "reward",
+    "completions/mean_length": "answer_tokens",
+    "kl": "kl",
+    "rewards/accuracies": "reward_accuracy",
+    "rewards/margins": "reward_margin",
+}
+"""What TRL's trainers log beside the loss, and what it is called in a curve."""
+
+
 @dataclass(frozen=True)
 class Training:
     """What one training measured.
@@ -43,8 +53,8 @@ class Training:
     Attributes:
         result: What it took. The time is the processor's where there is one thread and no accelerator, so that it does not
             depend on what else the machine does.
-        curve: Points with step, epoch, and loss, learning_rate, grad_norm (each `log_steps`) or validation_loss (each
-            `eval_steps`) or both.
+        curve: Points with step, epoch, and loss, learning_rate, grad_norm and those of `MEASURES` that the trainer has (each
+            `log_steps`) or validation_loss (each `eval_steps`) or both.
         samples: Answers as training went on.
     """
 
@@ -108,11 +118,14 @@ def train(
             )
         watching.trainer = trainer
         trainer.heard = watcher.heard  # pyright: ignore[reportAttributeAccessIssue] -- all of ours are `Guards`
+        watcher.told = lambda: trainer.note  # pyright: ignore[reportAttributeAccessIssue]
         add_reports(trainer, section.report_to, watch)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         try:
-            with reporter.bar(label, _total_steps(section, len(dataset))) as watcher.advance:
+            with reporter.bar(
+                label, _total_steps(section, len(dataset) * getattr(trainer, "answers_a_row", 1))
+            ) as watcher.advance:
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         finally:
             load_whole()
@@ -225,6 +238,8 @@ class _Watcher(TrainerCallback):
         self._clock = time.process_time if alone else time.perf_counter
 
     advance: Advance
+    told: Callable[[], str] = staticmethod(str)
+    """What the trainer itself has to say of the last step."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
@@ -254,7 +269,7 @@ class _Watcher(TrainerCallback):
 
     def _note(self, schedule: Any) -> str:
         """How the step went, in a line."""
-        parts = [f"loss {self._loss:.4f}"]
+        parts = [f"loss {self._loss:.4f}", *filter(None, [self.told()])]
         if self._watching.latest is not None:
             parts.append(f"held out {self._watching.latest:.4f}")
         if schedule is not None:
@@ -289,9 +304,16 @@ def curve_of(history: list[dict[str, Any]]) -> list[dict[str, float]]:
         if "loss" in entry or "eval_loss" in entry:
             point = points.setdefault(entry["step"], {})
             point |= {name: entry[name] for name in columns if name in entry}
+            point |= {name: entry[theirs] for theirs, name in MEASURES.items() if entry.get(theirs) is not None}
             if "eval_loss" in entry:
                 point["validation_loss"] = entry["eval_loss"]
     return list(points.values())
+
+
+def curve_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Columns of a table of curves: the usual ones, and those of `MEASURES` that are there."""
+    usual = ("run", "method", "peak_rate", "step", "epoch", "loss", "learning_rate", "grad_norm", "validation_loss")
+    return (*usual, *(name for name in MEASURES.values() if any(name in row for row in rows)))
 
 
 def _best(history: list[dict[str, Any]]) -> BestStep | None:

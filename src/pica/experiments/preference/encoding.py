@@ -1,0 +1,138 @@
+"""Pairs of answers as tokens, and as the batches that TRL's `DPOTrainer` takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+import torch
+
+from pica.errors import DataError
+from pica.experiments.chat.rendering import Renderer
+from pica.experiments.data import IGNORED
+from pica.tasks.chat import with_system
+from pica.tasks.preference import Pair
+
+Sequences = tuple[list[int], list[int]]
+"""Ids and labels of the prompt with one answer; labels are -100 on the prompt."""
+
+
+@dataclass
+class PairRows:
+    """The tokens of pairs, and what became of those that were too long.
+
+    Attributes:
+        chosen, rejected: Of each row.
+        owners: Index of the pair that each row is of.
+        cut: How many pairs were cut off.
+        dropped: How many were left out since they are longer than the limit (`overflow` drop).
+        empty: Indices of those left out since the limit leaves nothing in which the two answers differ.
+    """
+
+    chosen: list[Sequences] = field(default_factory=list)
+    rejected: list[Sequences] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    cut: int = 0
+    dropped: int = 0
+    empty: list[int] = field(default_factory=list)
+
+
+def pair_rows(
+    renderer: Renderer,
+    pairs: Sequence[Pair],
+    *,
+    system: str | None = None,
+    max_length: int | None = None,
+    overflow: Literal["cut", "drop"] = "cut",
+) -> PairRows:
+    """Render pairs, each sequence of at most `max_length` tokens.
+
+    Args:
+        renderer: With the model's tokenizer and template.
+        pairs: What to render.
+        system: A system prompt for those without one.
+        max_length: Longest sequence; None for no limit.
+        overflow: What becomes of longer ones: they are cut off at the end, or left out.
+
+    Returns:
+        A row for each pair that is left.
+
+    Raises:
+        DataError: The template refuses one, or none is left.
+    """
+    rows = PairRows()
+    for index, pair in enumerate(pairs):
+        whole = [renderer.tokens(with_system(conversation, system)) for conversation in pair.conversations]
+        longer = max_length is not None and any(len(ids) > max_length for ids, _ in whole)
+        if longer and overflow == "drop":
+            rows.dropped += 1
+            continue
+        chosen, rejected = [(ids[:max_length], labels[:max_length]) for ids, labels in whole]
+        if chosen == rejected or not all(any(one != IGNORED for one in labels) for _, labels in (chosen, rejected)):
+            rows.empty.append(index)
+            continue
+        rows.cut += longer
+        rows.chosen.append(chosen)
+        rows.rejected.append(rejected)
+        rows.owners.append(index)
+    if not rows.owners:
+        raise DataError(
+            f"None of the {len(pairs)} pairs has answers that differ within trainer.max_length = {max_length} tokens, "
+            "prompt included; raise it."
+        )
+    return rows
+
+
+def lost_pairs(rows: PairRows, pairs: Sequence[Pair], max_length: int) -> list[str]:
+    """What did not fit, one sentence each."""
+    said = []
+    if rows.cut:
+        said.append(f"{_pairs(rows.cut)} cut off at trainer.max_length = {max_length} tokens")
+    if rows.dropped:
+        said.append(f"{_pairs(rows.dropped)} left out, longer than trainer.max_length = {max_length} tokens")
+    if rows.empty:
+        first = pairs[rows.empty[0]].place
+        where = f", the first at {first}" if first else ""
+        said.append(
+            f"{_pairs(len(rows.empty))} left out, whose prompt takes up trainer.max_length = {max_length} tokens or whose "
+            f"answers differ only after them{where}"
+        )
+    return said
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair{'s' if count > 1 else ''}"
+
+
+def as_pair_dataset(rows: PairRows) -> datasets.Dataset:
+    """Columns `chosen_ids`, `chosen_labels`, `rejected_ids`, `rejected_labels`, and `length` to group by."""
+    return datasets.Dataset.from_dict(
+        {
+            "chosen_ids": [ids for ids, _ in rows.chosen],
+            "chosen_labels": [labels for _, labels in rows.chosen],
+            "rejected_ids": [ids for ids, _ in rows.rejected],
+            "rejected_labels": [labels for _, labels in rows.rejected],
+            "length": [max(len(one), len(other)) for (one, _), (other, _) in zip(rows.chosen, rows.rejected)],
+        }
+    )
+
+
+class PairCollator:
+    """Rows as TRL's `DPOTrainer` takes them: the chosen sequences, then the rejected ones, in one batch."""
+
+    def __init__(self, padding: int) -> None:
+        """`padding` is the id that shorter sequences are filled up with."""
+        self.padding = padding
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `completion_mask` (1 where the loss is), each (2 rows, longest)."""
+        ids = [row[f"{kind}_ids"] for kind in ("chosen", "rejected") for row in rows]
+        labels = [row[f"{kind}_labels"] for kind in ("chosen", "rejected") for row in rows]
+        width = max(map(len, ids))
+        batch = torch.full((len(ids), width), self.padding)
+        mask, learnt = torch.zeros((2, len(ids), width), dtype=torch.long)
+        for at, (some_ids, some_labels) in enumerate(zip(ids, labels)):
+            batch[at, : len(some_ids)] = torch.tensor(some_ids)
+            mask[at, : len(some_ids)] = 1
+            learnt[at, : len(some_ids)] = (torch.tensor(some_labels) != IGNORED).long()
+        return {"input_ids": batch, "attention_mask": mask, "completion_mask": learnt}
