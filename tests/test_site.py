@@ -1,12 +1,16 @@
 """The site: each page is in its navigation, what a page refers to is there, and the start page is of the results."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import yaml
 from tools import docs_numbers, draw_results
+
+import pica
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -81,3 +85,21 @@ def test_the_first_example_prints_what_the_readme_says(
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == said
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_drafts_for_other_projects_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """PEFT reads the experiment's configuration, and what its hooks lack, they lack still."""
+    text = (DOCS / "upstream.md").read_text(encoding="utf-8")
+    settings = re.findall(r"^```json\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)[0]
+    (tmp_path / "adapter_config.json").write_text(settings)
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)) == pica.PicaConfig(
+        **json.loads(settings) | {"peft_type": "PICA"}
+    )
+    monkeypatch.chdir(tmp_path)
+    for block, error in zip(
+        re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE), (ValueError, KeyError, ValueError)
+    ):
+        with pytest.raises(error) as found:
+            exec(compile(block, "upstream.md", "exec"), {})
+        said = re.findall(rf"^# {error.__name__}: (.*)$", block, flags=re.MULTILINE)[0].removesuffix(" ...")
+        assert str(found.value).startswith(said)
