@@ -52,8 +52,8 @@ def mark(name: str, row: dict[str, Any]) -> str:
 
 
 def draw() -> None:
-    style = {"svg.fonttype": "path", "svg.hashsalt": "pica", "font.size": 10, "axes.spines.top": False}
-    with plt.rc_context(style | {"axes.spines.right": False}):
+    style: Any = {"svg.fonttype": "path", "svg.hashsalt": "pica", "font.size": 10}
+    with plt.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
         figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for axes, (name, title) in zip(both, TASKS.items()):
             for label, row in points(name).items():
