@@ -23,7 +23,7 @@ from torch import Tensor
 import pica.basis
 import pica.theory
 from pica import reference
-from pica.basis import _lapack, _proof, _rounding, apply, decomposition, orient, spectral
+from pica.basis import _lapack, _proof, _rounding, apply, decomposition, file, moments, orient, spectral
 from pica.theory import bounds, diagnostics, projection, sequential, subspaces
 
 OUT, IN, R = 6, 5, 3
@@ -50,6 +50,9 @@ CASES: dict[Callable[..., Any], tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     apply.delta_weight: ((M, P), (M, P.T)),
     orient.direction_signs: ((P,), (P[0],)),
     decomposition.factorise: ((W,), (W[0],)),
+    file.weight_sample: ((W,), (W[0],)),
+    moments.oriented: ((P,), (P[0],)),
+    moments.rows_of_outputs: ((rows(2, OUT), W), (rows(2, OUT), TALLER)),
     spectral.solve_basis: ((W, R), (W[None], R)),
     spectral.Basis.directions: ((BASIS, W), (BASIS, W[0])),
     _rounding.clear_count: ((W.bfloat16(), BASIS.gains), (W.bfloat16(), BASIS.gains[None])),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pica.adapters.saving import save_adapter, save_whole
     from pica.adapters.verify import verify
     from pica.basis.cache import use_basis_cache
+    from pica.calibration.making import make_basis
     from pica.tuners.base.coverage import coverage
     from pica.tuners.pica.config import PicaConfig
     from pica.tuners.pica.model import PicaModel
@@ -41,6 +42,7 @@ __all__ = [
     "hotswap_adapter",
     "import_reference",
     "load_into_pipeline",
+    "make_basis",
     "register",
     "save_adapter",
     "save_whole",
@@ -59,6 +61,7 @@ _HOMES = {
     "hotswap_adapter": "pica.adapters.hotswap",
     "import_reference": "pica.adapters.reference",
     "load_into_pipeline": "pica.adapters.pipelines",
+    "make_basis": "pica.calibration.making",
     "save_adapter": "pica.adapters.saving",
     "save_whole": "pica.adapters.saving",
     "use_basis_cache": "pica.basis.cache",

@@ -61,5 +61,9 @@ class OutputError(PicaError, OSError):
     """Results cannot be written: the folder is not empty, not writable, or the disk is full."""
 
 
+class InUseError(OutputError):
+    """Another process is writing there."""
+
+
 class ExportError(PicaError, ValueError):
     """An adapter cannot be exported as asked, or what was written does not reproduce it."""

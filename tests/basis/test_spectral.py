@@ -268,13 +268,13 @@ def test_a_failing_solver_falls_back_to_svd_and_says_so(monkeypatch, caplog):
 
 
 def test_rows_that_are_not_orthonormal_count_as_a_failure(monkeypatch):
-    real = spectral._leading_eigenvectors
+    real = spectral.leading_eigenvectors
 
     def skewed(*args, **kwargs):
         rows, solver = real(*args, **kwargs)
         return rows + rows.flip(0) * 0.3, solver
 
-    monkeypatch.setattr(spectral, "_leading_eigenvectors", skewed)
+    monkeypatch.setattr(spectral, "leading_eigenvectors", skewed)
     assert solve_basis(decaying(40, 40), 4).solver == "svd"
 
 
@@ -443,7 +443,7 @@ def test_an_interrupt_at_the_bar_ends_the_work(monkeypatch):
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("pica.basis._progress._bar", lambda total, done: Bar())
+    monkeypatch.setattr("pica.basis._progress._bar", lambda total, done, unit: Bar())
     results = work()
     with pytest.raises(KeyboardInterrupt):
         with_progress(results, 5)

@@ -134,3 +134,14 @@ def test_pictures_are_compared_like_texts(pica: Callable, tmp_path: Path):
     outcome = pica("report", "--vtab", folder)
     assert outcome.status == 0, outcome.err
     assert "LoRA" in outcome.out
+
+
+@pytest.mark.parametrize(("shard", "said"), [("1/2", None), ("0/2", "--shard 0/2: expected I/N"), ("x", "--shard x")])
+def test_a_shard_has_every_nth_row(pica: Callable, shard: str, said: str | None):
+    rows = [line.split("  ")[0] for line in pica("compare", "--list").out.splitlines()[:-1]]
+    outcome = pica("compare", "--list", "--shard", shard)
+    if isinstance(said, str):
+        assert outcome.status == 2
+        assert said in outcome.err
+    else:
+        assert [line.split("  ")[0] for line in outcome.out.splitlines()[:-1]] == rows[::2]

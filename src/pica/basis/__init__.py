@@ -12,15 +12,17 @@ from pica.basis.cache import cached_solve_basis as cached_solve_basis
 from pica.basis.decomposition import Factorisation as Factorisation
 from pica.basis.decomposition import factorise as factorise
 from pica.basis.orient import direction_signs as direction_signs
+from pica.basis.request import BasisRequest as BasisRequest
+from pica.basis.spectral import CALIBRATED as CALIBRATED
 from pica.basis.spectral import PROJECTIONS as PROJECTIONS
 from pica.basis.spectral import Basis as Basis
-from pica.basis.spectral import BasisRequest as BasisRequest
 from pica.basis.spectral import Side as Side
 from pica.basis.spectral import WantedSide as WantedSide
 from pica.basis.spectral import max_rank as max_rank
 from pica.basis.spectral import solve_basis as solve_basis
 
 __all__ = [
+    "CALIBRATED",
     "PROJECTIONS",
     "Basis",
     "BasisRequest",

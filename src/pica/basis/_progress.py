@@ -22,7 +22,8 @@ from pica.basis._lapack import one_blas_thread
 from pica.basis._precision import full_precision
 from pica.basis._split import SWITCH, Holdings, Solved, meet, process_index, share_out
 from pica.basis.cache import cached_solve_basis
-from pica.basis.spectral import Basis, BasisRequest, WantedSide, solve_basis, working_bytes
+from pica.basis.request import BasisRequest
+from pica.basis.spectral import Basis, WantedSide, solve_basis, working_bytes
 from pica.errors import BasisError
 
 Result = TypeVar("Result")
@@ -120,7 +121,7 @@ def _solve_in_rounds(
         raise failure
 
 
-def with_progress(results: Iterable[Result], total: int) -> list[Result]:
+def with_progress(results: Iterable[Result], total: int, *, unit: str = "layer") -> list[Result]:
     """The `total` results of an iterable that works for them, with a progress bar once that takes a few seconds."""
     started = time.monotonic()
     bar: tqdm[NoReturn] | None = None
@@ -131,7 +132,7 @@ def with_progress(results: Iterable[Result], total: int) -> list[Result]:
             if bar is not None:
                 bar.update()
             elif time.monotonic() - started > QUIET_SECONDS and len(done) < total and process_index() == 0:
-                bar = _bar(total, len(done))
+                bar = _bar(total, len(done), unit)
     finally:
         if isinstance(results, Generator):  # an interrupted notebook keeps it, and with it what it has set meanwhile
             results.close()
@@ -209,8 +210,8 @@ def _one_thread_each(workers: int) -> Generator[ThreadPoolExecutor]:
             torch.set_num_threads(before)
 
 
-def _bar(total: int, done: int) -> tqdm[NoReturn]:
+def _bar(total: int, done: int, unit: str) -> tqdm[NoReturn]:
     pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     return tqdm(
-        total=total, initial=done, desc="PiCa basis", unit="layer", leave=False, mininterval=pause, maxinterval=pause
+        total=total, initial=done, desc="PiCa basis", unit=unit, leave=False, mininterval=pause, maxinterval=pause
     )

@@ -105,6 +105,11 @@ def renaming(names: Collection[str], others: Collection[str]) -> Callable[[str],
     return lambda name: on + name.removeprefix(off)
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether a place may be a repository on the hub: an owner and a name, perhaps with "@" and a revision."""
+    return not source.startswith((".", "/", "~")) and source.count("/") == 1
+
+
 def open_checkpoint(source: str) -> WeightFolder:
     """Open a checkpoint.
 
@@ -120,7 +125,7 @@ def open_checkpoint(source: str) -> WeightFolder:
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        if not is_hub_name(source):
             raise ConfigError(f"There is no model folder {source!r}.")
         folder = _fetched(source)
     index = folder / INDEX if (folder / INDEX).is_file() else folder / SINGLE

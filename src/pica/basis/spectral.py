@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 Side = Literal["in", "out"]
 WantedSide = Literal["auto", "in", "out"]
 PROJECTIONS = ("principal", "minor", "random")
+"""Bases that a weight, or a seed, decides."""
+CALIBRATED = ("activation", "weighted")
+"""Bases that were made from what a layer is given on some data; they come from a file (`pica.basis.file`)."""
 
 # Upcasting a half-precision weight happens in slices of this many elements, so it never costs a full copy.
 SLICE_ELEMENTS = 2**18
@@ -78,25 +81,9 @@ class Basis:
             return self.projector @ weight.to(self.projector.dtype)
 
 
-@dataclass(frozen=True)
-class BasisRequest:
-    """What is wanted of one weight; the arguments of `solve_basis` as a value.
-
-    `checkpoint` and `tensor` name the weight where it is not the layer's own: see `pica.basis.checkpoint`.
-    """
-
-    name: str
-    rank: int
-    projection: str = "principal"
-    side: WantedSide = "auto"
-    seed: int = 0
-    checkpoint: str | None = None
-    tensor: str = ""
-
-
 def max_rank(out_features: int, in_features: int, projection: str = "principal") -> int:
-    """Most directions that a weight (out, in) can give: min(out, in); for "random" all `in`."""
-    return in_features if projection == "random" else min(out_features, in_features)
+    """Most directions that a weight (out, in) can give: min(out, in); where its values do not limit them, all `in`."""
+    return in_features if projection in ("random", "activation") else min(out_features, in_features)
 
 
 def solve_basis(
@@ -169,6 +156,10 @@ def working_bytes(shape: Sequence[int], rank: int) -> int:
 
 
 def _check(weight: Tensor, rank: int, projection: str, side: str, name: str) -> None:
+    if projection in CALIBRATED:
+        raise BasisError(
+            f"{name}: the weight alone does not give projection={projection!r}; name the basis that was made in basis_from."
+        )
     if projection not in PROJECTIONS:
         raise ConfigError(f"{name}: projection={projection!r} is unknown; use one of {', '.join(PROJECTIONS)}.")
     if side not in ("auto", "in", "out"):
@@ -248,7 +239,7 @@ def _slices(w: Tensor, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
         yield part.to(dtype).contiguous()
 
 
-def _leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Tensor, str]:
+def leading_eigenvectors(gram: Tensor, count: int, smallest: bool) -> tuple[Tensor, str]:
     """(count, n) eigenvectors as rows, of the largest eigenvalues in falling order (or smallest in rising order)."""
     # reads the lower triangle of `gram` (n, n), and may overwrite all of it
     n = gram.shape[0]
@@ -269,10 +260,10 @@ def _from_gram(w: Tensor, rank: int, projection: str, side: str, dtype: torch.dt
         # A Gram matrix squares the spectrum: the small singular values need double precision to be told apart, and
         # all of them are wanted, since only then is it known which is the last that carries energy.
         gram = _gram(w, solved_side, torch.float64)
-        rows, solver = _leading_eigenvectors(gram, gram.shape[0], smallest=True)
+        rows, solver = leading_eigenvectors(gram, gram.shape[0], smallest=True)
     else:
         gram = _gram(w, solved_side, dtype)
-        rows, solver = _leading_eigenvectors(gram, min(rank + SPARE_DIRECTIONS, gram.shape[0]), smallest=False)
+        rows, solver = leading_eigenvectors(gram, min(rank + SPARE_DIRECTIONS, gram.shape[0]), smallest=False)
     del gram
     eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=w.device)
     if not float((rows @ rows.T - eye).abs().max()) <= ORTHOGONALITY_TOLERANCE:

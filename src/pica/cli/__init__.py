@@ -36,6 +36,7 @@ COMMANDS = {
     "export": "write a PiCa adapter as a LoRA that serving engines load",
     "push": "put an adapter and its card on the hub, private unless you say otherwise",
     "import": "read an adapter of the authors' reference implementation",
+    "basis": "make the directions of a base model once, also from data, for all adapters on it",
     "plan": "what an adapter would cost on a model of any size, from its config alone",
     "analyze": "where fine-tuning moved the weights, and what of the theory holds there",
     "verify": "check an adapter's files, and that it belongs to its base model",

@@ -28,7 +28,9 @@ Without one it is {default}, which needs no download.
 """
 
 EPILOG = """Finished cells are never run again: the same command goes on where Ctrl-C, a
-failure or a power cut ended it. A changed recipe makes new cells.
+failure or a power cut ended it. A changed recipe makes new cells. Several of
+these commands may share one folder, also from several machines: each runs what
+no other is running, and writes the report when nothing is left to do.
 
 examples:
   pica compare
@@ -62,6 +64,7 @@ def parser(*, everything: bool = False) -> argparse.ArgumentParser:
         "--seeds", metavar="NUMBERS", help="instead of the comparison's, as 0,1,2; the first one chooses the rates"
     )
     made.add_argument("--workers", metavar="N", help="cells at a time, each with its share of the cores (default: 1)")
+    made.add_argument("--shard", metavar="I/N", help="every N-th row, from the I-th on: one for each of N jobs")
     made.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
     add_trust(made)
     made.add_argument("--list", action="store_true", help="show the rows and how many trainings they need")
@@ -86,10 +89,11 @@ def run(arguments: Sequence[str]) -> int:
     workers = _whole(options.get("workers", "1"), "--workers", least=1)
     seeds = [_whole(text, "--seeds", least=0) for text in _parts(options, "seeds", ",")]
     labels = _parts(options, "methods", ";")
+    shard = parse_shard(options.get("shard", "1/1"))
 
     reference = DEFAULT if reference is None else reference
     comparison = load_comparison(reference, seeds=seeds, overrides=overrides)
-    rows = comparison.selected(labels)
+    rows = comparison.selected(labels)[shard[0] - 1 :: shard[1]]
     trainings = sum(len(row.learning_rates) + len(comparison.seeds) - 1 for row in rows)
     if options.get("list"):
         for row in rows:
@@ -127,7 +131,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     Raises:
         ConfigError: An option is unknown or has no value, or there are two comparisons.
     """
-    flags, valued = {"--retry-failed", "--list", FLAG}, {"-o", "--output", "--methods", "--seeds", "--workers"}
+    flags, valued = (
+        {"--retry-failed", "--list", FLAG},
+        {"-o", "--output", "--methods", "--seeds", "--workers", "--shard"},
+    )
     reference: str | None = None
     overrides: list[tuple[str, Any]] = []
     options: dict[str, Any] = {}
@@ -267,6 +274,24 @@ def print_summary(summary: "Summary", folder: Path, page: Path | None = None) ->
             console.print(f"{row.label}: {len(row.failures)} failed: {row.failures[0]}", markup=False)
     console.print(f"Report:  {page or folder / 'report.html'}", markup=False)
     console.print(f"Numbers: {folder / 'results.csv'}, {folder / 'results.json'}", markup=False)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read --shard.
+
+    Args:
+        text: "i/N".
+
+    Returns:
+        (i, N).
+
+    Raises:
+        ConfigError: It is nothing like that, or i is not from 1 to N.
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--shard {text}: expected I/N with I from 1 to N, for instance 2/4.")
+    return int(number), int(count)
 
 
 def _parts(options: Mapping[str, Any], name: str, separator: str) -> list[str]:

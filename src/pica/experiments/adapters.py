@@ -14,7 +14,14 @@ from pica.experiments.methods import METHODS, configuration
 from pica.experiments.recipes.recipe import AdapterSection, BaselineSection
 from pica.experiments.results.run import ParameterCounts
 
-_TOLD = ("projection", "share", "rank_pattern", "lora_alpha", "lora_dropout")  # by a title, where they are set
+_TOLD = (
+    "projection",
+    "calibration",
+    "share",
+    "rank_pattern",
+    "lora_alpha",
+    "lora_dropout",
+)  # by a title, where they are set
 
 
 def peft_config(

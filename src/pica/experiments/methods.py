@@ -60,7 +60,8 @@ class Method:
     takes: tuple[str, ...] = ()
 
 
-SPECIAL = ("share", "projection", "save_basis", "pattern", "off_diagonals", "lora_alpha", "lora_dropout")
+_BASIS = ("basis_from", "calibration", "calibration_tokens")
+SPECIAL = ("share", "projection", "save_basis", *_BASIS, "pattern", "off_diagonals", "lora_alpha", "lora_dropout")
 """Fields of the adapter section that only some methods have; set for another one they are refused."""
 _LORA = ("lora_alpha", "lora_dropout")
 
@@ -77,7 +78,8 @@ def _alpha(default: Callable[[int], float], **more: Any) -> Callable[[AdapterSec
 
 def _pica(section: AdapterSection) -> Values:
     share = "role" if section.share is None else section.share
-    return {"share": share, "projection": section.projection, "save_basis": section.save_basis}
+    values = {"share": share, "projection": section.projection, "save_basis": section.save_basis}
+    return values if section.basis_from is None else values | {"basis_from": section.basis_from}
 
 
 def _svft(section: AdapterSection) -> Values:
@@ -91,12 +93,20 @@ def _adalora(section: AdapterSection) -> Values:
     return {**_alpha(lambda r: 2 * r)(section), "init_r": start, "total_step": 1_000_000}
 
 
+def _eva(section: AdapterSection) -> Values:
+    import peft
+
+    # A starts from the inputs' directions when the training data are there (experiments.train.calibrating)
+    start = peft.EvaConfig(rho=1.0)  # no other ranks than asked for
+    return _alpha(lambda r: 2 * r, init_lora_weights="eva", eva_config=start)(section)
+
+
 def _ia3(section: AdapterSection) -> Values:
     return {} if section.target_modules is None else {"feedforward_modules": []}  # all of them scale their output
 
 
 METHODS: dict[str, Method] = {
-    "pica": Method("PiCa", "PicaConfig", "PiCa", values=_pica, takes=("share", "projection", "save_basis")),
+    "pica": Method("PiCa", "PicaConfig", "PiCa", values=_pica, takes=("share", "projection", "save_basis", *_BASIS)),
     "svft": Method("SVFT", "SvftConfig", "SVFT", rank=None, values=_svft, takes=("share", "pattern", "off_diagonals")),
     "lora": Method("LoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 2 * r), takes=_LORA),
     "rslora": Method("rsLoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 16, use_rslora=True), takes=_LORA),
@@ -115,6 +125,7 @@ METHODS: dict[str, Method] = {
         values=_alpha(lambda r: 2 * r, init_lora_weights="mica"),
         takes=_LORA,
     ),
+    "eva": Method("EVA", "LoraConfig", "LoRA", values=_eva, takes=_LORA),
     "adalora": Method("AdaLoRA", "AdaLoraConfig", "LoRA", rank="target_r", values=_adalora, takes=_LORA),
     "vera": Method("VeRA", "VeraConfig", "shared random bases"),
     "randlora": Method(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pica.errors import OutputError
+from pica.errors import InUseError, OutputError
 from pica.files.folders import make_parents, remove_empty, translated_write_errors
 
 LOCK = ".lock"
@@ -32,7 +32,8 @@ def claimed(target: Path, *, patience: float = 0.0) -> Iterator[None]:
         target: A file or folder, there or not. Folders above it are made; those that are empty after the block go again.
         patience: Seconds to wait for another owner.
     Raises:
-        OutputError: Another process has claimed it, or it cannot be written beside.
+        InUseError: Another process has claimed it.
+        OutputError: It cannot be written beside.
     """
     try:
         import fcntl
@@ -55,7 +56,7 @@ def claimed(target: Path, *, patience: float = 0.0) -> Iterator[None]:
                 owner = os.pread(handle, 300, 0).decode(errors="replace").strip()
                 os.close(handle)
                 if time.monotonic() >= until:
-                    raise OutputError(
+                    raise InUseError(
                         f"Another pica{f' ({owner})' if owner else ''} is writing {str(target)!r}; wait for it, or choose "
                         "another place with --output."
                     ) from None

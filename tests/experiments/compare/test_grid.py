@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,26 @@ def test_cells_are_of_the_model_as_it_is(comparison: Callable[..., Comparison], 
     watcher = Recorder()
     assert [record.key for record in run(made, tmp_path / "out", watcher)] == [cell.earlier_key for cell in before]
     assert watcher.began == []
+
+
+def test_several_on_one_folder_run_each_cell_once(
+    comparison: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each begins at the first cell; whoever finds it taken runs another, and waits for what it did not run."""
+    monkeypatch.setattr("pica.experiments.compare.grid._SECONDS_BETWEEN_LOOKS", 0.2)
+    rows = [
+        {"label": label, "adapter": {"method": "pica", "r": r}, "learning_rates": [0.01]}
+        for label, r in (("r=2", 2), ("r=4", 4))
+    ]
+    made, watchers = replace(comparison(rows), seeds=(0,)), (Recorder(), Recorder())
+    with ThreadPoolExecutor(2) as pool:
+        records = list(pool.map(lambda watcher: run(made, tmp_path / "out", watcher), watchers))
+    began = [label for watcher in watchers for label in watcher.began]
+    assert sorted(began) == ["r=2, seed 0", "r=4, seed 0"]
+    assert all(watcher.began for watcher in watchers), "both had something to do"
+    assert [[record.key for record in found] for found in records] == [[record.key for record in records[0]]] * 2
+    assert len(records[0]) == 2
+    assert not list((tmp_path / "out").rglob("*.lock"))
 
 
 def test_two_comparisons_do_not_share_a_folder(comparison: Callable[..., Comparison], tmp_path: Path):

@@ -23,6 +23,7 @@ import pica.tuners.base.quantised
 from pica import PicaConfig, SvftConfig, export_lora
 from pica.basis import checkpoint as checkpoints
 from pica.basis.fingerprint import decode
+from pica.calibration.making import make_basis
 from pica.errors import BasisMismatchError, ConfigError, QuantisationError, TargetError
 from pica.tuners.base.bank import find_banks
 from pica.tuners.base.frozen_weight import FrozenWeight
@@ -624,3 +625,23 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_put_back(folder):
     first = next(p for p in tuned.parameters() if p.requires_grad)
     assert first.grad is not None
     assert first.grad.abs().max() > 0
+
+
+# ---- a basis that a file brings ----------------------------------------------------------------------------------------
+
+
+def test_one_basis_file_serves_the_quantised_and_the_unquantised_model(folder, kind, tmp_path):
+    """Directions of activations are no weight's: both read their own input with the very same ones."""
+    wanted = PicaConfig(**{**SETTINGS, "projection": "activation"})
+    made = make_basis(load(folder), tmp_path / "basis", wanted, data=[{"input_ids": IDS}])
+    settings = {"projection": "activation", "basis_from": str(tmp_path / "basis"), "init_weights": False}
+    on_quantised, plain = adapted(folder, kind, **settings), adapted(folder, None, **settings)
+    for layer, other in zip(layers_of(on_quantised), layers_of(plain)):
+        rows = made.rows(layer.path, SETTINGS["r"], layer.in_features)
+        for one in (layer, other):
+            assert torch.equal(
+                one.method.first_directions("default").float(), rows.to(one.frozen.device_and_dtype()[1])
+            )
+    trained = logits_of(on_quantised)
+    on_quantised.save_pretrained(tmp_path / "a")
+    assert torch.equal(logits_of(PeftModel.from_pretrained(load(folder, kind), str(tmp_path / "a"))), trained)

@@ -23,7 +23,7 @@ from pica.experiments.compare.comparison import Comparison, Row
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.methods import METHODS
 from pica.experiments.recipes.parsing import dump_recipe
-from pica.experiments.recipes.recipe import Recipe, columns_of, with_absolute_paths
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, columns_of, with_absolute_paths
 from pica.experiments.reporting import Advance
 from pica.experiments.results.comparison import CELLS, CellHead, CellRecord, DoneCell, FailedCell, read_cell
 from pica.experiments.results.documents import read_result, write_result
@@ -40,6 +40,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 _SECONDS_BETWEEN_NOTES = 0.2
 _SECONDS_FOR_ANOTHER = 90.0
+_LATER = ("basis_from", "calibration", "calibration_tokens")  # fields of an adapter that earlier records do not have
 _WITHOUT_EFFECT = {"name", "output"}  # fields of a recipe that say where results go, not what they are
 
 
@@ -73,6 +74,9 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
     content = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _WITHOUT_EFFECT}
     if TASKS[recipe.task.name].kind != "text-to-image":
         content.pop("dreambooth")  # records from before this section was there stay good
+    for name in _LATER:  # likewise
+        if content["adapter"][name] == getattr(AdapterSection, name):
+            content["adapter"].pop(name)
     content["trainer"].pop("threads")  # a matter of the machine, as is the number of workers that it follows from
     content["files"] = {name: _data_digest(getattr(recipe.data, name), recipe) for name in SPLITS}
     earlier = _key(content)
@@ -151,7 +155,7 @@ def tail(log: Path, lines: int = 30) -> str:
 def _run(cell: Cell, run: Path, reporter: "_Messenger") -> DoneCell:
     # Here and not above: the parent makes cells as well, and has no use for torch.
     from pica.experiments.measuring import machine, versions
-    from pica.experiments.standings import read_outcomes
+    from pica.experiments.standings import predictions_file, read_outcomes
     from pica.experiments.train.run import resume, start
 
     package = logging.getLogger("pica")
@@ -170,6 +174,7 @@ def _run(cell: Cell, run: Path, reporter: "_Messenger") -> DoneCell:
         base=metrics.base,
         result=metrics.adapter,
         outcomes=read_outcomes(run, metrics),
+        losses=_losses(run / predictions_file("adapter")),
         curve=_curve(run, metrics.adapter.learning_rate),
         problems=metrics.problems,
         versions=versions(),
@@ -197,6 +202,16 @@ def _finished(run: Path) -> RunMetrics | None:
     with suppress(OSError, ValueError):
         return read_result(RunMetrics, run / METRICS)
     return None
+
+
+def _losses(predictions: Path) -> list[tuple[float, int]]:
+    """[loss in nats, tokens] of each test problem's gold answer, in their order; none for tasks that do not tell.
+
+    A class counts as one token.
+    """
+    with open(predictions, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [(row["loss"], row.get("tokens", 1)) for row in rows] if all("loss" in row for row in rows) else []
 
 
 def _curve(run: Path, rate: float) -> list[list[int | float]]:

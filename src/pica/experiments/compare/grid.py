@@ -1,20 +1,23 @@
-"""All cells of a comparison, each in a process of its own, several at a time; finished ones are not run again."""
+"""All cells of a comparison, each in a process of its own, several at a time; finished ones are not run again.
+
+Several of these may work on one folder at the same time, also on machines that share it: each claims what it runs.
+"""
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from pica.errors import OutputError
+from pica.errors import InUseError, OutputError
 from pica.experiments.compare.cells import Cell, failed_record, make_cell, read_record, record_path, run_cell, tail
 from pica.experiments.compare.comparison import Comparison, Row, dump_comparison
+from pica.experiments.compare.processes import context, cores, death, sigterm_as_interrupt
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.results.comparison import INDEX, CellIndex, CellRecord, DoneCell, FailedCell, entry_of
 from pica.experiments.results.documents import write_result
@@ -24,6 +27,8 @@ from pica.files.documents import read_yaml
 COMPARISON = "comparison.yaml"
 """File that marks a folder as a comparison's."""
 
+_SECONDS_BETWEEN_LOOKS = 5.0  # at cells that other processes are running
+_SECONDS_TO_PREPARE = 2.0  # another process holds the folder for a moment
 _SECONDS_TO_STOP = 90.0  # a cell finishes its optimizer step and writes a checkpoint
 
 
@@ -57,6 +62,7 @@ class _Worker:
     cell: Cell
     process: Any
     connection: connection.Connection
+    claim: contextlib.ExitStack
     stop: str | None = None
 
 
@@ -85,6 +91,9 @@ def run_grid(
     The first seed tries each learning rate of the row's grid and keeps the best on the validation problems; the other
     seeds take that one.
 
+    What other processes that work on the same folder are running is waited for and not run here, until it is finished or
+    they have gone.
+
     Args:
         comparison: What to compare.
         rows: Which of its rows to run; of the others, what earlier runs left is taken.
@@ -94,11 +103,12 @@ def run_grid(
         retry_failed: Run failed cells again.
 
     Raises:
-        OutputError: The folder is another comparison's, is in use, or can't be written.
+        OutputError: The folder is another comparison's, or can't be written.
         Interrupted: The user stopped; finished cells are kept, those under way go on from their last checkpoint.
     """
-    with files.claimed(folder), _sigterm_as_interrupt():
-        prepare(comparison, folder)
+    with sigterm_as_interrupt():
+        with files.claimed(folder, patience=_SECONDS_TO_PREPARE):
+            prepare(comparison, folder)
         grid = _Grid(comparison, rows, folder, workers, watcher, retry_failed)
         try:
             grid.run()
@@ -144,11 +154,13 @@ class _Grid:
         self, comparison: Comparison, rows: Sequence[Row], folder: Path, workers: int, watcher: Watcher, retry: bool
     ) -> None:
         self._comparison, self._folder, self._watcher, self._retry = comparison, folder, watcher, retry
-        self._size, self._context = workers, _context()
-        self._threads = max(1, _cores() // workers)
+        self._size, self._context = workers, context()
+        self._threads = max(1, cores() // workers)
         self._workers: dict[int, _Worker] = {}
         self._rows = [_RowState(row, row in rows, waiting=list(comparison.seeds)) for row in comparison.rows]
         self._warned = set[str]()
+        self._elsewhere = False  # whether other processes are running cells of ours
+        self._claims: dict[str, contextlib.ExitStack] = {}
         self.records: dict[tuple[str, int], CellRecord] = {}
         self._total = len(rows) * len(comparison.seeds)
 
@@ -157,9 +169,13 @@ class _Grid:
         self._tell()
         while True:
             self._fill()
-            if not self._workers:
+            if self._workers:
+                self._listen()
+            elif self._elsewhere:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            else:
                 break
-            self._listen()
+        self._take_over()
         self._write_index()
 
     def in_order(self) -> list[CellRecord]:
@@ -184,6 +200,7 @@ class _Grid:
             for worker in self._workers.values():
                 worker.process.kill()
                 worker.process.join()
+                worker.claim.close()
             self._workers.clear()
 
     def _fill(self) -> None:
@@ -196,6 +213,16 @@ class _Grid:
 
     def _next(self) -> Cell | None:
         """The next cell to run. Rows' first seeds go first: the others wait for their learning rate."""
+        busy: list[tuple[_RowState, int]] = []
+        try:
+            return self._claimed_next(busy)
+        finally:
+            self._elsewhere = bool(busy)
+            for state, seed in reversed(busy):
+                state.waiting.insert(0, seed)
+
+    def _claimed_next(self, busy: list[tuple[_RowState, int]]) -> Cell | None:
+        """The same; cells that other processes are running are taken out of the waiting ones and listed in `busy`."""
         while True:
             found = self._take()
             if found is None:
@@ -205,15 +232,45 @@ class _Grid:
                 reason = f"Not run: {state.failed}"
                 self._ended(state, cell, failed_record(cell, reason))
                 continue
-            record = read_record(self._folder, cell.key) or read_record(self._folder, cell.earlier_key)
-            if record is not None and not (isinstance(record, FailedCell) and self._retry and state.runs):
-                self._ended(
-                    state, cell, dataclasses.replace(record, label=cell.row.label)
-                )  # the label is no part of the key
-            elif state.runs:
-                return cell
-            else:
+            if (record := self._finished(cell, state)) is not None:
+                self._ended(state, cell, record)
+            elif not state.runs:
                 state.waiting.clear()
+            elif (claim := self._claim(cell)) is None:
+                busy.append((state, cell.seed))
+            elif (record := self._finished(cell, state)) is not None:  # between the look and the claim
+                claim.close()
+                self._ended(state, cell, record)
+            else:
+                self._claims[cell.key] = claim
+                return cell
+
+    def _finished(self, cell: Cell, state: _RowState) -> CellRecord | None:
+        """A cell's record, unless it failed and is to be run again."""
+        record = read_record(self._folder, cell.key) or read_record(self._folder, cell.earlier_key)
+        if record is None or (isinstance(record, FailedCell) and self._retry and state.runs):
+            return None
+        return dataclasses.replace(record, label=cell.row.label)  # the label is no part of the key
+
+    def _claim(self, cell: Cell) -> contextlib.ExitStack | None:
+        """Hold a cell until the stack is closed, or this process is gone; None where another process has it."""
+        stack = contextlib.ExitStack()
+        try:
+            stack.enter_context(files.claimed(record_path(self._folder, cell.key)))
+        except InUseError:
+            return None
+        return stack
+
+    def _take_over(self) -> None:
+        """Take what other processes have finished of rows that this one did not run."""
+        first = self._comparison.seeds[0]
+        for state in self._rows:
+            for seed in self._comparison.seeds:
+                rates = state.row.learning_rates if seed == first else (state.chosen,) if state.chosen else ()
+                if rates and (state.row.label, seed) not in self.records:
+                    cell = make_cell(self._comparison, state.row, seed, rates)
+                    if (record := read_record(self._folder, cell.key)) is not None:
+                        self._ended(state, cell, dataclasses.replace(record, label=state.row.label))
 
     def _take(self) -> tuple[_RowState, Cell] | None:
         first = self._comparison.seeds[0]
@@ -236,7 +293,7 @@ class _Grid:
         process.start()
         theirs.close()
         number = next(n for n in range(self._size) if n not in self._workers)
-        self._workers[number] = _Worker(number, cell, process, ours)
+        self._workers[number] = _Worker(number, cell, process, ours, self._claims.pop(cell.key))
         self._watcher.begun(number, cell)
 
     def _listen(self) -> None:
@@ -269,8 +326,9 @@ class _Grid:
         record = read_record(self._folder, cell.key) if status == 0 else None
         if record is None:
             log = self._folder / "work" / cell.key / "log.txt"
-            record = failed_record(cell, _death(status), log=tail(log))
+            record = failed_record(cell, death(status), log=tail(log))
             write_result(record_path(self._folder, cell.key), record)
+        worker.claim.close()
         self._watcher.ended(worker.number, cell, record)
         state = next(state for state in self._rows if state.row is cell.row)
         self._ended(state, cell, record)
@@ -294,56 +352,3 @@ class _Grid:
         wanted = {state.row.label for state in self._rows if state.runs}
         ended = [record.status for (label, _), record in self.records.items() if label in wanted]
         self._watcher.grid(len(ended), ended.count("failed"), self._total)
-
-
-def _context() -> Any:
-    """How processes are made.
-
-    A server process with the libraries loaded forks one for each cell, which begins in an instant and has memory of its
-    own. Where there is a GPU, or no fork, each starts anew: a CUDA context does not survive a fork.
-    """
-    gpu = any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd"))
-    if gpu or "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pica.experiments.train.run"])
-    return context
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _death(status: int | None) -> str:
-    if status is not None and status < 0:
-        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-        hint = "; the system does that when memory runs out" if name == "SIGKILL" else ""
-        return f"The process was ended by {name}{hint}."
-    return f"The process ended with status {status} and left no record."
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM stop the grid like Ctrl-C, also for callers other than the command line.
-
-    Only the first does anything: who ends a process group, such as timeout(1), sends two, and the second must not keep the
-    cells from stopping in good order.
-    """
-    stopping = False
-
-    def handle(number: int, frame: Any) -> None:
-        nonlocal stopping
-        if not stopping:
-            stopping = True
-            raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -20,6 +20,9 @@ from pica.tasks import Example, GenerationTask
 logger = logging.getLogger(__name__)
 
 
+_OPTIONAL = ("group", "loss", "tokens")  # columns of a predictions file
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One generated answer, as it is written to a predictions file."""
@@ -30,6 +33,10 @@ class Prediction:
     gold: str
     correct: bool
     group: str = ""
+    loss: float | None = field(default=None, compare=False)
+    """Of the gold completion, in nats, its end-of-text token included; None where there is none."""
+    tokens: int | None = None
+    """How many tokens that is the sum of."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Evaluation:
         """The predictions as they are written to a file."""
         for row in self.predictions:
             given = row if isinstance(row, dict) else asdict(row)
-            yield {name: value for name, value in given.items() if name != "group" or value}
+            yield {name: value for name, value in given.items() if name not in _OPTIONAL or value}
 
 
 def shown_score(metric: str, score: float, stderr: float, examples: int | None = None) -> str:
@@ -126,11 +133,15 @@ def evaluate(
         texts = likeliest(model, tokenizer, examples, batch_size, reporter, label)
     else:
         texts = answers(model, tokenizer, task, examples, batch_size, max_new_tokens, reporter, label)
+    losses = gold_losses(model, tokenizer, examples, batch_size=batch_size)
     predictions = []
-    for example, text in zip(examples, texts):
+    for index, (example, text) in enumerate(zip(examples, texts)):
         extracted = task.extract(text, example)
         correct = task.correct(extracted, example.answer)
-        predictions.append(Prediction(example.prompt, text, extracted, example.answer, correct, example.group))
+        of_gold = losses.get(index, (None, None))
+        predictions.append(
+            Prediction(example.prompt, text, extracted, example.answer, correct, example.group, *of_gold)
+        )
     groups = {
         name: _share([one.correct for one in predictions if one.group == name])
         for name in dict.fromkeys(example.group for example in examples)
@@ -141,7 +152,7 @@ def evaluate(
     metrics = {"accuracy": accuracy}
     for name, right in task.other_scores.items():
         metrics[name] = sum(right(text, example.answer) for text, example in zip(texts, examples)) / len(texts)
-    loss, tokens = held_out_loss(model, tokenizer, examples, batch_size=batch_size)
+    loss, tokens = _mean_of(losses)
     return Evaluation(
         "accuracy",
         accuracy,
@@ -253,10 +264,20 @@ def held_out_loss(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int
 ) -> tuple[float, int]:
     """Mean negative log-likelihood of the gold completions in nats a token, and the number of tokens."""
-    chosen = [example for example in examples if example.completion.strip()] or examples
-    losses = completion_losses(model, tokenizer, chosen, batch_size=batch_size)
-    tokens = sum(count for _, count in losses)
-    return sum(loss for loss, _ in losses) / tokens, tokens
+    return _mean_of(gold_losses(model, tokenizer, examples, batch_size=batch_size))
+
+
+def gold_losses(
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int
+) -> dict[int, tuple[float, int]]:
+    """`completion_losses` by the examples' places, without those that have no completion (unless none has one)."""
+    places = [place for place, example in enumerate(examples) if example.completion.strip()] or range(len(examples))
+    return dict(zip(places, completion_losses(model, tokenizer, [examples[i] for i in places], batch_size=batch_size)))
+
+
+def _mean_of(losses: Mapping[int, tuple[float, int]]) -> tuple[float, int]:
+    tokens = sum(count for _, count in losses.values())
+    return sum(loss for loss, _ in losses.values()) / tokens, tokens
 
 
 def completion_losses(

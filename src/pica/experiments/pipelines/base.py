@@ -9,6 +9,7 @@ import datasets
 import peft
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from pica.errors import ConfigError
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.recipes.recipe import AdapterSection, TrainerSection
 from pica.experiments.reporting import Reporter
@@ -65,6 +66,24 @@ class Pipeline(Protocol):
             DataError: Nothing is left to learn from.
         """
         ...
+
+    def readable(self, rows: datasets.Dataset, tokens: int) -> Any:
+        """What a model reads when a basis is made from `rows`; see `pica.calibration.texts.calibration`.
+
+        Args:
+            rows: The training problems as `encode` gave them.
+            tokens: About how many are wanted.
+
+        Returns:
+            Rows with `input_ids`, or batches.
+
+        Raises:
+            ConfigError: A basis is not made for this kind of task.
+        """
+        raise ConfigError(
+            "adapter.projection: a basis from training data is not made for this task; use principal, or name a basis in "
+            "adapter.basis_from."
+        )
 
     def trainer(
         self,

@@ -82,6 +82,10 @@ class ChatPipeline(Pipeline):
             logger.warning("%s", sentence)
         return packed(as_dataset(rows), self.max_length) if self._recipe.trainer.packing else as_dataset(rows)
 
+    def readable(self, rows: datasets.Dataset, tokens: int) -> Any:
+        """The rows as they are."""
+        return rows
+
     def trainer(
         self,
         model: peft.PeftModel,

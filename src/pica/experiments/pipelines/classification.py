@@ -33,6 +33,9 @@ from pica.tasks.metrics import class_metrics, class_stderr, regression_metrics, 
 
 logger = logging.getLogger(__name__)
 
+# Of pictures that are read for a basis: how many at a time, and about how many patches each has.
+_PICTURES, _PATCHES = 16, 64
+
 
 class Inputs(Protocol):
     """What becomes a classifier's input: texts here, other things (images) in files of their own.
@@ -194,6 +197,19 @@ class ClassificationPipeline(Pipeline):
         """The inputs' columns and `label`, a class index or a number."""
         return self._inputs.encode(examples).add_column("label", self._gold(examples))  # pyright: ignore[reportCallIssue]
 
+    @property
+    def tokenizer(self) -> Any:
+        """That of texts; None where the inputs are others."""
+        return getattr(self._inputs, "tokenizer", None)
+
+    def readable(self, rows: datasets.Dataset, tokens: int) -> Any:
+        """The rows of texts as they are; of pictures so many batches that each token could be a patch of them."""
+        if "input_ids" in rows.column_names:
+            return rows
+        count = min(len(rows), max(_PICTURES, tokens // _PATCHES))
+        batches = range(0, count, _PICTURES)
+        return [self._inputs.collate([rows[i] for i in range(at, min(at + _PICTURES, count))]) for at in batches]
+
     def trainer(
         self,
         model: peft.PeftModel,
@@ -232,6 +248,8 @@ class ClassificationPipeline(Pipeline):
         else:
             predicted = outputs.argmax(-1).tolist()
             stderr = class_stderr(metric, predicted, gold, len(self._labels))
+            shared = outputs.softmax(-1).tolist()
+            losses = functional.cross_entropy(outputs, torch.tensor(gold), reduction="none").tolist()
             rows = [
                 {
                     **shown,
@@ -239,8 +257,9 @@ class ClassificationPipeline(Pipeline):
                     "gold": self._labels[right],
                     "correct": index == right,
                     "probabilities": dict(zip(self._labels, map(_rounded, shares))),
+                    "loss": lost,
                 }
-                for shown, index, right, shares in zip(described, predicted, gold, outputs.softmax(-1).tolist())
+                for shown, index, right, shares, lost in zip(described, predicted, gold, shared, losses)
             ]
         return Evaluation(metric, metrics[metric], stderr, metrics, loss, len(examples), None, rows)
 

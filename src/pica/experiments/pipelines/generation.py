@@ -55,6 +55,10 @@ class GenerationPipeline(Pipeline):
         """Columns `input_ids` and `labels`; the loss is on the completions."""
         return encode(examples, self.tokenizer, max_length=self.max_length, limits=self.limits)
 
+    def readable(self, rows: datasets.Dataset, tokens: int) -> Any:
+        """The rows as they are."""
+        return rows
+
     def trainer(
         self,
         model: peft.PeftModel,

@@ -21,7 +21,7 @@ _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
     "task": ("max_new_tokens",),
     "dreambooth": ("class_count", "resolution", "inference_steps", "draw_batch_size", "noise_levels"),
-    "adapter": ("r",),
+    "adapter": ("r", "calibration_tokens"),
     "trainer": (
         "max_steps",
         "batch_size",

@@ -160,7 +160,7 @@ class AdapterSection:
 
     method: str = "pica"
     """Method: pica, svft, full (the target modules' own weights), head (new layers only), or PEFT's lora, rslora, dora,
-    pissa, mica, adalora, vera, randlora, vblora, boft, psoft, ia3, miss."""
+    pissa, mica, eva, adalora, vera, randlora, vblora, boft, psoft, ia3, miss."""
     r: int = 32
     """Rank, for methods that have one."""
     target_modules: list[str] | str | None = None
@@ -174,8 +174,14 @@ class AdapterSection:
     share: int | str | dict[str, str] | None = None
     """pica, svft: which layers share one matrix: role, none, a number of consecutive layers, or {regex: group}; if unset,
     role for pica and none for svft."""
-    projection: Literal["principal", "minor", "random"] = "principal"
-    """pica: directions of the frozen weight that carry the update."""
+    projection: Literal["principal", "minor", "random", "activation", "weighted"] = "principal"
+    """pica: directions that carry the update: those of the frozen weight, random ones, or of a basis made from data."""
+    basis_from: str | None = None
+    """pica: a basis made by pica basis, or an unquantised checkpoint; projections that look at data make one if unset."""
+    calibration: str = "train"
+    """pica: what such a basis is made from: train (the training problems), embedded (a text in here), or a source."""
+    calibration_tokens: int = 16384
+    """pica: about how many tokens of it are read."""
     save_basis: bool = False
     """pica: store the frozen basis in the adapter file instead of recomputing it on load."""
     pattern: Literal["plain", "banded", "random", "top_k"] = "plain"
@@ -336,6 +342,13 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         recipe,
         model=replace(recipe.model, path=absolute(recipe.model.path)),
         data=replace(recipe.data, **data),
+        adapter=replace(
+            recipe.adapter,
+            basis_from=absolute(recipe.adapter.basis_from),
+            calibration=recipe.adapter.calibration
+            if recipe.adapter.calibration == "train"
+            else absolute(recipe.adapter.calibration) or "train",
+        ),
         dreambooth=replace(
             recipe.dreambooth, **pictures, class_pictures=str(Path(folder).expanduser().resolve()) if folder else None
         ),

@@ -65,6 +65,8 @@ class DoneCell(CellHead):
         base: The model without an adapter, where the recipe asks for it.
         result: The method's.
         outcomes: By "base" and "adapter"; versions before there were paired tests kept none.
+        losses: Nats and tokens of each test problem's gold answer, in their order (a class counts as one token); empty for
+            tasks that do not tell, and in versions before these were kept.
         curve: Step and loss of the chosen rate's training.
         problems: How much data there was.
         versions, machine: As in a run's metrics.
@@ -76,6 +78,7 @@ class DoneCell(CellHead):
     base: Measurement | None = None
     result: Trained
     outcomes: dict[str, KeptOutcomes] = field(default_factory=dict[str, KeptOutcomes])
+    losses: list[tuple[Number, int]] = field(default_factory=list[tuple[Number, int]])
     curve: list[list[int | float]]
     problems: SplitSizes
     versions: dict[str, str]

@@ -33,6 +33,7 @@ from pica.experiments.results.documents import write_result
 from pica.experiments.results.run import METRICS, Attempt, Measurement, RunMetrics, SplitSizes
 from pica.experiments.sharing import write_run_card
 from pica.experiments.standings import prediction_files, predictions_file, run_standing
+from pica.experiments.train.calibrating import bring_basis
 from pica.experiments.train.origins import changes, origin
 from pica.experiments.train.phases import Phases
 from pica.experiments.train.search import Search
@@ -158,7 +159,9 @@ class _Run:
         recipe = self.recipe = with_classes(self.recipe, self.splits)
         pipeline = make_pipeline(recipe)
         rows = pipeline.encode(self.splits.train)
-        setting = Setting(recipe, self.folder, self.reporter, self.phases, self.splits, pipeline, rows)
+        setting = Setting(
+            recipe, self.folder, self.reporter, self.phases, self.splits, pipeline, rows, self.place.target
+        )
         for line in self._described():
             self.reporter.say(line)
         for line in (about := pipeline.describe(self.splits.train)):
@@ -169,6 +172,7 @@ class _Run:
             for line in _parameters(model, recipe.adapter):
                 self.reporter.say(line)
         self._begin()
+        bring_basis(model, self.folder)
         distributed.wait()
         setting.log.show()
         pipeline.prepare(model, self.folder, self.reporter)

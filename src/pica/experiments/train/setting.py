@@ -14,6 +14,7 @@ from pica.experiments.pipelines import AnsweringPipeline, Pipeline
 from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter
 from pica.experiments.results.run import Attempt
+from pica.experiments.train.calibrating import adapted
 from pica.experiments.train.phases import Phases
 from pica.experiments.train.progress import RunLog
 from pica.experiments.watching import Watch
@@ -37,6 +38,7 @@ class Setting:
         splits: The examples.
         pipeline: Of the recipe's task.
         rows: The training examples, encoded.
+        target: What the folder will be called once the run is complete.
         log: What there is to show while it goes on.
     """
 
@@ -47,6 +49,7 @@ class Setting:
     splits: Splits
     pipeline: Pipeline
     rows: Any
+    target: Path
     log: RunLog = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class Setting:
 
     def adapted(self, section: AdapterSection) -> peft.PeftModel:
         """A base model with a new adapter."""
-        return self.pipeline.adapt(section, seed=self.recipe.trainer.seed)
+        return adapted(self.pipeline, section, self.rows, self.recipe, self.folder, self.target)
 
     def read(self, adapter: Path) -> peft.PeftModel:
         """A base model with a saved adapter, in one of the processes."""

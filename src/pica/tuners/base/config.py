@@ -40,6 +40,7 @@ class BankedConfig(PeftConfig):
     """
 
     method: ClassVar[str] = ""  # its name in PEFT's enum
+    found_in: ClassVar[str | None] = None  # the adapter's folder, or its name on the hub, of a configuration read there
 
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
@@ -144,6 +145,8 @@ class BankedConfig(PeftConfig):
             where = repr(str(folder / CONFIG)) if local else f"{CONFIG} of {str(pretrained_model_name_or_path)!r}"
             raise ConfigError(f"{where}: {error}") from error
         assert isinstance(config, cls)
+        # a class's attribute, so that it is no field; set on the one that was read
+        config.found_in = str(folder) if local else str(pretrained_model_name_or_path)  # pyright: ignore[reportAttributeAccessIssue]
         if local:
             # PEFT sets `inference_mode` when it saves an adapter; without it this may be a configuration on its own
             check_weights_file(

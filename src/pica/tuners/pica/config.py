@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pica.basis import PROJECTIONS
+from pica.basis import CALIBRATED, PROJECTIONS
+from pica.basis.file import holds_basis
 from pica.tuners.base.config import BankedConfig
 
 
@@ -45,11 +47,13 @@ class PicaConfig(BankedConfig):
             "paper. A layer with fewer usable directions uses those it has."
         },
     )
-    projection: Literal["principal", "minor", "random"] = field(
+    projection: Literal["principal", "minor", "random", "activation", "weighted"] = field(
         default="principal",
         metadata={
             "help": "Which directions: 'principal' (the paper), or for ablations 'minor' (the last singular directions) "
-            "and 'random' (seeded orthonormal directions)."
+            "and 'random' (seeded orthonormal directions). Directions that look at data are made once for a base model "
+            "(pica.make_basis, pica basis) and named in basis_from: 'activation' (in which the layer's inputs have most of "
+            "their energy) and 'weighted' (those of the weight, on these inputs)."
         },
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of projection='random'; no effect otherwise."})
@@ -78,16 +82,25 @@ class PicaConfig(BankedConfig):
     basis_from: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or hub name ('name' or 'name@revision') of an unquantised checkpoint of the same model, whose "
-            "weights the bases are taken from, read one tensor at a time. For a quantised base model; by default its "
-            "basis comes from its dequantised weights. On that checkpoint itself, unquantised, it changes nothing; "
-            "nor for the stacks of target_parameters, which nothing quantises."
+            "help": "Where the bases come from, if not from the base model's own weights: a folder, or a name on the hub "
+            "('name' or 'name@revision'). A basis that was made by itself (pica.make_basis, pica basis) is read as it is. "
+            "Of an unquantised checkpoint of the same model, which is for a quantised base model, the weights are, one at a "
+            "time; on that checkpoint itself, unquantised, it changes nothing, nor for the stacks of target_parameters, "
+            "which nothing quantises."
+        },
+    )
+    basis_digest: str | None = field(
+        default=None,
+        metadata={
+            "help": "SHA-256 of the basis file that was used; filled in by itself. Another file is refused, wherever it is."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.basis_from is not None and Path(self.basis_from).expanduser().is_dir():
+        if self.basis_from is not None and (
+            Path(self.basis_from).expanduser().is_dir() or holds_basis(self.basis_from)
+        ):
             self.basis_from = str(Path(self.basis_from).expanduser().resolve())  # found from anywhere
 
     def size_text(self) -> str:
@@ -104,6 +117,10 @@ class PicaConfig(BankedConfig):
         names = self.target_parameters
         if names is not None and not (isinstance(names, (list, set, tuple)) and all(isinstance(n, str) for n in names)):
             found.append(f"target_parameters={names!r} must be a list of names")
-        if self.projection not in PROJECTIONS:
-            found.append(f"projection={self.projection!r} is unknown; use one of {', '.join(PROJECTIONS)}")
+        digest = self.basis_digest
+        if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+            found.append(f"basis_digest={digest!r} must be a SHA-256 in hexadecimal, or null")
+        known = (*PROJECTIONS, *CALIBRATED)
+        if self.projection not in known:
+            found.append(f"projection={self.projection!r} is unknown; use one of {', '.join(known)}")
         return found

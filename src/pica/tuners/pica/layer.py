@@ -17,12 +17,11 @@ from pica.tuners.base.basis_store import Projector
 from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.part import Part
+from pica.tuners.pica.from_file import FROM_FILE, basis_from_file
 from pica.tuners.pica.source import source_of
 
 # Cosine above which the directions of two solutions count as the same: solvers and half precision differ by far less.
 SAME_DIRECTION = 1 - 1e-4
-
-FROM_FILE = "file"  # the solver of a basis that came with an adapter
 
 
 class PicaMethod(Part):
@@ -240,6 +239,8 @@ class PicaMethod(Part):
         return rows
 
     def _solve(self, request: BasisRequest) -> Projector:
+        if request.file is not None:
+            return Projector.of(basis_from_file(self.layer, request))
         source = source_of(self.layer, request, check=True)
         return Projector.of(
             cached_solve_basis(
@@ -324,6 +325,8 @@ class PicaLinear(SharedLayer):
 
 def projection_key(request: BasisRequest) -> str:
     """Adapters with the same key share a layer's basis."""
+    if request.file is not None:
+        return f"{request.projection}_of_{request.digest[:12]}"
     key = f"{request.projection}_{request.seed}" if request.projection == "random" else request.projection
     if request.checkpoint is None:
         return key

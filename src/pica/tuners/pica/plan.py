@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, WantedSide, max_rank, solve_many
 from pica.basis.checkpoint import open_checkpoint, renaming
+from pica.basis.file import BasisFile
 from pica.errors import ConfigError
 from pica.tuners.base.bank import PicaBank, plain_name
 from pica.tuners.base.frozen_weight import features_of
@@ -20,6 +21,7 @@ from pica.tuners.base.sharding import check_placement, describe, loads_in_one_pr
 from pica.tuners.base.targets import target_layers
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.experts import ExpertView, PicaExpert, expert_layers, target_stacks
+from pica.tuners.pica.from_file import basis_from_file, named_basis, names_in
 from pica.tuners.pica.layer import PicaLinear, projection_key
 from pica.tuners.pica.source import source_of
 
@@ -90,10 +92,12 @@ class Plan:
             path: module if isinstance(module, PicaLinear) else _wrap(module, path, tuner.model)
             for path, module in layers.items()
         }
-        tensors = _named_tensors(config, wrapped)
-        self.requests = {m.path: _request(m, config, tensors) for m in members}
+        stored = config.save_basis and config.basis_format is not None
+        made = named_basis(config, needed=not stored)
+        tensors = _named_tensors(config, wrapped) if made is None else names_in(made, list(wrapped))
+        self.requests = {m.path: _request(m, config, tensors, made) for m in members}
         # A saved adapter that brings its basis needs none solved; should its file never be read, the layers solve later.
-        self.bases = self._solve(tuner.model, wrapped, stored=config.save_basis and config.basis_format is not None)
+        self.bases = self._solve(tuner.model, wrapped, stored=stored)
 
     def attach(self, layer: PicaLinear, adapter_name: str) -> None:
         """Give a layer the adapter that was planned for it."""
@@ -112,6 +116,8 @@ class Plan:
             and (await_others or not wrapped[path].frozen.is_deferred())
             and _lacks_basis(wrapped[path], request)
         ]
+        read = {r.name: basis_from_file(wrapped[r.name], r) for r in needed if r.file is not None}
+        needed = [request for request in needed if request.file is None]
         names = [request.name for request in needed]
         shapes = {n: (wrapped[n].out_features, wrapped[n].in_features) for n in names}
         holdings = describe({n: raw[n] for n in names}, shapes)
@@ -120,21 +126,25 @@ class Plan:
             source = source_of(wrapped[request.name], request, check=True)
             return source.weight, source.side
 
-        solved = dict(zip(names, solve_many(needed, load, holdings)))
+        solved = read | (dict(zip(names, solve_many(needed, load, holdings))) if needed else {})
         found = {n: b.rank if b.clear is None else b.clear for n, b in solved.items()}
         short = [n for n, rank in found.items() if rank < self.requests[n].rank]
         if short:
             more = f" and {len(short) - 1} more" if len(short) > 1 else ""
             warnings.warn(
-                f"PiCa: {short[0]}{more}: the weight has fewer directions with a singular value above rounding than the "
-                f"rank asked for ({found[short[0]]} of {self.requests[short[0]].rank}); the layer uses those it has.",
+                f"PiCa: {short[0]}{more}: the {'basis' if short[0] in read else 'weight'} has fewer directions with a "
+                f"{'' if short[0] in read else 'singular '}value above rounding than the rank asked for "
+                f"({found[short[0]]} of {self.requests[short[0]].rank}); the layer uses those it has.",
                 stacklevel=2,
             )
         return solved
 
 
-def _request(member: Member, config: PicaConfig, tensors: dict[str, str]) -> BasisRequest:
+def _request(member: Member, config: PicaConfig, tensors: dict[str, str], made: BasisFile | None) -> BasisRequest:
     tensor = tensors.get(member.path, "")
+    if made is not None:
+        place, digest = str(made.path), made.digest
+        return BasisRequest(member.path, member.rank, config.projection, "in", 0, None, tensor, place, digest)
     checkpoint, seed = config.basis_from if tensor else None, config.projection_seed
     return BasisRequest(member.path, member.rank, config.projection, "auto", seed, checkpoint, tensor)
 

@@ -1,0 +1,1 @@
+"""`pica basis`: a basis file for a base model."""
