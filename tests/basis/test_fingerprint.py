@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from pica.basis import solve_basis
+from pica.basis.alignment import align
 from pica.basis.fingerprint import (
     HEADER,
     LIMIT_BYTES,
     Mode,
-    align,
     choose_mode,
     decode,
     encode,

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,10 +130,8 @@ def choose_mode(ranks: Sequence[int], matrix_elements: int) -> tuple[Mode, int]:
 
 
 def measure(projector: Tensor, weight: Tensor, side: str, count: int) -> Tensor:
-    """Inner products of each direction with the first `count` probes, (rank, count), float64, on the CPU.
-
-    On side "out" the directions are projector @ W; only W's images of the probes are formed, never the directions.
-    """
+    """Inner products of each direction with the first `count` probes, (rank, count), float64, on the CPU."""
+    # On side "out" the directions are projector @ W; only W's images of the probes are formed, never the directions.
     dtype = torch.promote_types(projector.dtype, torch.float32)
     numpy_dtype = np.float64 if dtype == torch.float64 else np.float32  # of +1 and -1, either is exact
     probes = torch.from_numpy(probe_vectors(weight.shape[1], count).astype(numpy_dtype)).T  # (in, count)
@@ -157,7 +155,7 @@ def sampled_gains(projector: Tensor, weight: Tensor, side: str) -> tuple[float, 
     return float(gains[0]), np.minimum(gains[1:] / max(gains[0], 1e-300), MOST_GAIN)
 
 
-def _seen(projector: Tensor, weight: Tensor, side: str, count: int) -> tuple[np.ndarray, float, np.ndarray]:
+def observe(projector: Tensor, weight: Tensor, side: str, count: int) -> tuple[np.ndarray, float, np.ndarray]:
     """`measure` and `sampled_gains`; where the weight's entries are so large that these overflow, made in other units."""
     with np.errstate(invalid="ignore"):
         measured, (gain, samples) = (
@@ -190,11 +188,11 @@ def take_print(
     projector = projector[:rank]
     usable = projector.shape[0]
     if mode == "wide":
-        measured, gain, samples = _seen(projector, weight, side, probes)
+        measured, gain, samples = observe(projector, weight, side, probes)
         choice = np.tile(np.arange(probes), (usable, 1))
         values = np.clip(np.round(measured / WIDE_STEP), -32767, 32767) * WIDE_STEP
     else:
-        measured, gain, samples = _seen(projector, weight, side, NARROW_PROBES)
+        measured, gain, samples = observe(projector, weight, side, NARROW_PROBES)
         choice = np.abs(measured).argmax(axis=1)[:, None] if usable else np.zeros((0, 1), dtype=np.int64)
         strongest = np.take_along_axis(measured, choice, axis=1)
         values = np.sign(strongest) * np.clip(np.round(np.abs(strongest) / NARROW_STEP), 0, 127) * NARROW_STEP
@@ -251,10 +249,12 @@ def encoded_size(ranks: Sequence[int], mode: Mode, probes: int) -> int:
 
 
 def decode(data: bytes) -> tuple[dict[bytes, LayerPrint], Mode, int]:
-    """Prints by `path_hash`, the mode and the number of probes.
+    """Read what `encode` has written.
 
+    Returns:
+        Prints by `path_hash`, the mode and the number of probes.
     Raises:
-        AdapterFileError: not a fingerprint, cut short, or of a later format.
+        AdapterFileError: Not a fingerprint, cut short, or of a later format.
     """
     try:
         magic, version, wide, probes, _, count = HEADER.unpack_from(data)
@@ -310,101 +310,3 @@ def _read_narrow(block: bytes, rank: int, usable: int, probes: int) -> tuple[np.
     words = np.stack([pairs & 0xFFF, pairs >> 12], axis=1).reshape(-1)[:usable]
     sign = np.where(words & 0x80, -1.0, 1.0)
     return (words >> 8).astype(np.int64)[:, None], (sign * (words & 0x7F) * NARROW_STEP)[:, None]
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """How a recomputed basis lies to the one that a fingerprint was taken of.
-
-    Attributes:
-        rotation: (usable, usable) orthogonal matrix R such that R P is the trained basis; None where P already is.
-        deviation: Estimated |P_trained - R P|_F / sqrt(usable): 0 for the same basis, about 1.4 for an unrelated one.
-        worst: The same for the worst single direction.
-        gain_error: Largest relative difference of the sampled gains.
-        reason: Why the two cannot be the same, whatever the numbers say (another shape, ...); empty otherwise.
-        usable: Directions that the trained basis had; the present one may have more.
-    """
-
-    rotation: Tensor | None
-    deviation: float
-    worst: float
-    gain_error: float
-    reason: str = ""
-    usable: int = 0
-
-
-# Directions count as one cluster where neighbouring gains differ by less than this, relatively.
-CLUSTER_GAPS = (1e-6, 1e-5, 1e-4, 1e-3)
-# A direction off by more than this is looked at again as part of a cluster.
-SUSPECT = 5e-3
-# Largest error of a rotation inside a cluster that counts as determined by the probes.
-UNCERTAINTY = 2e-2
-
-
-def align(
-    trained: LayerPrint, mode: Mode, projector: Tensor, weight: Tensor, side: str, gains: Callable[[], Tensor]
-) -> Alignment:
-    """Hold the basis (`projector`, `side`) of `weight` (out, in) against the print of the trained one.
-
-    Args:
-        gains: Gives |W p_i| for each row, (rank,); asked for only where a rotation inside a cluster has to be found.
-    """
-    if (trained.out_features, trained.in_features) != tuple(weight.shape):
-        shapes = f"{trained.out_features} x {trained.in_features}, here {weight.shape[0]} x {weight.shape[1]}"
-        return Alignment(None, math.inf, math.inf, math.inf, f"trained on a weight of shape {shapes}")
-    projector = projector[: trained.rank]
-    if projector.shape[0] < trained.usable:
-        have = f"{projector.shape[0]} directions where {trained.usable} were trained"
-        return Alignment(None, math.inf, math.inf, math.inf, f"the weight has {have}")
-    projector = projector[: trained.usable]
-    if trained.usable == 0:
-        return Alignment(None, 0.0, 0.0, 0.0)
-    everything, gain, samples = _seen(projector, weight, side, trained.choice.max() + 1)
-    now = np.take_along_axis(everything, trained.choice, axis=1)
-    signs = np.where((now * trained.values).sum(axis=1) < 0, -1.0, 1.0)
-    rotation = np.diag(signs)
-    if mode == "wide":
-        rotation = _rotate_clusters(rotation, now, trained.values, gains)
-    off = np.sqrt(((rotation @ now - trained.values) ** 2).mean(axis=1))  # (usable,)
-    rounding = (NARROW_STEP if mode == "narrow" else WIDE_STEP) / math.sqrt(12)
-    deviation = math.sqrt(max(0.0, float((off**2).mean()) - rounding**2))
-    # Relative where a sample is above 1 (minor directions): float16 rounds it by more than any fixed difference.
-    samples_off = np.abs(samples - trained.samples) / np.maximum(1.0, trained.samples)
-    gain_error = max(abs(gain - trained.gain) / max(trained.gain, 1e-300), float(samples_off.max()))
-    unchanged = np.array_equal(rotation, np.eye(len(signs)))
-    turn = None if unchanged else torch.from_numpy(rotation)
-    return Alignment(turn, deviation, float(off.max()), gain_error, usable=trained.usable)
-
-
-def _rotate_clusters(
-    rotation: np.ndarray, now: np.ndarray, then: np.ndarray, gains: Callable[[], Tensor]
-) -> np.ndarray:
-    """Replace the signs of badly fitting clusters of equal gains by the best rotation, where the probes determine one."""
-    probes = now.shape[1]
-    off = np.sqrt(((rotation @ now - then) ** 2).mean(axis=1))
-    if off.max() <= SUSPECT:
-        return rotation
-    g = gains().double().cpu().numpy()[: len(now)]  # the weight may have more directions than the trained one had
-    for gap in CLUSTER_GAPS:
-        for first, last in _clusters(g, gap):
-            rows = slice(first, last)
-            size = last - first
-            if size < 2 or size > probes or off[rows].max() <= SUSPECT:
-                continue
-            u, s, vt = np.linalg.svd(then[rows] @ now[rows].T)
-            candidate = u @ vt
-            fitted = np.sqrt(((candidate @ now[rows] - then[rows]) ** 2).mean(axis=1))
-            # What the fit leaves open, over how strongly the probes see the weakest direction, bounds the rotation's error.
-            uncertainty = max(fitted.max(), WIDE_STEP) / math.sqrt(max(s[-1], 1e-12))
-            if fitted.max() < off[rows].max() and uncertainty < UNCERTAINTY:
-                rotation[rows, :] = 0.0
-                rotation[rows, rows] = candidate
-                off[rows] = fitted
-    return rotation
-
-
-def _clusters(gains: np.ndarray, gap: float) -> list[tuple[int, int]]:
-    """Ranges [first, last) of neighbours whose gains differ by less than `gap`, relatively."""
-    close = np.abs(np.diff(gains)) <= gap * np.maximum(gains[:-1], gains[1:])
-    edges = [0, *(int(i) + 1 for i in np.flatnonzero(~close)), len(gains)]
-    return list(zip(edges[:-1], edges[1:]))

@@ -7,7 +7,8 @@ from typing import ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from pica.basis.fingerprint import Alignment, LayerPrint, Mode
+from pica.basis.alignment import Alignment
+from pica.basis.fingerprint import LayerPrint, Mode
 from pica.tuners.base.mixed_batch import MixedBatch
 
 

@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from pica.basis.alignment import Alignment
 from pica.basis.fingerprint import (
     NAMED,
-    Alignment,
     LayerPrint,
     Mode,
     choose_mode,

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_precision, solve_basis
+from pica.basis.alignment import Alignment, align
 from pica.basis.apply import add_product, coordinates, delta_weight
-from pica.basis.fingerprint import Alignment, LayerPrint, Mode, align, take_print
+from pica.basis.fingerprint import LayerPrint, Mode, take_print
 from pica.tuners.base.bank import PicaBank
 from pica.tuners.base.basis_store import Projector
 from pica.tuners.base.layer import SharedLayer

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pica.basis import Factorisation, factorise, full_precision
+from pica.basis.alignment import Alignment, align
 from pica.basis.apply import add_product, coordinates
-from pica.basis.fingerprint import Alignment, LayerPrint, Mode, align, take_print
+from pica.basis.fingerprint import LayerPrint, Mode, take_print
 from pica.tuners.base.bank import PicaBank
 from pica.tuners.base.basis_store import Projector
 from pica.tuners.base.layer import SharedLayer
