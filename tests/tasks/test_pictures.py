@@ -12,7 +12,7 @@ from PIL import Image
 from pica.errors import ConfigError, DataError
 from pica.tasks import Source, has_split, location_problem
 from pica.tasks.base import Split, Target
-from pica.tasks.pictures import decode
+from pica.tasks.decoding import decode
 from pica.tasks.vtab import GROUPS, ImagesTask, VtabTask, group_means
 
 IMAGES, VTAB = ImagesTask(), VtabTask()

@@ -20,10 +20,11 @@ from pica.tasks.base import (
 )
 from pica.tasks.chat import ChatTask, Conversation
 from pica.tasks.commonsense import CommonsenseTask
+from pica.tasks.decoding import LabelledPicture
 from pica.tasks.dreambooth import DreamBoothTask, folder_problem
 from pica.tasks.glue import GlueTask
 from pica.tasks.math import MathTask
-from pica.tasks.pictures import LabelledPicture, has_pictures
+from pica.tasks.pictures import has_pictures
 from pica.tasks.pictures import location_problem as picture_location_problem
 from pica.tasks.places import check_location
 from pica.tasks.places import has_split as has_records

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pica.errors import DataError
 from pica.tasks.base import Bar, Kind, Source, Split
-from pica.tasks.pictures import PICTURES, LabelledPicture, readable
+from pica.tasks.decoding import LabelledPicture, readable
+from pica.tasks.pictures import PICTURES
 
 SUBJECT = "subject"
 

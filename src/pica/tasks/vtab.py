@@ -5,7 +5,8 @@ from statistics import fmean
 
 from pica.errors import ConfigError, DataError
 from pica.tasks.base import Kind, Source, Split, Target
-from pica.tasks.pictures import LabelledPicture, read_pictures
+from pica.tasks.decoding import LabelledPicture
+from pica.tasks.pictures import read_pictures
 
 GROUPS: dict[str, dict[str, int]] = {
     "natural": {

@@ -43,8 +43,8 @@ from pica.experiments.pipelines.diffusion.trainer import subject_trainer
 from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
 from pica.experiments.reporting import Reporter, Silent
 from pica.tasks import LabelledPicture
+from pica.tasks.decoding import decode
 from pica.tasks.dreambooth import read_folder
-from pica.tasks.pictures import decode
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Attention projections of diffusers' UNets and transformers, those of a second stream last; a model has some of them."""

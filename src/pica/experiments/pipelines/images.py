@@ -14,7 +14,7 @@ from pica.experiments.models import load_image_processor
 from pica.experiments.pipelines.classification import ClassificationPipeline
 from pica.experiments.recipes.recipe import Recipe
 from pica.tasks import ClassificationTask, LabelledPicture
-from pica.tasks.pictures import decode
+from pica.tasks.decoding import decode
 
 
 class ImageInputs:
