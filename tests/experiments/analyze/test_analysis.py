@@ -191,7 +191,7 @@ def test_suggested_ranks_are_the_smallest_and_a_recipe_takes_them(base: Path, tm
     for layer in found.layers:
         module = model.get_base_model().get_submodule(layer.path)
         assert isinstance(module, PicaLinear)
-        assert module.r["default"] == suggestion.ranks[layer.role]
+        assert module.method.rank_of["default"] == suggestion.ranks[layer.role]
 
 
 def test_ranks_from_the_base_alone(base: Path, tmp_path: Path):
