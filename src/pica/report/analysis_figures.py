@@ -14,7 +14,8 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pica.experiments.analyze.analysis import HISTOGRAM_BINS, Analysis, Layer, curve, iterate_updates, short_names
+from pica.experiments.analyze.analysis import HISTOGRAM_BINS, Analysis, Layer
+from pica.experiments.analyze.summary import curve, iterate_updates, short_names
 from pica.report import figures
 from pica.report.figures import Sheet
 

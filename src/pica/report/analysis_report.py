@@ -7,17 +7,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from pica.experiments.analyze.analysis import (
-    NEAR_ZERO,
-    PROGRESS,
-    Analysis,
-    RoleSummary,
-    curve,
-    near_zero,
-    short_names,
-    summarise,
-)
+from pica.experiments.analyze.analysis import NEAR_ZERO, PROGRESS, Analysis
 from pica.experiments.analyze.ranks import Suggestion
+from pica.experiments.analyze.summary import RoleSummary, curve, near_zero, short_names, summarise
 from pica.experiments.measuring import versions
 from pica.files import output as files
 from pica.report.analysis_figures import plates

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 import pica
 from pica.errors import ConfigError, OutputError
 from pica.experiments.analyze import analysis as engine
-from pica.experiments.analyze.analysis import MEMORY_COPIES, PROGRESS, Settings, analyse, curve, near_zero, summarise
+from pica.experiments.analyze.analysis import MEMORY_COPIES, PROGRESS, Settings, analyse
 from pica.experiments.analyze.ranks import patterns, recipe_text, suggest
+from pica.experiments.analyze.summary import curve, near_zero, summarise
 from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.reporting import Silent
 from pica.theory import spectrum

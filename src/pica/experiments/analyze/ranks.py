@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from pica.errors import ConfigError
-from pica.experiments.analyze.analysis import Analysis, curve
+from pica.experiments.analyze.analysis import Analysis
+from pica.experiments.analyze.summary import curve
 from pica.theory import rank_for_share
 
 
