@@ -31,7 +31,8 @@ from pica.errors import ConfigError, PicaError
 from pica.experiments.models import load_model
 from pica.experiments.plan import planning
 from pica.experiments.plan.packing import packed, parts
-from pica.experiments.plan.planning import Question, basis_seconds, build, estimate, solver_rates
+from pica.experiments.plan.planning import Question, build, estimate
+from pica.experiments.plan.timing import basis_seconds, solver_rates
 from pica.experiments.plan.tracing import Allocations
 from pica.experiments.recipes.recipe import ModelSection
 from pica.tuners.pica.experts import PicaExpert

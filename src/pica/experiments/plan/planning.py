@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedConfig
 
-from pica._devices import accelerator
-from pica.basis import max_rank, solve_basis
-from pica.basis.cache import SMALLEST_ELEMENTS
-from pica.basis.fingerprint import choose_mode, encoded_size
+from pica.basis import max_rank
 from pica.errors import ConfigError, PicaError
 from pica.experiments.models import DTYPES, load_config, quantisation
 from pica.experiments.plan.layout import adapt, build
 from pica.experiments.plan.packing import resting_bytes
+from pica.experiments.plan.sizes import (
+    ADAPTER,
+    GroupRow,
+    adapted_layers,
+    cache_bytes,
+    file_bytes,
+    group_rows,
+    matrices_of,
+)
+from pica.experiments.plan.timing import basis_seconds
 from pica.experiments.plan.tracing import StepTracer, TraceError, positions
 from pica.experiments.recipes.recipe import ModelSection
-from pica.tuners.base.bank import BANK_NAME, SharedMatrices, get_bank
 from pica.tuners.pica.config import PicaConfig
-from pica.tuners.pica.layer import PicaLinear
 
-ADAPTER = "default"
 MOMENTS = 2  # AdamW's, each in the parameter's own dtype
-TRIAL_WIDTH = 768  # of the weights that the solver is timed on
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,6 @@ class Question:
     checkpointing: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """Layers that share one matrix M (out_features, rank). `in_features` lists the widths that occur.
-
-    `layers` counts each expert of a stack, since each has a basis of its own.
-    """
-
-    name: str
-    layers: int
-    in_features: list[int]
-    out_features: int
-    rank: int
-    parameters: int
-    basis_bytes: int
 
 
 @dataclass(frozen=True)
@@ -155,6 +139,11 @@ class Estimate:
 def estimate(question: Question, *, progress: Callable[[str], None] = lambda text: None) -> Estimate:
     """Work out a plan.
 
+    Args:
+        question: What to plan.
+        progress: Is told what is being done.
+    Returns:
+        What the adapter and its training take.
     Raises:
         ConfigError: The model's configuration is not to be had or of no kind that can be built, a value is out of
             range, or no rank fits the budget.
@@ -186,14 +175,14 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
     if question.budget is not None:
         r = _rank_within(question, adapt(lay_out(), _pica(question, 1), notes))
     adapted = adapt(base, _pica(question, r), notes)
-    layers = _layers(adapted)
-    groups = _groups(adapted, layers)
+    layers = adapted_layers(adapted)
+    groups = group_rows(adapted, layers)
     parameters = sum(group.parameters for group in groups)
     basis_bytes = sum(group.basis_bytes for group in groups)
     progress("Timing the solver")
     seconds = sum(basis_seconds(layer.out_features, layer.in_features) for layer in layers)
     shapes = {group.name: (group.out_features, group.rank) for group in groups}
-    m_dtype = next(iter(_slot(adapted).values())).dtype
+    m_dtype = next(iter(matrices_of(adapted).values())).dtype
     adapter_bytes = file_bytes(shapes, [layer.method.rank_of[ADAPTER] for layer in layers], m_dtype)
     memory = [_memory("PiCa", r, adapted, question, weights, basis_bytes, notes, progress)]
     widths = sum(layer.in_features + layer.out_features for layer in layers)
@@ -216,7 +205,7 @@ def estimate(question: Question, *, progress: Callable[[str], None] = lambda tex
         parameters=parameters,
         adapter_bytes=adapter_bytes,
         basis_bytes=basis_bytes,
-        cache_bytes=_cache_bytes(layers, dtype),
+        cache_bytes=cache_bytes(layers, dtype),
         basis_seconds=seconds,
         memory=memory,
         notes=list(dict.fromkeys(notes)),
@@ -239,10 +228,6 @@ def _targets(adapted: PeftModel) -> dict[str, Any]:
     return {"target_modules": names, "target_parameters": config.target_parameters}
 
 
-def _layers(model: nn.Module) -> list[PicaLinear]:
-    return [module for module in model.modules() if isinstance(module, PicaLinear)]
-
-
 def _dtype(config: PreTrainedConfig, name: str) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
@@ -258,76 +243,19 @@ def _elements(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() for t in tensors)
 
 
-# ---- sizes -------------------------------------------------------------------------------------------------------------
-
-
-def _groups(model: PeftModel, layers: Sequence[PicaLinear]) -> list[GroupRow]:
-    rows = []
-    for key, matrix in _slot(model).items():
-        members = [layer for layer in layers if layer.group_of[ADAPTER] == key]
-        rows.append(
-            GroupRow(
-                name=key,
-                layers=len(members),
-                in_features=sorted({layer.in_features for layer in members}),
-                out_features=matrix.shape[0],
-                rank=matrix.shape[1],
-                parameters=matrix.numel(),
-                basis_bytes=sum(_projector(layer).nbytes for layer in members),
-            )
-        )
-    return rows
-
-
-def _projector(layer: PicaLinear) -> torch.Tensor:
-    found = layer.bases.rows(layer.bases.key_of[ADAPTER])
-    assert found is not None
-    return found
-
-
-def _slot(model: PeftModel) -> SharedMatrices:
-    bank = get_bank(cast(nn.Module, model.base_model.model))
-    assert bank is not None
-    return bank.matrices(ADAPTER)
-
-
-def file_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
-    """Size of adapter_model.safetensors: its header, the matrices and the fingerprint of their bases.
-
-    Args:
-        shapes: Of each group's M, by the group's name.
-        ranks: Of each layer.
-        dtype: Of M.
-    """
-    elements = sum(rows * columns for rows, columns in shapes.values())
-    fingerprint = encoded_size(ranks, *choose_mode(ranks, elements))
-    entries = [(key, dtype, list(shape), dtype.itemsize * shape[0] * shape[1]) for key, shape in sorted(shapes.items())]
-    entries.append(("fingerprint", torch.uint8, [fingerprint], fingerprint))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, kind, shape, size in entries:
-        name = {torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8"}[kind]
-        offsets = [end, end := end + size]
-        header[f"base_model.model.{BANK_NAME}.{key}"] = {"dtype": name, "shape": shape, "data_offsets": offsets}
-    text = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-text // 8) * 8 + end
-
-
-def _cache_bytes(layers: Sequence[PicaLinear], dtype: torch.dtype) -> int:
-    """Projectors and gains, in float32 or better, of the weights that are large enough to be kept."""
-    size = torch.promote_types(dtype, torch.float32).itemsize
-    kept = [layer for layer in layers if layer.in_features * layer.out_features >= SMALLEST_ELEMENTS]
-    return sum(size * layer.method.rank_of[ADAPTER] * (_projector(layer).shape[1] + 1) for layer in kept)
+# ---- the budget ---------------------------------------------------------------------------------------------------------
 
 
 def _rank_within(question: Question, model: PeftModel) -> int:
-    """The largest rank whose adapter fits the budget; `model` has one of rank 1.
+    """Find the largest rank whose adapter fits the budget; `model` has one of rank 1.
 
+    Returns:
+        The rank.
     Raises:
         ConfigError: Not even rank 1 fits.
     """
     assert question.budget is not None
-    layers, slot = _layers(model), _slot(model)
+    layers, slot = adapted_layers(model), matrices_of(model)
     limits = [max_rank(layer.out_features, layer.in_features) for layer in layers]
     of_group: dict[str, int] = {}
     for layer, limit in zip(layers, limits):
@@ -354,41 +282,6 @@ def _rank_within(question: Question, model: PeftModel) -> int:
             "layers with --target-modules."
         )
     return best
-
-
-# ---- time --------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def solver_rates() -> tuple[float, float, float]:
-    """(seconds a weight, a multiply-add of the Gram matrix, a cube of its width) of the solver, on this machine.
-
-    From the best of two solves each of a small, a square and a tall random weight.
-    """
-    device = accelerator() or torch.device("cpu")
-    n = TRIAL_WIDTH
-
-    def seconds(rows: int, columns: int) -> float:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(rows, columns, generator=generator).to(device)
-        taken = []
-        for _ in range(2):
-            begun = time.perf_counter()
-            solve_basis(weight, min(32, columns))
-            taken.append(time.perf_counter() - begun)
-        return min(taken)
-
-    each = seconds(32, 32)
-    square, tall = seconds(n, n) - each, seconds(4 * n, n) - each
-    gram = max(0.0, (tall - square) / (3 * n**3))
-    return each, gram, max(0.0, square / n**3 - gram)
-
-
-def basis_seconds(out_features: int, in_features: int) -> float:
-    """Estimated time to solve the basis of one weight here: the Gram matrix of its smaller side, and its eigenvectors."""
-    each, gram, eigen = solver_rates()
-    n = min(out_features, in_features)
-    return each + gram * out_features * in_features * n + eigen * n**3
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
