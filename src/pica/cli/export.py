@@ -63,7 +63,8 @@ def run(arguments: Sequence[str]) -> int:
     with loading() as shown:
         import pica
         from pica.adapters.export.folder import error_table
-        from pica.adapters.export.lora import ExportPlan, export_lora
+        from pica.adapters.export.lora import export_lora
+        from pica.adapters.export.plan import ExportPlan
         from pica.experiments.evaluate.assessing import require_adapter
         from pica.experiments.models import base_of, locate
         from pica.files.claims import claimed

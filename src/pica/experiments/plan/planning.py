@@ -243,7 +243,7 @@ def _elements(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() for t in tensors)
 
 
-# ---- the budget ---------------------------------------------------------------------------------------------------------
+# ---- the budget --------------------------------------------------------------------------------------------------------
 
 
 def _rank_within(question: Question, model: PeftModel) -> int:
