@@ -62,9 +62,11 @@ def attach(
         seed: Decides random initial values.
         task_type: PEFT's name for the model's task; None for those that it has no name for.
         modules_to_save: Modules that are trained in full and stored with the adapter.
-
+    Returns:
+        The model with the adapter.
     Raises:
         TargetError: A target matches no layer, or the method refuses the model.
+        PicaError: The package's own method refuses something else, for instance a rank.
     """
     pica.register()
     if section.method == "head" and not modules_to_save:
@@ -104,9 +106,11 @@ def head_parameters(model: peft.PeftModel) -> list[torch.nn.Parameter]:
 
 
 def title_of(section: AdapterSection) -> str:
-    """Method and size in a few words, for instance "pica r=32", and whatever else is not the method's default.
+    """Name an adapter's method and size in a few words.
 
-    Two sections that differ in a setting of the method have different titles: "pica r=32, projection=random".
+    Returns:
+        For instance "pica r=32", and whatever else is not the method's default, so that two sections that differ in a
+        setting of the method have different titles: "pica r=32, projection=random".
     """
     title = section.method
     if METHODS[section.method].rank is not None:

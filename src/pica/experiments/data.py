@@ -44,10 +44,7 @@ def source(
     bar: Bar | None = None,
     left_out: Callable[[LeftOut], None] | None = None,
 ) -> Source:
-    """Where one split of a recipe comes from, of several sources `place`.
-
-    Its location is that of training problems where the split has no own.
-    """
+    """Where one split of a recipe comes from, of several sources `place`; the training problems' where it has no own."""
     location = place or getattr(recipe.data, split) or next(iter(weights_of(recipe.data.train)))
     task = get_task(recipe.task.name)
     return Source(
@@ -69,8 +66,10 @@ def _has_classes(task: Task) -> bool:
 
 
 def target_of(recipe: Recipe, task: ClassificationTask) -> Target:
-    """What a classification recipe predicts.
+    """Find out what a classification recipe predicts.
 
+    Returns:
+        The task's target with the recipe's classes and metric.
     Raises:
         ConfigError: The recipe's classes or metric do not fit the task.
     """
@@ -78,8 +77,10 @@ def target_of(recipe: Recipe, task: ClassificationTask) -> Target:
 
 
 def with_classes(recipe: Recipe, splits: Splits) -> Recipe:
-    """The recipe with the classes that its training examples have, if it needs any; others are returned as they are.
+    """Note the classes that the training examples have, where a recipe needs any.
 
+    Returns:
+        The recipe with them; others as they are.
     Raises:
         DataError: There is only one class, or another split has one that the training examples lack.
     """
@@ -110,6 +111,8 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
     with a warning, and so are validation problems that are test problems too; `Splits.left_out` lists them. `bar` shows how
     pictures are decoded.
 
+    Returns:
+        The examples of each split, and what was left out.
     Raises:
         DataError: A source is missing, empty or malformed, or holds too few problems.
     """
@@ -156,13 +159,15 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
 
 
 def mixed(examples: Sequence[Any], weights: Mapping[str, float], *, seed: int) -> list[Any]:
-    """Examples of several sources in random order, each as often as its source's weight says.
+    """Mix the examples of several sources.
 
     Args:
         examples: Each with the `source` that it is of.
         weights: By source. With 2.5, each example is there twice, and a random half of them a third time; at least one of
             each source is taken.
         seed: Decides which ones, and their order.
+    Returns:
+        Examples in random order, each as often as its source's weight says.
     """
     generator, taken = random.Random(seed), list[Any]()
     for source, weight in weights.items():
@@ -186,8 +191,10 @@ def _in_folder(recipe: Recipe, task: Task, split: Split) -> bool:
 
 
 def _not_tested(validation: list[Any], test: list[Any], told: Callable[[LeftOut], None]) -> list[Any]:
-    """The validation problems that are no test problems: those must choose nothing, nor be learnt from by a refit.
+    """Leave out validation problems that are test problems: those must choose nothing, nor be learnt from by a refit.
 
+    Returns:
+        The others.
     Raises:
         DataError: None are left.
     """
@@ -203,8 +210,10 @@ def _not_tested(validation: list[Any], test: list[Any], told: Callable[[LeftOut]
 
 
 def read_all(recipe: Recipe, split: Split) -> list[Any]:
-    """All that the sources of one split hold, each once; nothing is held out.
+    """Read all that the sources of one split hold; nothing is held out.
 
+    Returns:
+        The examples, each once.
     Raises:
         DataError: A source is missing, empty or malformed.
     """
@@ -290,8 +299,10 @@ def take_out(
     split: Split = "validation",
     left_out: Callable[[LeftOut], None] | None = None,
 ) -> tuple[list[Any], list[Any]]:
-    """Split examples into (kept, taken out), the latter drawn with a generator of its own; doubles of it are left out.
+    """Take some examples out, drawn with a generator of its own; doubles of them are left out.
 
+    Returns:
+        The examples that stay, and those taken out.
     Raises:
         DataError: Fewer than twice `count` examples are there.
     """
@@ -317,8 +328,10 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 def prompt_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limits: Limits = _NO_LIMITS
 ) -> list[list[int]]:
-    """Token ids of the prompts, with the tokenizer's start token if it has one and never with an end token.
+    """Encode prompts.
 
+    Returns:
+        Token ids, with the tokenizer's start token if it has one and never with an end token.
     Raises:
         DataError: One has a token that the model has no embedding for.
     """

@@ -144,8 +144,10 @@ layers that the model's files do not have."""
 
 
 def configuration(section: AdapterSection) -> "peft.PeftConfig":
-    """The PEFT configuration that a section describes, without a task type.
+    """Make the PEFT configuration that a section describes.
 
+    Returns:
+        The configuration, without a task type.
     Raises:
         ConfigError: An option is no field of the method's configuration, or the configuration refuses a value.
     """
@@ -183,18 +185,14 @@ def configuration(section: AdapterSection) -> "peft.PeftConfig":
 
 
 def changes_base(section: AdapterSection) -> bool:
-    """Whether the method may change the base weights when it is put on, so that turned off it leaves another model.
-
-    PEFT's initialisations with a name may: PiSSA and others take what the adapter starts from out of the frozen weight.
-    """
+    """Whether the method may change the base weights when it is put on, so that turned off it leaves another model."""
+    # PEFT's initialisations with a name may: PiSSA and others take what the adapter starts from out of the frozen weight.
     return isinstance(getattr(configuration(section), "init_lora_weights", True), str)
 
 
 def _full(section: AdapterSection, library: Any) -> "peft.PeftConfig":
-    """A PEFT adapter that is nothing but complete copies of the target modules.
-
-    PEFT stores and loads them like any adapter. The frozen originals stay in memory beside the copies.
-    """
+    """A PEFT adapter that is nothing but complete copies of the target modules."""
+    # PEFT stores and loads them like any adapter. The frozen originals stay in memory beside the copies.
     _check_options(section, set())
     if not isinstance(section.target_modules, list):
         raise ConfigError("adapter.target_modules: method full needs a list of module names.")

@@ -104,7 +104,8 @@ def plan_upload(place: Path, name: str, *, base: str | None = None, everything: 
         name: OWNER/NAME on the hub; stands in the card's examples.
         base: What the base model is called on the hub, in place of what the adapter records.
         everything: Also what is no part of an adapter; of a run, its files beside those of the adapter.
-
+    Returns:
+        The files, and what they are called on the hub.
     Raises:
         AdapterFileError: There is no adapter.
         ConfigError: Something else lies in its folder, or its base model is a folder of this machine.

@@ -246,11 +246,13 @@ def standing(metric: str, contenders: Sequence[Contender]) -> Standing | None:
 
 
 def loss_change(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str:
-    """How the loss changed on the same conversations, in one sentence.
+    """Say how the loss changed on the same conversations.
 
     Args:
         before: Lines of a file of predictions on conversations.
         after: Those of another model, on the same conversations.
+    Returns:
+        A sentence with the difference and its 95% interval.
     """
     pairs = [(old, new) for old, new in zip(before, after) if None not in (old["loss"], new["loss"])]
     if not pairs:

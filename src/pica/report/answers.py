@@ -48,14 +48,17 @@ class Entry:
 
 
 def answers_block(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> tuple[str, Markup]:
-    """One sentence on what is shown, and the list.
+    """Show the answers of a run.
 
     Args:
         rows: Lines of the predictions files by "base", "adapter" and "baseline"; the adapter's must be there.
         titles: What these are called.
-
+    Returns:
+        One sentence on what is shown, and the list.
     Raises:
-        KeyError, TypeError, ValueError: The rows are not those of one run.
+        KeyError: A row lacks a field.
+        TypeError: A field has another type.
+        ValueError: The rows are not those of one run.
     """
     counts = {len(some) for some in rows.values()}
     if len(counts) > 1:

@@ -33,15 +33,17 @@ def run_titles(metrics: RunMetrics, *, base: str) -> dict[str, str]:
 
 
 def loss_figure(rows: Iterable[Mapping[str, str]], titles: Mapping[str, str], *, caption: str) -> Markup:
-    """The losses of loss_curve.csv against steps, a curve for each training; held-out ones with marks.
+    """Draw the losses of loss_curve.csv against steps, a curve for each training; held-out ones with marks.
 
     Args:
         rows: Of the file.
         titles: What the trained models are called, by `run`.
         caption: Below the figure.
-
+    Returns:
+        An HTML `figure`.
     Raises:
-        KeyError, ValueError: A column is missing, or a value is no number.
+        KeyError: A column is missing.
+        ValueError: A value is no number.
     """
     trained: dict[str, list[tuple[int, float]]] = {}
     held_out: dict[str, list[tuple[int, float]]] = {}
@@ -81,9 +83,16 @@ def _label(row: Mapping[str, str], titles: Mapping[str, str]) -> str:
 
 
 def measure_figures(rows: Iterable[Mapping[str, str]], titles: Mapping[str, str]) -> list[Markup]:
-    """What was rewarded or preferred as training went on, a figure for each measure of loss_curve.csv that has one.
+    """Draw what was rewarded or preferred as training went on, a figure for each measure of loss_curve.csv that has one.
 
-    Args, Raises: As `loss_figure`.
+    Args:
+        rows: Of the file.
+        titles: What the trained models are called, by `run`.
+    Returns:
+        HTML `figure` elements, perhaps none.
+    Raises:
+        KeyError: A column is missing.
+        ValueError: A value is no number.
     """
     rows = list(rows)
     return [

@@ -84,8 +84,10 @@ class Renderer:
         return self._find_form()
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The conversation's text, and where in it the loss is.
+        """Write a conversation as the template has it.
 
+        Returns:
+            Its text, and where in it the loss is.
         Raises:
             DataError: The template refuses the conversation, or its words cannot be found in what the template makes of it.
         """
@@ -133,13 +135,14 @@ class Renderer:
     def rows(
         self, conversations: Sequence[Conversation], *, max_length: int | None = None, overflow: Overflow = "cut"
     ) -> Rows:
-        """All conversations as rows of at most `max_length` tokens.
+        """Encode conversations.
 
         Args:
             conversations: What to encode.
             max_length: Longest row; None for no limit.
             overflow: What becomes of a longer conversation: it is cut off, split into several rows, or left out.
-
+        Returns:
+            All of them as rows of at most `max_length` tokens.
         Raises:
             DataError: As `render`, or nothing is left to learn.
         """
@@ -262,8 +265,10 @@ class Renderer:
 def cut_rows(
     tokens: Iterable[tuple[list[int], list[int]]], *, max_length: int | None = None, overflow: Overflow = "cut"
 ) -> Rows:
-    """`Renderer.rows` of conversations whose `Renderer.tokens` are there already.
+    """Make rows of conversations whose `Renderer.tokens` are there already.
 
+    Returns:
+        As `Renderer.rows`.
     Raises:
         DataError: Nothing is left to learn.
     """

@@ -110,6 +110,9 @@ def run_cell(cell: Cell, folder: Path, connection: Connection) -> None:
     """The body of a cell's process: run or go on with its recipe, write its record, tell the parent on the way.
 
     Standard output and error of the libraries go to a log file beside the run. SIGTERM stops it like Ctrl-C stops a run.
+
+    Raises:
+        SystemExit: The run was stopped; it can go on.
     """
     with suppress(AttributeError, OSError):
         os.setpgid(0, 0)  # Ctrl-C is for the parent alone, which then tells its cells once
@@ -205,10 +208,8 @@ def _finished(run: Path) -> RunMetrics | None:
 
 
 def _losses(predictions: Path) -> list[tuple[float, int]]:
-    """[loss in nats, tokens] of each test problem's gold answer, in their order; none for tasks that do not tell.
-
-    A class counts as one token.
-    """
+    """[loss in nats, tokens] of each test problem's gold answer, in their order; none for tasks that do not tell."""
+    # a class counts as one token
     with open(predictions, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [(row["loss"], row.get("tokens", 1)) for row in rows] if all("loss" in row for row in rows) else []

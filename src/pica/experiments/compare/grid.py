@@ -86,7 +86,7 @@ def run_grid(
     watcher: Watcher,
     retry_failed: bool = False,
 ) -> list[CellRecord]:
-    """Run what is not finished yet and return the records of all cells that there are, row by row.
+    """Run what is not finished yet.
 
     The first seed tries each learning rate of the row's grid and keeps the best on the validation problems; the other
     seeds take that one.
@@ -101,7 +101,8 @@ def run_grid(
         workers: Cells at a time; each gets its share of the cores as threads unless the comparison sets trainer.threads.
         watcher: Is told how it goes.
         retry_failed: Run failed cells again.
-
+    Returns:
+        The records of all cells that there are, row by row.
     Raises:
         OutputError: The folder is another comparison's, or can't be written.
         Interrupted: The user stopped; finished cells are kept, those under way go on from their last checkpoint.

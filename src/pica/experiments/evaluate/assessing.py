@@ -57,8 +57,10 @@ class Assessment:
 
 
 def assess(request: Request, *, reporter: Reporter) -> Assessment:
-    """Answer the problems, write the predictions if asked to, and return the measurements.
+    """Answer the problems, and write the predictions if asked to.
 
+    Returns:
+        The measurements.
     Raises:
         PicaError: The model, the task or the data is not to be had, or the predictions can't be written.
     """
@@ -166,11 +168,9 @@ def _check_options(request: Request, task: Task, adapter: Path | None) -> None:
 
 
 def _with_labels(recipe: Recipe, examples: list[Any], adapter: Path | None) -> Recipe:
-    """A classification recipe with its classes.
-
-    They are those of the request or the run; else those of a trained model's own configuration, if the examples' are
-    among them; else the examples' own, in the order that training would have given them.
-    """
+    """A classification recipe with its classes."""
+    # They are those of the request or the run; else those of a trained model's own configuration, if the examples' are
+    # among them; else the examples' own, in the order that training would have given them.
     task = get_task(recipe.task.name)
     if task.kind in WRITING or recipe.task.labels is not None:
         return with_classes(recipe, Splits([], [], examples))
@@ -190,8 +190,10 @@ def find_adapter(path: Path) -> Path | None:
 
 
 def require_adapter(path: Path) -> Path:
-    """The adapter folder that a path means.
+    """Find an adapter.
 
+    Returns:
+        The adapter folder that the path means.
     Raises:
         AdapterFileError: There is none.
     """

@@ -90,9 +90,16 @@ class Evaluation:
 
 
 def shown_score(metric: str, score: float, stderr: float, examples: int | None = None) -> str:
-    """A score with its standard error: shares in percent, correlations as they are; either may be undefined.
+    """Write a score with its standard error.
 
-    Where fewer than ten of `examples` answers are right, or wrong, Wilson's 95% interval stands in its place, in brackets.
+    Args:
+        metric: What the score is of.
+        score: A share in 0 to 1, which is shown in percent, or a correlation, which is shown as it is; may be undefined.
+        stderr: Its standard error; may be undefined.
+        examples: Number of answers; where fewer than ten of them are right, or wrong, Wilson's 95% interval stands in the
+            place of the standard error, in brackets.
+    Returns:
+        The text.
     """
     if not math.isfinite(score):
         return "undefined"
@@ -128,6 +135,8 @@ def evaluate(
         reporter: Is shown a bar with the accuracy so far.
         label: What the bar is called.
         by_likelihood: Take the likeliest of each example's choices instead of generating.
+    Returns:
+        Scores, their uncertainty, and the answers.
     """
     if by_likelihood:
         texts = likeliest(model, tokenizer, examples, batch_size, reporter, label)
@@ -184,9 +193,20 @@ def answers(
     *,
     sampling: tuple[float, float] | None = None,
 ) -> list[str]:
-    """Continuations of the prompts, in the examples' order, without special tokens.
+    """Let the model go on with the prompts.
 
-    They are greedy, or sampled from torch's global generators with the temperature and top_p of `sampling`.
+    Args:
+        model: Makes them.
+        tokenizer: Its tokenizer.
+        task: Scores the answers, for the bar.
+        examples: Whose prompts they are.
+        batch_size: Prompts at a time.
+        max_new_tokens: Longest continuation.
+        reporter: Is shown a bar.
+        label: What the bar is called.
+        sampling: Temperature and top_p, to sample from torch's global generators; None for greedy ones.
+    Returns:
+        Continuations, in the examples' order, without special tokens.
     """
     model.eval()
     limits = limits_of(model)
@@ -241,9 +261,19 @@ def likeliest(
     reporter: Reporter,
     label: str,
 ) -> list[str]:
-    """For each example the completion with the highest likelihood among those that end in one of its choices.
+    """Choose among the completions that end in one of an example's choices.
 
     Likelihoods are of all tokens of the completion and the end of the text; choices that are longer get no bonus.
+
+    Args:
+        model: Whose likelihoods count.
+        tokenizer: Its tokenizer.
+        examples: With choices.
+        batch_size: Rows at a time.
+        reporter: Is shown a bar.
+        label: What the bar is called.
+    Returns:
+        For each example the likeliest completion.
     """
     candidates, owners = [], []
     for index, example in enumerate(examples):

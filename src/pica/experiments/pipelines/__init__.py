@@ -44,11 +44,12 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 
 
 def make_pipeline(recipe: Recipe) -> Pipeline:
-    """The pipeline for a recipe's task; reads the tokenizer or the image processor, and no model yet.
+    """Make the pipeline for a recipe's task.
 
     Args:
         recipe: A checked recipe; for a classification task with its classes, see `pica.experiments.data.with_classes`.
-
+    Returns:
+        The pipeline, with its tokenizer or image processor, and without a model.
     Raises:
         ConfigError: The model's folder is incomplete, or the hub has no such model or cannot be reached.
     """

@@ -170,8 +170,10 @@ class ClassificationPipeline(Pipeline):
         return self._load()[0]
 
     def load_trained(self) -> PreTrainedModel:
-        """The model of a folder that has a trained head of its own.
+        """Load the model of a folder that has a trained head of its own.
 
+        Returns:
+            The model, with that head.
         Raises:
             ConfigError: It has none, or one for another number of classes.
         """

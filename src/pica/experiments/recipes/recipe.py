@@ -309,10 +309,15 @@ def weights_of(train: Mapping[str, float] | Sequence[str] | str) -> dict[str, fl
 
 
 def columns_of(columns: Mapping[str, str | Mapping[str, str]], split: str, place: str | None = None) -> dict[str, str]:
-    """`data.columns` as they are for one split: what is named for all, and what is named for it alone.
+    """Find out what the columns of one split are called.
 
-    Validation problems that have no names of their own have those of the training problems. `place` is one of several
-    sources of the split; what is named for that goes before.
+    Args:
+        columns: As `data.columns`.
+        split: Whose columns they are; validation problems that have no names of their own have those of the training
+            problems.
+        place: One of several sources of the split; what is named for that goes before.
+    Returns:
+        What is named for all splits, for this one and for the place.
     """
     chosen = {name: value for name, value in columns.items() if isinstance(value, str)}
     for own in (columns.get(split, columns.get("train") if split == "validation" else None), columns.get(place or "")):

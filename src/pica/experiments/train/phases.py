@@ -38,10 +38,12 @@ class Phases:
         return list(self._results)
 
     def read(self, name: str, kind: type[T]) -> T:
-        """The noted result of a phase, which is of this kind.
+        """Read the noted result of a phase.
 
+        Returns:
+            The result, of this kind.
         Raises:
-            OutputError: It is none.
+            OutputError: What is noted is none of this kind.
         """
         try:
             return from_document(kind, self._results[name])

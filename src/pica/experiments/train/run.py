@@ -73,6 +73,8 @@ def default_output(recipe: Recipe) -> Path:
 def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> RunResult:
     """Run a checked recipe from its beginning.
 
+    Returns:
+        The folder and what was measured.
     Raises:
         PicaError: Something in the user's hands is wrong; if found before training, no folder has been made.
         Interrupted: The user stopped the run; `resume` goes on with it.
@@ -93,10 +95,13 @@ def resume(folder: Path, *, reporter: Reporter, trust_remote_code: bool = False)
 
     `trust_remote_code` has to be given again for a run that was started with it: the folder may be somebody else's.
 
+    Returns:
+        As `start`.
     Raises:
         ConfigError: The folder holds no run, or a finished one, or its checkpoint is of another kind of job, or data, model
             or settings are no longer those that it began with, or its model's code was trusted then and is not now.
-        PicaError, Interrupted: As `start`.
+        PicaError: As `start`.
+        Interrupted: As `start`.
     """
     distributed.join()
     with _claimed(folder):

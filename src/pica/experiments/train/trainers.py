@@ -120,7 +120,7 @@ def classification_trainer(
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     head: Sequence[torch.Tensor],
 ) -> ClassificationTrainer:
-    """A trainer of a model with a classification head.
+    """Make a trainer of a model with a classification head.
 
     Args:
         model: The model with its adapter.
@@ -131,6 +131,8 @@ def classification_trainer(
         callbacks: What watches the steps.
         collate: From rows to one batch, labels included.
         head: Parameters that `section.head_learning_rate` is for.
+    Returns:
+        A trainer that has not begun.
     """
     arguments = TrainingArguments(
         **common_arguments(section, learning_rate, checkpoints),

@@ -89,12 +89,14 @@ def train(
         reporter: Is shown a bar with the loss.
         label: What the bar is called.
         watch: What else is looked at as training goes on.
-
+    Returns:
+        Losses, times and memory.
     Raises:
         ConfigError: What is to be watched needs a whole model in each process, and there is none.
         TrainingError: The loss or a trained parameter is not finite.
         OutputError: A checkpoint or the adapter can't be written.
         Interrupted: A signal asked to stop; a checkpoint has been written.
+        KeyboardInterrupt: A second one did.
     """
     resume_from = last_checkpoint(checkpoints)
     with stop_on_signal() as stop:

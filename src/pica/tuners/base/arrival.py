@@ -97,10 +97,8 @@ def _verify(bank: PicaBank, slot: SharedMatrices, name: str) -> None:
 
 
 def _twin(bank: PicaBank, slot: SharedMatrices, name: str) -> SharedMatrices | None:
-    """A verified adapter on the same bases with the same matrices: what was copied from it means what it means.
-
-    TRL makes the reference of a preference training in this way, matrix by matrix.
-    """
+    """A verified adapter on the same bases with the same matrices: what was copied from it means what it means."""
+    # TRL makes the reference of a preference training in this way, matrix by matrix.
     for _, other in siblings(bank, slot, name):
         if other.keys() == slot.keys() and all(
             slot[group].shape == other[group].shape and torch.equal(slot[group].detach(), other[group].detach())

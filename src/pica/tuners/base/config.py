@@ -114,10 +114,12 @@ class BankedConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str | PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The fields of a configuration file.
+        """Read a configuration file.
 
+        Returns:
+            Its fields.
         Raises:
-            AdapterFileError: it is not readable, or holds fields that are not known.
+            AdapterFileError: It is not readable, or holds fields that are not known.
         """
         return read_config_file(path_json_file, {f.name for f in dataclasses.fields(cls)})
 
@@ -128,14 +130,16 @@ class BankedConfig(PeftConfig):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> SelfConfig:
-        """The configuration in an adapter folder or hub repository.
+        """Read the configuration in an adapter folder or hub repository.
 
         Of a local folder the weights' file is checked too (present, whole), so that a damaged adapter is refused before
         a model is touched.
 
+        Returns:
+            The configuration.
         Raises:
-            AdapterFileError: the folder's files are missing, damaged or cut short, or hold fields that are not known.
-            ConfigError: a value has a wrong type or is out of range; the message names the file.
+            AdapterFileError: The folder's files are missing, damaged or cut short, or hold fields that are not known.
+            ConfigError: A value has a wrong type or is out of range; the message names the file.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         local = (folder / CONFIG).is_file()
@@ -158,10 +162,8 @@ class BankedConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict:
-        """The fields as plain values; sets become sorted lists, so that the same adapter gives the same file.
-
-        A mapping whose order counts and is not that of its sorted keys becomes a list of pairs, which keeps it.
-        """
+        """The fields as plain values; sets become sorted lists, so that the same adapter gives the same file."""
+        # A mapping whose order counts and is not that of its sorted keys becomes a list of pairs, which keeps it.
         plain = {**super().to_dict(), "basis_format": FORMAT_VERSION}
         for name in _ORDERED:
             value = plain.get(name)

@@ -308,9 +308,11 @@ class BankedModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Put the adapter's name back into the keys, and its bases into the orientation of the training.
 
+        Returns:
+            The entries by the model's names.
         Raises:
-            AdapterFileError: a matrix is missing, not expected, not finite or of another shape; names them.
-            BasisMismatchError: the adapter was trained with another basis. An adapter that was just added for this is
+            AdapterFileError: A matrix is missing, not expected, not finite or of another shape; names them.
+            BasisMismatchError: The adapter was trained with another basis. An adapter that was just added for this is
                 taken out again.
         """
         added_for_this = any(slot.unverified for _, _, slot in slots_of(model, adapter_name))
@@ -362,11 +364,9 @@ def _set_rank_pattern(config: Any, ranks: dict[str, int]) -> None:
 
 
 def _check_name(adapter_name: str, groups: Sequence[str] = (), bank: PicaBank | None = None) -> None:
-    """Refuse names under which PEFT would save an adapter without some of its matrices, or that no module can have.
-
-    Saving one adapter, PEFT drops every entry that has another adapter's name as a component. So no adapter may be called
-    like the bank or like a group, be it of its own or of another adapter.
-    """
+    """Refuse names under which PEFT would save an adapter without some of its matrices, or that no module can have."""
+    # Saving one adapter, PEFT drops every entry that has another adapter's name as a component. So no adapter may be called
+    # like the bank or like a group, be it of its own or of another adapter.
     others = {} if bank is None else {name: list(bank.matrices(name)) for name in bank}
     taken = {*BANK_NAMES, *groups, *(key for keys in others.values() for key in keys)}
     clash = adapter_name if adapter_name in taken else next((n for n in others if n in groups), None)

@@ -96,8 +96,10 @@ def _mode(slot: SharedMatrices, adapter_name: str) -> tuple[Mode, int]:
 def check_fingerprint(slot: SharedMatrices, adapter_name: str, fingerprint: Tensor) -> list[LayerCheck]:
     """Hold each layer's basis against a stored fingerprint; changes nothing.
 
+    Returns:
+        What came of it, a layer each.
     Raises:
-        AdapterFileError: the fingerprint is damaged or is of other layers.
+        AdapterFileError: The fingerprint is damaged or is of other layers.
     """
     if fingerprint.dtype != torch.uint8 or fingerprint.ndim != 1:
         raise AdapterFileError(
@@ -153,7 +155,9 @@ def align_or_refuse(
     gives is accepted with a warning.
 
     Args:
-        bank, slot, adapter_name: Where the adapter is.
+        bank: Of the method, in the base model.
+        slot: The adapter's part of it.
+        adapter_name: The adapter.
         fingerprint: Of the bases that it was trained with.
         base_name: The base model that it was trained on, for messages.
         new_bases: Whether the layers have just been given other bases, those of the adapter's file.
@@ -212,10 +216,8 @@ def _has_already(slot: SharedMatrices, fingerprint: Tensor) -> bool:
 
 
 def _known(bank: PicaBank, slot: SharedMatrices, adapter_name: str, fingerprint: Tensor) -> bool:
-    """Whether this very fingerprint was held against these bases already.
-
-    Hundreds of adapters of one base model would otherwise cost a check each.
-    """
+    """Whether this very fingerprint was held against these bases already."""
+    # Hundreds of adapters of one base model would otherwise cost a check each.
     found = fingerprint.cpu()
     return any(
         torch.equal(cast(Tensor, other.fingerprint).cpu(), found) and _same_ranks(slot, adapter_name, name)

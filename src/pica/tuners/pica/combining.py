@@ -34,10 +34,12 @@ def check_combination(
     combination_type: str,
     density: float | None,
 ) -> str:
-    """The adapter whose configuration the combined one takes: that of the highest rank.
+    """Check that adapters can be added up exactly.
 
+    Returns:
+        The adapter whose configuration the combined one takes: that of the highest rank.
     Raises:
-        ConfigError: an adapter is unknown, the name is taken, or the adapters cannot be added up exactly; says which.
+        ConfigError: An adapter is unknown, the name is taken, or the adapters cannot be added up exactly; says which.
     """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(

@@ -155,12 +155,15 @@ class AdaptedExperts(nn.Module):
 
 @contextmanager
 def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
-    """The module with other tensors in the place of some of its parameters, for one call.
+    """Put other tensors in the place of some of a module's parameters, for one call.
 
-    It is a stand-in that has the same children, buffers, hooks and attributes, and the module itself stays as it is, so
-    that other threads may call it meanwhile. Where something has given the module a `forward` of its own (Accelerate's
-    hooks, kernels from the hub), which would run the module and no stand-in, and in compiled models, the module itself has
-    the tensors meanwhile; then one thread runs at a time.
+    Where something has given the module a `forward` of its own (Accelerate's hooks, kernels from the hub), which would run
+    the module and no stand-in, and in compiled models, the module itself has the tensors meanwhile; then one thread runs
+    at a time.
+
+    Yields:
+        What to call: a stand-in that has the same children, buffers, hooks and attributes; the module itself stays as it
+        is, so that other threads may call it meanwhile.
     """
     # An entry of an instance's dict comes before a parameter of that name.
     if "forward" not in module.__dict__ and not torch.compiler.is_compiling():
@@ -258,10 +261,12 @@ def stored_input_first(module: nn.Module) -> bool:
 
 
 def target_stacks(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """(path of a module, the module or its wrapper, parameter's name) of each stack that `target_parameters` names.
+    """Find the stacks of experts that `target_parameters` names.
 
+    Yields:
+        Path of the module, the module or its wrapper, and the parameter's name.
     Raises:
-        TargetError: an entry matches nothing, or what is no stack of weights, or one that is in parts.
+        TargetError: An entry matches nothing, or what is no stack of weights, or one that is in parts.
         ConfigError: `layers_to_transform` is set, which PEFT does not apply to parameters.
     """
     wanted = set(getattr(config, "target_parameters", None) or ())

@@ -150,14 +150,16 @@ def _request(member: Member, config: PicaConfig, tensors: dict[str, str], made: 
 
 
 def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[str, str]:
-    """What each layer's weight is called in the checkpoint that `basis_from` names; nothing for one whose own counts.
+    """Find out what the layers' weights are called in the checkpoint that `basis_from` names.
 
-    That is so for experts: nothing quantises their stacks, and checkpoints may hold them apart, under other names. Where a
-    saved adapter's checkpoint cannot be found, the base model itself may be that checkpoint, or the adapter may
+    Experts' own weights count: nothing quantises their stacks, and checkpoints may hold them apart, under other names.
+    Where a saved adapter's checkpoint cannot be found, the base model itself may be that checkpoint, or the adapter may
     bring its bases; its fingerprint tells.
 
+    Returns:
+        Names by layer; nothing for a layer whose own weight counts.
     Raises:
-        ConfigError: there is no such checkpoint, or it is another model's.
+        ConfigError: There is no such checkpoint, or it is another model's.
     """
     if config.basis_from is None:
         return {}
