@@ -243,7 +243,7 @@ def test_the_loss_weighs_subject_and_class(recipe: Callable[..., Recipe], tmp_pa
     """As the paper of DreamBooth has it: the mean over the subject's pictures plus a weight times that over the class's."""
     made = recipe(dreambooth__class_prompt="a disc", dreambooth__class_count=3, dreambooth__prior_weight=0.25)
     pipeline: Any = make_pipeline(made)
-    examples = get_task("dreambooth").load("train", Source(made.data.train))
+    examples = get_task("dreambooth").load("train", Source(str(made.data.train)))
     rows = pipeline.encode(examples)
     model = pipeline.adapt(made.adapter, seed=0)
     pipeline.prepare(model, tmp_path, Silent())

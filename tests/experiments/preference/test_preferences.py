@@ -185,7 +185,8 @@ def measured(result: Any) -> dict[str, Any]:
 def test_too_long_pairs_are_cut_left_out_or_refused(
     renderer: Renderer, preference: Make, caplog: pytest.LogCaptureFixture
 ):
-    alike = Pair(PAIRS[0].prompt, *(({"role": "assistant", "content": f"{'long ' * 9}{end}"},) for end in "ab"))  # pyright: ignore[reportCallIssue]
+    chosen, rejected = (({"role": "assistant", "content": f"{'long ' * 9}{end}"},) for end in "ab")
+    alike = Pair(PAIRS[0].prompt, chosen, rejected)
     pairs = [*PAIRS, alike]
     rows = pair_rows(renderer, pairs, max_length=40)
     assert (rows.owners, rows.empty, rows.cut) == ([0, 1, 2], [3], 0)
