@@ -134,8 +134,12 @@ def reporter() -> ConsoleReporter:
 
 
 def quiet_libraries() -> None:
-    """Turn off bars and notes of the libraries underneath, whose messages name nothing a user of ours wrote."""
-    import datasets
+    """Turn off bars and notes of the libraries underneath, whose messages name nothing a user of ours wrote.
+
+    `datasets`, which takes a second to import and which few commands need, reads from the environment what it is to say.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import transformers
     from transformers import dynamic_module_utils
 
@@ -144,8 +148,11 @@ def quiet_libraries() -> None:
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it then refuses where it would ask whether to run a model's code
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
 
 
 @contextmanager
