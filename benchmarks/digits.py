@@ -225,13 +225,13 @@ def results(compared: Path, known: dict[str, Any]) -> tuple[dict[str, Any], str]
     """What goes into the results folder: all numbers, and the table."""
     summary = summarise(compared)
     numbers = json.loads((compared / "results.json").read_text(encoding="utf-8"))
-    problems = next(row.done[0]["problems"] for row in summary.rows if row.done)
+    problems = next(row.done[0].problems for row in summary.rows if row.done)
     seeds = summary.content["seeds"]
     text = (
         f"A ViT of {known['parameters']:,} parameters, trained on {known['pictures']:,} drawn shapes of {known['kinds']} "
         f"kinds ({known['accuracy']:.1%} of {known['held_out']:,} others named; chance {1 / known['kinds']:.1%}), then on "
-        f"{problems['train']} digits. Learning rates are chosen with seed {seeds[0]} on {problems['validation']} other "
-        f"digits; accuracy and loss are on the remaining {problems['test']}, mean ± standard deviation over seeds "
+        f"{problems.train} digits. Learning rates are chosen with seed {seeds[0]} on {problems.validation} other "
+        f"digits; accuracy and loss are on the remaining {problems.test}, mean ± standard deviation over seeds "
         f"{', '.join(map(str, seeds))}. A small-scale test.\n\n"
     )
     return {"shapes": known, "digits": numbers}, text + verdict(summary) + comparison_table(summary)

@@ -20,7 +20,6 @@ FIRST = (
     "adapter.r",
     "adapter.target_modules",
     "adapter.share",
-    "adapter.projection",
     "trainer.epochs",
     "trainer.max_steps",
     "trainer.batch_size",

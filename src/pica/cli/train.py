@@ -32,7 +32,8 @@ which needs no download and takes a few minutes on two cores.
 """
 
 EPILOG = """{shown}All fields: pica train --help-all
-One section: pica help train {sections}
+One section: pica help train SECTION, which is one of
+{sections}
 
 examples:
   pica train
@@ -231,7 +232,7 @@ def help_text(topics: Sequence[str] = (), *, everything: bool = False) -> str:
     check_topics(topics)
     made = parser(topics, everything=everything)
     shown = "" if topics or everything else "These are the fields that matter first. "
-    made.epilog = EPILOG.format(shown=shown, sections="|".join(section_names()))
+    made.epilog = EPILOG.format(shown=shown, sections=", ".join(section_names()))
     return made.format_help()
 
 

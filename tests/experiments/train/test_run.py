@@ -64,7 +64,9 @@ def test_a_run_writes_its_files_and_says_what_it_measured(recipe: Callable[..., 
     assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
     assert metrics["adapter"]["training"]["steps"] == 6
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions-adapter.jsonl").read_text().splitlines()]
-    assert [set(row) for row in rows] == [{"prompt", "completion", "extracted", "gold", "correct"}] * 4
+    assert [set(row) for row in rows] == [
+        {"prompt", "completion", "extracted", "gold", "correct", "loss", "tokens"}
+    ] * 4
     assert (tmp_path / "out" / "loss_curve.csv").read_text().count("\n") == 1 + 4
     said = "\n".join(reporter.said)
     assert "up_proj" in said, "the table of adapted layers"

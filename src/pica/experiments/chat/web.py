@@ -27,7 +27,7 @@ from pica.errors import ConfigError, PicaError
 from pica.experiments.chat.loading import BASE, Talker
 from pica.experiments.chat.talking import Sampling, check_sampling
 from pica.files.documents import parse_json
-from pica.tasks.chat import ROLES
+from pica.tasks.messages import ROLES
 
 LOCAL = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"

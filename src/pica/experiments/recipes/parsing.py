@@ -35,6 +35,7 @@ def option_parser(program: str) -> ArgumentParser:
     return parser
 
 
+@cache
 def field_help() -> dict[str, str]:
     """The help of every field and every section, by its dotted name."""
     found = {action.dest: " ".join(str(action.help).split()) for action in option_parser("pica")._actions}
