@@ -1,16 +1,16 @@
 """Recipes and comparisons as JSON schemas, by which editors complete and check them while they are written."""
 
 import dataclasses
-import types
-import typing
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from pica.experiments.recipes.parsing import field_help
 from pica.experiments.recipes.recipe import Recipe
 
 Schema = dict[str, Any]
 
-_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _RATES: Schema = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 1}
 _TEXT: Schema = {"type": "string"}
@@ -44,7 +44,7 @@ def comparison_schema() -> Schema:
     return {"$schema": _DIALECT, "title": "Comparison of pica compare", **_object(fields, required=["methods"])}
 
 
-def _object(properties: Schema, *, required: typing.Sequence[str] = ()) -> Schema:
+def _object(properties: Schema, *, required: Sequence[str] = ()) -> Schema:
     made: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return made | ({"required": list(required)} if required else {})
 
@@ -57,30 +57,14 @@ def _dataclass(kind: Any, prefix: str) -> Schema:
     """A section, or the whole recipe, with the help and the default of each field."""
     texts, properties = field_help(), {}
     for found in dataclasses.fields(kind):
+        annotation: Any = found.type
         name = f"{prefix}{found.name}"
-        if dataclasses.is_dataclass(found.type):
-            made = _dataclass(found.type, f"{found.name}.")
+        if dataclasses.is_dataclass(annotation):
+            made = _dataclass(annotation, f"{found.name}.")
             made["type"] = ["object", "null"]  # a section whose fields are all commented out
         else:
-            made = _type(found.type)
+            made = TypeAdapter(annotation).json_schema()
             if found.default is not dataclasses.MISSING:
                 made = {**made, "default": found.default}
         properties[found.name] = {**made, "description": texts[name]}
     return _object(properties)
-
-
-def _type(annotation: Any) -> Schema:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is Any:
-        return {}
-    if annotation in _PLAIN:
-        return {"type": _PLAIN[annotation]}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin is list:
-        return _list(_type(arguments[0]))
-    if origin is dict:
-        return {"type": "object", "additionalProperties": _type(arguments[1]) or True}
-    if origin in (typing.Union, types.UnionType):
-        return {"anyOf": [_type(argument) for argument in arguments]}
-    raise TypeError(f"a recipe's field of type {annotation} has no schema yet")
