@@ -86,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     request = StopRequest()
     try:
-        with _stopping() as request, _environment(settings):
-            if "PICA_DEVICE" in os.environ:
-                _check_device(os.environ["PICA_DEVICE"])
+        with _stopping() as request, _environment(settings | _visible_devices(settings)):
             status = _dispatch(arguments)
         if sys.stdout is not None:  # it is, where the caller has closed it
             sys.stdout.flush()  # here and not when Python ends, so that what goes wrong is dealt with below
@@ -191,20 +189,27 @@ def _settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return left, settings
 
 
-def _check_device(name: str) -> None:
-    """Refuse a name that is no device's, and let the one that is numbered be the only one that torch will see."""
+def _visible_devices(settings: Mapping[str, str]) -> dict[str, str]:
+    """Hold the name of a device that was asked for, if one was.
+
+    Returns:
+        What makes a device with a number the only one that torch will see, as environment variables.
+    Raises:
+        ConfigError: The name is no device's.
+    """
+    name = settings.get("PICA_DEVICE", os.environ.get("PICA_DEVICE"))
+    if name is None:
+        return {}
     kind, colon, number = name.partition(":")
     if kind not in DEVICES or (colon and not (kind == "cuda" and number.isdecimal())):
         raise ConfigError(f"--device {name!r}: there is no such device; it is one of cpu, cuda, cuda:N, mps and xpu.")
-    if colon:
-        os.environ["CUDA_VISIBLE_DEVICES"] = number
+    return {"CUDA_VISIBLE_DEVICES": number} if colon else {}
 
 
 @contextlib.contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables meanwhile: they reach processes that the command starts, and need no import."""
-    names = (*settings, "CUDA_VISIBLE_DEVICES")
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
         yield

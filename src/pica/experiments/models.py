@@ -49,17 +49,16 @@ def device() -> torch.device:
     Raises:
         ConfigError: PyTorch finds no device of the kind that is named.
     """
-    wanted, found = os.environ.get("PICA_DEVICE", "").partition(":")[0], accelerator()
-    if wanted == "cpu" or (not wanted and found is None):
+    wanted, found = os.environ.get("PICA_DEVICE", "").partition(":")[0], accelerator() or torch.device("cpu")
+    if wanted in ("", found.type):
+        return found
+    if wanted == "cpu":
         return torch.device("cpu")
-    if wanted and (found is None or found.type != wanted):
-        there = f"it finds {found.type}" if found else "it finds no accelerator"
-        raise ConfigError(
-            f"Device {wanted} was asked for, and PyTorch {torch.__version__} does not find one ({there}). Leave "
-            "--device (or PICA_DEVICE) out, or install a PyTorch that is built for it and check its driver."
-        )
-    assert found is not None
-    return found
+    there = "no accelerator" if found.type == "cpu" else found.type
+    raise ConfigError(
+        f"Device {wanted} was asked for, and PyTorch {torch.__version__} does not find one (it finds {there}). Leave "
+        "--device (or PICA_DEVICE) out, or install a PyTorch that is built for it and check its driver."
+    )
 
 
 def locate(path: str) -> str:
