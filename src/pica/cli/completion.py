@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from pica.cli import COMMANDS, command_module
 from pica.cli.show import show
@@ -46,7 +47,7 @@ def whole_parser() -> argparse.ArgumentParser:
         options = {"everything": True} if name in ("train", "compare") else {}
         made = command_module(name).parser(**options)
         for action in made._actions:
-            if action.type is not None and "Path" in str(action.type) or action.metavar in ("FILE", "RECIPE", "DIR"):
+            if action.type is Path or action.metavar in ("FILE", "RECIPE", "DIR"):
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
         commands.add_parser(name, parents=[made], add_help=False, help=summary.replace("%", "%%"))
     return whole

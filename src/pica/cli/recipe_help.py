@@ -63,20 +63,19 @@ def add_fields(parser: argparse.ArgumentParser, *, sections: Iterable[str] = (),
             continue
         if section not in groups:
             groups[section] = parser.add_argument_group(texts.get(section, "").rstrip(".") or "A training run")
-        brief = not (chosen or everything)
+        placeholder = _placeholder(found)
+        choices = placeholder.split("|") if "|" in placeholder else None  # for completion
+        text, kind = texts[name], "" if choices else type_in_words(found.type).removesuffix(" or null")
+        if not (chosen or everything):  # the first sentence will do
+            text, kind = text.partition(". ")[0].partition("; ")[0].rstrip(".") + ".", ""
         groups[section].add_argument(
-            f"--{name}",
-            metavar=_placeholder(found),
-            choices=_placeholder(found).split("|") if "|" in _placeholder(found) else None,  # for completion
-            help=_told(found, texts[name], brief=brief).replace("%", "%%"),
+            f"--{name}", metavar=placeholder, choices=choices, help=_told(found, text, kind).replace("%", "%%")
         )
 
 
-def _told(found: dataclasses.Field, text: str, *, brief: bool) -> str:
-    """A field's help, its first sentence only if `brief`, with its type in words and its default."""
-    if brief:
-        text = text.partition(". ")[0].partition("; ")[0].rstrip(".") + "."
-    notes = [] if brief or "|" in _placeholder(found) else [type_in_words(found.type).removesuffix(" or null")]
+def _told(found: dataclasses.Field, text: str, kind: str) -> str:
+    """A field's help with its type in words, if that is to be said, and its default."""
+    notes = [kind] if kind else []
     default = found.default if found.default is not dataclasses.MISSING else None
     if default is not None:
         notes.append(f"default: {str(default).lower() if isinstance(default, bool) else default}")
