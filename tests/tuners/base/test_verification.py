@@ -24,6 +24,7 @@ from pica.basis import Basis, solve_basis, spectral
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuners.base import verification as meaning
 from pica.tuners.base.bank import find_banks
+from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.pica.layer import PicaLinear
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -348,6 +349,19 @@ def test_one_check_serves_every_adapter_with_the_same_fingerprint(monkeypatch, t
         assert torch.equal(model(ids).logits, alone(ids).logits)
     with pytest.raises(BasisMismatchError):
         model.load_adapter(tmp_path / "foreign", adapter_name="third")
+
+
+def test_a_check_reads_each_weight_once(monkeypatch, saved):
+    """To dequantise one, or to read it from a checkpoint, takes longer than the rest of the check."""
+    base, folder, _ = saved
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    ((_, bank),) = find_banks(model)
+    slot, original = bank.matrices("default"), FrozenWeight.read
+    assert slot.fingerprint is not None
+    reads: list[FrozenWeight] = []
+    monkeypatch.setattr(FrozenWeight, "read", lambda weight: reads.append(weight) or original(weight))
+    assert all(check.acceptable for check in meaning.check_fingerprint(slot, "default", slot.fingerprint))
+    assert len(reads) == len(slot.layers)
 
 
 def test_new_adapters_on_the_same_bases_share_the_work_of_a_fingerprint(monkeypatch, tiny_llama):

@@ -76,12 +76,12 @@ class Method(Protocol):
         """Fingerprint of the basis that the adapter uses here."""
         ...
 
-    def align_print(self, name: str, trained: LayerPrint, mode: Mode) -> Alignment:
-        """How that basis lies to the one that `trained` was taken of; changes nothing."""
-        ...
+    def align_print(self, name: str, trained: LayerPrint, mode: Mode) -> tuple[Alignment, torch.dtype, str]:
+        """Hold that basis against the one that `trained` was taken of; changes nothing.
 
-    def basis_origin(self, name: str) -> tuple[torch.dtype, str]:
-        """Of which weights the adapter's basis is: their dtype, and one of `pica.basis.fingerprint.ORIGINS`."""
+        Returns:
+            How it lies to that one; and of which weights it is: their dtype, and one of `pica.basis.fingerprint.ORIGINS`.
+        """
         ...
 
     def limit(self, name: str, usable: int) -> None:

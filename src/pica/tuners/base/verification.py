@@ -120,8 +120,7 @@ def check_fingerprint(slot: SharedMatrices, adapter_name: str, fingerprint: Tens
     checks = []
     for path, layer in slot.layers.items():
         trained = prints[path_hash(path)]
-        alignment = layer.method.align_print(adapter_name, trained, mode)
-        dtype, origin = layer.method.basis_origin(adapter_name)
+        alignment, dtype, origin = layer.method.align_print(adapter_name, trained, mode)
         name = str(dtype).removeprefix("torch.")
         checks.append(LayerCheck(path, alignment, trained.dtype, name, trained.origin, origin))
     return checks

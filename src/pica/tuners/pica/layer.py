@@ -175,21 +175,17 @@ class PicaMethod(Part):
             origin=source.origin,
         )
 
-    def basis_origin(self, name: str) -> tuple[torch.dtype, str]:
-        source = source_of(self.layer, self.request(self.key_of(name)))
-        return source.weight.dtype, source.origin
-
-    def align_print(self, name: str, trained: LayerPrint, mode: Mode) -> Alignment:
+    def align_print(self, name: str, trained: LayerPrint, mode: Mode) -> tuple[Alignment, torch.dtype, str]:
         key = self.key_of(name)
         projector = self.require(key)
-        weight = source_of(self.layer, self.request(key)).weight
+        weight, _, origin = source_of(self.layer, self.request(key))
         side = self.layer.bases.side(key)
 
         def gains() -> Tensor:
             used = Projector(projector[: trained.rank].float(), side, "", trained.rank)
             return (used.directions(weight) @ weight.float().T).norm(dim=1)
 
-        return align(trained, mode, projector, weight, side, gains)
+        return align(trained, mode, projector, weight, side, gains), weight.dtype, origin
 
     def limit(self, name: str, usable: int) -> None:
         self.usable_of[name] = usable

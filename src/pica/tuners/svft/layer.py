@@ -196,17 +196,14 @@ class SvftMethod(Part):
             origin=self.layer.frozen.quantised_as,
         )
 
-    def basis_origin(self, name: str) -> tuple[torch.dtype, str]:
-        return self.layer.frozen.read().dtype, self.layer.frozen.quantised_as
-
-    def align_print(self, name: str, trained: LayerPrint, mode: Mode) -> Alignment:
+    def align_print(self, name: str, trained: LayerPrint, mode: Mode) -> tuple[Alignment, torch.dtype, str]:
         rows, weight = self._usable_rows(name), self.layer.frozen.read()
 
         def gains() -> Tensor:
             dtype = torch.promote_types(rows.dtype, torch.float32)
             return (rows[: trained.usable].to(dtype) @ weight.to(dtype).T).norm(dim=1)
 
-        return align(trained, mode, rows, weight, "in", gains)
+        return align(trained, mode, rows, weight, "in", gains), weight.dtype, self.layer.frozen.quantised_as
 
     def limit(self, name: str, usable: int) -> None:
         left, right = (side.clone() for side in self.sides(name))
