@@ -75,10 +75,7 @@ def solve_many(
             else _solve_each([requests[i] for i in mine], load)
         )
         bases = with_progress(each, len(mine))
-        return {
-            i: Solved((b.projector, b.gains), f"{b.side} {b.rank if b.clear is None else b.clear} {b.solver}")
-            for i, b in zip(mine, bases)
-        }
+        return {i: Solved((b.projector, b.gains), f"{b.side} {b.clear_rank} {b.solver}") for i, b in zip(mine, bases)}
 
     found = []
     for request, solved in zip(requests, share_out(holdings, solve)):

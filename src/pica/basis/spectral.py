@@ -73,6 +73,11 @@ class Basis:
     def rank(self) -> int:
         return self.projector.shape[0]
 
+    @property
+    def clear_rank(self) -> int:
+        """How many of the directions are the weight's own."""
+        return self.rank if self.clear is None else self.clear
+
     def directions(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "rank in"]:
         """The rows P themselves, (rank, in), for the `weight` (out, in) that the basis was solved from."""
         if self.side == "in":

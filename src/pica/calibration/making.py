@@ -181,8 +181,7 @@ def _of_weights(layers: Mapping[str, PicaLinear], config: PicaConfig) -> dict[st
             rank = min(config.r, max_rank(layer.out_features, layer.in_features, config.projection))
             options = {"projection": config.projection, "side": "in", "seed": config.projection_seed, "name": path}
             basis = cached_solve_basis(weight, rank, **options)
-            clear = basis.rank if basis.clear is None else basis.clear
-            yield basis.directions(weight)[:clear].to(torch.float32)
+            yield basis.directions(weight)[: basis.clear_rank].to(torch.float32)
 
     return dict(zip(layers, with_progress(solve(), len(layers))))
 

@@ -33,7 +33,7 @@ class Projector:
 
     @classmethod
     def of(cls, basis: Basis) -> Projector:
-        return cls(basis.projector, basis.side, basis.solver, basis.rank if basis.clear is None else basis.clear)
+        return cls(basis.projector, basis.side, basis.solver, basis.clear_rank)
 
     def directions(self, weight: Tensor) -> Tensor:
         """P itself, (k, in), in at least float32, of a projector that was made from `weight` (out, in)."""

@@ -127,7 +127,7 @@ class Plan:
             return source.weight, source.side
 
         solved = read | (dict(zip(names, solve_many(needed, load, holdings))) if needed else {})
-        found = {n: b.rank if b.clear is None else b.clear for n, b in solved.items()}
+        found = {n: b.clear_rank for n, b in solved.items()}
         short = [n for n, rank in found.items() if rank < self.requests[n].rank]
         if short:
             more = f" and {len(short) - 1} more" if len(short) > 1 else ""
