@@ -38,7 +38,7 @@ class MixingMethod(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """The samples of a batch that read the same basis of a layer.
 
     Attributes:
@@ -61,25 +61,25 @@ class MixedBatch(list[str]):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
-        self._parts: dict[str, list[Part]] = {}
+        self._parts: dict[str, list[BatchPart]] = {}
         self._cast: dict[tuple, Tensor] = {}
         self._stacked: dict[tuple, Tensor] = {}
 
-    def parts(self, method: MixingMethod) -> list[Part]:
+    def parts(self, method: MixingMethod) -> list[BatchPart]:
         """What of the batch concerns a layer; "__base__" and adapters that leave it alone do not."""
         layer = method.layer
         if layer.path not in self._parts:
-            parts: dict[str, Part] = {}
+            parts: dict[str, BatchPart] = {}
             for row, name in enumerate(self):
                 if name in layer.group_of:
                     key = method.key_of(name)
-                    part = parts.setdefault(key, Part(key, {}, {}))
+                    part = parts.setdefault(key, BatchPart(key, {}, {}))
                     part.rows.setdefault(name, []).append(row)
                     part.ranks.setdefault(name, method.usable_rank(name))
             self._parts[layer.path] = list(parts.values())
         return self._parts[layer.path]
 
-    def add(self, method: MixingMethod, part: Part, y: Tensor, h: Tensor) -> None:
+    def add(self, method: MixingMethod, part: BatchPart, y: Tensor, h: Tensor) -> None:
         """y += h M^T with each sample's own M, in place.
 
         Args:
@@ -114,7 +114,7 @@ class MixedBatch(list[str]):
             self._cast[key] = method.layer.matrix(name).to(device=like.device, dtype=like.dtype)
         return self._cast[key]
 
-    def _stack(self, method: MixingMethod, part: Part, rank: int, like: Tensor) -> Tensor:
+    def _stack(self, method: MixingMethod, part: BatchPart, rank: int, like: Tensor) -> Tensor:
         """M^T of each sample, (samples, rank, out); zero where an adapter has no direction or a sample no adapter."""
         members = tuple((name, method.layer.group_of[name], part.ranks[name]) for name in part.rows)
         key = (members, rank, like.dtype, like.device)
