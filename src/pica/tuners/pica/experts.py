@@ -197,7 +197,7 @@ class StackUpdate:
     def of(cls, layers: Sequence[PicaExpert], adapter_name: str) -> StackUpdate:
         shared = len({layer.group_of[adapter_name] for layer in layers}) == 1
         matrices = [layer.matrix(adapter_name) for layer in (layers[:1] if shared else layers)]
-        return cls(matrices, [_first_rows(layer, adapter_name) for layer in layers])
+        return cls(matrices, [layer.method.first_directions(adapter_name) for layer in layers])
 
     def add_to(self, stack: Tensor, *, input_first: bool) -> Tensor:
         """W_e + M P_e for all experts e, in the dtype and layout of `stack`."""
@@ -234,11 +234,6 @@ class AdaptedStack:
     def sources(self) -> list[Tensor]:
         """All that the adapted weights are made of."""
         return [self.stack, *(part for u in self.updates for part in (*u.matrices, *u.directions))]
-
-
-def _first_rows(layer: PicaExpert, adapter_name: str) -> Tensor:
-    """The directions that the adapter uses, itself where that is all of them: experts may be thousands."""
-    return layer.method.first_directions(adapter_name)
 
 
 def _widened(matrix: Tensor, size: int, *, dim: int) -> Tensor:

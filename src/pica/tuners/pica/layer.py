@@ -140,7 +140,7 @@ class PicaMethod(Part):
         return self.usable_rank(name)
 
     def first_directions(self, name: str) -> Tensor:
-        """The rows of the projector that the adapter uses."""
+        """The rows of the projector that the adapter uses; itself where that is all of them: experts may be thousands."""
         projector = self.require(self.key_of(name))
         usable = self.usable_rank(name)
         return projector if usable == len(projector) else projector[:usable]
