@@ -1,6 +1,6 @@
 """Pairs of answers as tokens, and as the batches that TRL's `DPOTrainer` takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,9 +60,32 @@ def pair_rows(
     Raises:
         DataError: The template refuses one, or none is left.
     """
-    rows = PairRows()
-    for index, pair in enumerate(pairs):
-        whole = [renderer.tokens(with_system(conversation, system)) for conversation in pair.conversations]
+    tokens = (pair_tokens(renderer, pair, system=system) for pair in pairs)
+    return cut_pairs(tokens, max_length=max_length, overflow=overflow)
+
+
+def pair_tokens(renderer: Renderer, pair: Pair, *, system: str | None) -> tuple[Sequences, Sequences]:
+    """The prompt with the chosen answer and with the rejected one, whole; `system` is for a prompt that has none."""
+    chosen, rejected = (renderer.tokens(with_system(conversation, system)) for conversation in pair.conversations)
+    return chosen, rejected
+
+
+def cut_pairs(
+    tokens: Iterable[tuple[Sequences, Sequences]],
+    *,
+    max_length: int | None = None,
+    overflow: Literal["cut", "drop"] = "cut",
+) -> PairRows:
+    """Make rows of pairs whose `pair_tokens` are there already.
+
+    Returns:
+        As `pair_rows`.
+
+    Raises:
+        DataError: None is left.
+    """
+    rows, index = PairRows(), -1
+    for index, whole in enumerate(tokens):
         longer = max_length is not None and any(len(ids) > max_length for ids, _ in whole)
         if longer and overflow == "drop":
             rows.dropped += 1
@@ -77,7 +100,7 @@ def pair_rows(
         rows.owners.append(index)
     if not rows.owners:
         raise DataError(
-            f"None of the {len(pairs)} pairs has answers that differ within trainer.max_length = {max_length} tokens, "
+            f"None of the {index + 1} pairs has answers that differ within trainer.max_length = {max_length} tokens, "
             "prompt included; raise it."
         )
     return rows

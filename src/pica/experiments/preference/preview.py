@@ -7,7 +7,7 @@ from typing import Literal
 
 from pica.experiments.chat.preview import Stretch, stretches
 from pica.experiments.chat.rendering import Renderer
-from pica.experiments.preference.encoding import PairRows, lost_pairs, pair_rows
+from pica.experiments.preference.encoding import PairRows, cut_pairs, lost_pairs, pair_tokens
 from pica.tasks.chat import with_system
 from pica.tasks.preference import Pair
 
@@ -73,7 +73,8 @@ def preview_pairs(
     Raises:
         DataError: The template refuses one, or nothing is left to learn.
     """
-    whole = pair_rows(renderer, train, system=system)
+    tokens = [pair_tokens(renderer, pair, system=system) for pair in train]
+    whole = cut_pairs(tokens)
     tested = {pair.identity for pair in test}
     shown = [
         (f"{pair.place}, {name}", stretches(renderer, with_system(conversation, system)))
@@ -82,7 +83,7 @@ def preview_pairs(
     ]
     return PairPreview(
         train,
-        pair_rows(renderer, train, system=system, max_length=max_length, overflow=overflow),
+        cut_pairs(tokens, max_length=max_length, overflow=overflow),
         [(len(chosen), len(rejected)) for (chosen, _), (rejected, _) in zip(whole.chosen, whole.rejected)],
         [pair.place for pair in train if pair.identity in tested],
         shown,
