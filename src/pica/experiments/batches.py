@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pica.experiments.data import IGNORED
 from pica.experiments.reporting import Advance
@@ -20,15 +21,20 @@ def length_batches(lengths: Sequence[int], size: int, *, alike: bool = False) ->
             yield group[start : start + size]
 
 
+def padded(rows: Sequence[Sequence[int]], filler: int, side: Literal["left", "right"] = "right") -> torch.Tensor:
+    """Rows of whole numbers as one tensor, (rows, longest), the shorter ones filled up at one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=side)
+
+
+def attended(rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "right") -> torch.Tensor:
+    """The attention mask of `padded` rows, (rows, longest): 1 where a row's own tokens are."""
+    return padded([[1] * len(row) for row in rows], 0, side)
+
+
 def left_padded(rows: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both (rows, longest); generation continues at the right edge."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), padding)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
-    return ids, mask
+    return padded(rows, padding, "left"), attended(rows, "left")
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,10 @@ def guesses(
     model.eval()
     lengths = [len(row) for row in input_ids]
     for indices in length_batches(lengths, batch_size):
-        width = max(lengths[index] for index in indices)
-        batch = torch.full((len(indices), width), padding)
-        target = torch.full((len(indices), width), IGNORED)
-        mask = torch.zeros((len(indices), width), dtype=torch.long)
-        for row, index in enumerate(indices):
-            batch[row, : lengths[index]] = torch.tensor(input_ids[index])
-            target[row, : lengths[index]] = torch.tensor(labels[index])
-            mask[row, : lengths[index]] = 1
+        rows = [input_ids[index] for index in indices]
+        batch, mask = padded(rows, padding), attended(rows)
         logits = model(input_ids=batch.to(model.device), attention_mask=mask.to(model.device)).logits
-        target = target[:, 1:].to(logits.device)
+        target = padded([labels[index] for index in indices], IGNORED)[:, 1:].to(logits.device)
         counted = target != IGNORED  # (batch, width - 1)
         # Only labelled positions are upcast: all of them in float32 are the largest tensor of the whole run.
         yield Guesses(indices, counted.sum(1).tolist(), logits[:, :-1][counted].float(), target[counted])

@@ -7,6 +7,7 @@ import torch
 from trl import pack_dataset
 
 from pica.errors import ConfigError
+from pica.experiments.batches import padded
 from pica.experiments.chat.rendering import Rows
 from pica.experiments.data import IGNORED
 
@@ -30,16 +31,13 @@ class PackedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `labels` and `position_ids`, each (rows, longest row)."""
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), self.padding)
-        labels = torch.full((len(rows), width), IGNORED)
-        positions = torch.zeros((len(rows), width), dtype=torch.long)  # each token of padding is a sequence of its own
-        for at, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[at, :length] = torch.tensor(row["input_ids"])
-            labels[at, :length] = torch.tensor(row["labels"])
-            positions[at, :length] = torch.cat([torch.arange(n) for n in row.get("seq_lengths") or [length]])
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+        lengths = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
+        positions = [[position for length in each for position in range(length)] for each in lengths]
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], self.padding),
+            "labels": padded([row["labels"] for row in rows], IGNORED),
+            "position_ids": padded(positions, 0),  # each token of padding is a sequence of its own
+        }
 
 
 @torch.no_grad()

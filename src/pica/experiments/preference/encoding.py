@@ -8,6 +8,7 @@ import datasets
 import torch
 
 from pica.errors import DataError
+from pica.experiments.batches import attended, padded
 from pica.experiments.chat.rendering import Renderer
 from pica.experiments.data import IGNORED
 from pica.tasks.chat import with_system
@@ -151,11 +152,8 @@ class PairCollator:
         """`input_ids`, `attention_mask` and `completion_mask` (1 where the loss is), each (2 rows, longest)."""
         ids = [row[f"{kind}_ids"] for kind in ("chosen", "rejected") for row in rows]
         labels = [row[f"{kind}_labels"] for kind in ("chosen", "rejected") for row in rows]
-        width = max(map(len, ids))
-        batch = torch.full((len(ids), width), self.padding)
-        mask, learnt = torch.zeros((2, len(ids), width), dtype=torch.long)
-        for at, (some_ids, some_labels) in enumerate(zip(ids, labels)):
-            batch[at, : len(some_ids)] = torch.tensor(some_ids)
-            mask[at, : len(some_ids)] = 1
-            learnt[at, : len(some_ids)] = (torch.tensor(some_labels) != IGNORED).long()
-        return {"input_ids": batch, "attention_mask": mask, "completion_mask": learnt}
+        return {
+            "input_ids": padded(ids, self.padding),
+            "attention_mask": attended(ids),
+            "completion_mask": (padded(labels, IGNORED) != IGNORED).long(),
+        }

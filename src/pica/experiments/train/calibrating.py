@@ -18,6 +18,8 @@ from pica.basis.file import NAME, holds_basis, keep, kept, open_basis
 from pica.calibration.making import make_basis
 from pica.calibration.texts import Calibration, calibration
 from pica.experiments.adapters import peft_config
+from pica.experiments.batches import padded
+from pica.experiments.data import IGNORED
 from pica.experiments.distributed import in_first, leads
 from pica.experiments.models import device
 from pica.experiments.pipelines import Pipeline
@@ -125,16 +127,9 @@ def _start_by_eva(model: peft.PeftModel, rows: Any, section: AdapterSection, *, 
 
 
 def _padded(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def column(name: str, filler: int, default: Any) -> torch.Tensor:
-        lists = [list(row.get(name) or default(row)) for row in rows]
-        return torch.tensor([values + [filler] * (longest - len(values)) for values in lists])
-
-    batch = {
-        "input_ids": column("input_ids", 0, lambda row: []),
-        "attention_mask": column("attention_mask", 0, lambda row: [1] * len(row["input_ids"])),
-    }
+    ids = [row["input_ids"] for row in rows]
+    masks = [row.get("attention_mask") or [1] * len(row["input_ids"]) for row in rows]
+    batch = {"input_ids": padded(ids, 0), "attention_mask": padded(masks, 0)}
     if "labels" in rows[0]:
-        batch["labels"] = column("labels", -100, lambda row: [])
+        batch["labels"] = padded([row["labels"] for row in rows], IGNORED)
     return batch
