@@ -55,8 +55,13 @@ def scored_task(name: str | None) -> GenerationTask:
         ConfigError: There is none of that name, or it cannot score answers.
     """
     if name not in SCORED:
-        raise ConfigError(
-            f"task.subset = {name!r}: task reward needs a task that can tell right answers from wrong ones; choose one of "
-            f"{', '.join(SCORED)}."
-        )
+        raise ConfigError(unscored(name))
     return SCORED[name]
+
+
+def unscored(name: str | None) -> str:
+    """That a task is not one of `SCORED`, in a sentence."""
+    return (
+        f"task.subset = {name!r}: task reward needs a task that can tell right answers from wrong ones; choose one of "
+        f"{', '.join(SCORED)}."
+    )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from pica.experiments.recipes.recipe import Recipe
-from pica.tasks.reward import SCORED
+from pica.tasks.reward import SCORED, unscored
 
 
 def policy_problems(recipe: Recipe) -> Iterator[str]:
@@ -22,10 +22,7 @@ def policy_problems(recipe: Recipe) -> Iterator[str]:
         return
     reward = recipe.reward
     if task.subset is not None and task.subset not in SCORED:
-        yield (
-            f"task.subset = {task.subset!r}: task reward needs a task that can tell right answers from wrong ones; choose "
-            f"one of {', '.join(SCORED)}."
-        )
+        yield unscored(task.subset)
     if reward.num_generations < 2:
         yield (
             f"reward.num_generations = {reward.num_generations}: must be 2 or more, since answers to one problem are held "
