@@ -15,6 +15,7 @@ from pica import SvftConfig
 from pica.cli import main
 from pica.errors import BasisMismatchError, ConfigError
 from pica.tuners.svft.layer import SvftLinear
+from tests.shared import logits
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -28,16 +29,6 @@ def adapted(base: Any, *, seed: int = 0, **settings: Any) -> PeftModel:
         parameter.data = 0.5 * torch.randn(len(parameter), generator=generator) * fall
     assert isinstance(model, PeftModel)
     return model
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(3))
-
-
-def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens).logits
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------

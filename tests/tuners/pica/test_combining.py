@@ -14,8 +14,7 @@ from pica import PicaConfig
 from pica.errors import ConfigError
 from pica.tuners.base.bank import PicaBank, get_bank
 from pica.tuners.pica.layer import PicaLinear
-
-IDS = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(1))
+from tests.shared import IDS
 
 
 def config(**settings: Any) -> PicaConfig:

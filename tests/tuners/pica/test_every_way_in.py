@@ -14,14 +14,14 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pica import PicaConfig, PicaModel, SvftConfig
 from pica.errors import AdapterFileError, PicaError
 from pica.tuners.base.bank import find_banks
 from pica.tuners.base.layer import SharedLayer
+from tests.tuners.pica.small_llama import base, logits
 
-IDS = torch.arange(3, 11)[None]
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 METHODS: dict[str, Callable[[], PeftConfig]] = {
@@ -29,26 +29,6 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "stored basis": lambda: PicaConfig(r=4, target_modules=TARGETS, save_basis=True),
     "svft": lambda: SvftConfig(target_modules=TARGETS, pattern="top_k", off_diagonals=1),
 }
-
-
-def base(seed: int = 0) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=24,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.fixture(scope="module")

@@ -11,35 +11,20 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from pica import PicaConfig, SvftConfig
 from pica.errors import BasisMismatchError
 from pica.tuners.base.layer import SharedLayer
 from pica.tuners.pica.layer import PicaLinear
+from tests.tuners.pica.small_llama import base, logits
 
-IDS = torch.arange(3, 11)[None]
 TARGETS = ["q_proj", "down_proj", "up_proj"]  # read from the input, and from the output
 METHODS: dict[str, PeftConfig] = {
     "pica": PicaConfig(r=4, target_modules=TARGETS),
     "svft": SvftConfig(target_modules=TARGETS),
     "svft top_k": SvftConfig(target_modules=TARGETS, pattern="top_k", off_diagonals=1),
 }
-
-
-def base(seed: int = 0) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=24,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
 
 
 def wrapped(seed: int = 0, method: str = "pica", **settings: Any) -> PeftModel:
@@ -53,11 +38,6 @@ def train(model: nn.Module) -> None:
     for seed, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
         # through .data, which leaves no trace in the version counter
         parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def checkpoint(model: nn.Module, seed: int) -> dict[str, Tensor]:
