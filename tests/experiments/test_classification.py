@@ -33,6 +33,7 @@ from pica.experiments.reporting import Silent
 from pica.experiments.results.run import SplitSizes
 from pica.experiments.train.run import resume, start
 from pica.experiments.train.search import preference
+from pica.experiments.train.trainers import Steps
 from pica.tasks import LabelledText, get_task
 from tests import results
 from tests.experiments.tiny_encoder import reviews, write_tiny_bert
@@ -216,14 +217,7 @@ def test_the_head_can_have_a_rate_of_its_own(recipe: Callable[..., Recipe], tmp_
     made = recipe(trainer__head_learning_rate=0.5, trainer__schedule="constant", trainer__warmup=0.0)
     pipeline, splits = prepared(made)
     model = pipeline.adapt(made.adapter, seed=0)
-    trainer = pipeline.trainer(
-        model,
-        pipeline.encode(splits.train),
-        made.trainer,
-        learning_rate=0.02,
-        checkpoints=tmp_path / "c",
-        callbacks=[],
-    )
+    trainer = pipeline.trainer(model, pipeline.encode(splits.train), Steps(made.trainer, 0.02, tmp_path / "c"))
     optimizer: Any = trainer.create_optimizer()
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -27,6 +27,7 @@ from pica.experiments.recipes.recipe import ModelSection, PreferenceSection, Rec
 from pica.experiments.reporting import Silent
 from pica.experiments.train.policies import preference_trainer
 from pica.experiments.train.run import resume, start
+from pica.experiments.train.trainers import Steps
 from pica.tasks.base import Source
 from pica.tasks.preference import Pair, PreferenceTask
 from tests.experiments.train.test_run import Recorder
@@ -120,11 +121,8 @@ def test_trl_trains_on_that_loss_with_the_adapter_switched_off_as_the_reference(
         model,
         renderer.tokenizer,
         dataset,
-        recipe.trainer,
+        Steps(recipe.trainer, 0.01, tmp_path),
         PreferenceSection(beta=0.3),
-        learning_rate=0.01,
-        checkpoints=tmp_path,
-        callbacks=[],
     )
     assert list(model.peft_config) == ["default"], "no second adapter"
     assert trainer.ref_model is None, "no second model"
@@ -218,11 +216,8 @@ def test_the_reference_takes_no_second_copy_of_the_model(renderer: Renderer, tmp
             model,
             renderer.tokenizer,
             as_pair_dataset(pair_rows(renderer, PAIRS)),
-            TrainerSection(max_steps=1, batch_size=2),
+            Steps(TrainerSection(max_steps=1, batch_size=2), 0.01, tmp_path),
             PreferenceSection(),
-            learning_rate=0.01,
-            checkpoints=tmp_path,
-            callbacks=[],
         )
         memory = PeakMemory()
         before = memory.read()["host"]

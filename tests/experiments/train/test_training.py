@@ -21,7 +21,7 @@ from pica.experiments.models import load_adapter, load_model
 from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.reporting import Silent
-from pica.experiments.train.trainers import generation_arguments
+from pica.experiments.train.trainers import Steps, generation_arguments
 from pica.experiments.train.training import Training, last_checkpoint, save_adapter, train
 from pica.tasks import get_task
 
@@ -205,12 +205,12 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path: Path):
 
 
 def test_nothing_slow_is_on_that_was_not_asked_for(recipe: Callable[..., Recipe], tmp_path: Path):
-    made = generation_arguments(recipe().trainer, 0.01, tmp_path)
+    made = generation_arguments(Steps(recipe().trainer, 0.01, tmp_path))
     assert not made.gradient_checkpointing  # TRL's default is on
     assert not made.bf16  # TRL's default is on
     assert not made.fp16
     assert made.report_to in ([], "none", ["none"])
     assert made.eval_strategy == "no"
     assert generation_arguments(
-        recipe(trainer__gradient_checkpointing=True).trainer, 0.01, tmp_path
+        Steps(recipe(trainer__gradient_checkpointing=True).trainer, 0.01, tmp_path)
     ).gradient_checkpointing

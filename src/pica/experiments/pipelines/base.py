@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import datasets
 import peft
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 
 from pica.errors import ConfigError
 from pica.experiments.evaluate.evaluation import Evaluation
-from pica.experiments.recipes.recipe import AdapterSection, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection
 from pica.experiments.reporting import Reporter
+from pica.experiments.train.trainers import Steps
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,7 @@ class Pipeline(Protocol):
             "adapter.basis_from."
         )
 
-    def trainer(
-        self,
-        model: peft.PeftModel,
-        rows: datasets.Dataset,
-        section: TrainerSection,
-        *,
-        learning_rate: float,
-        checkpoints: Path,
-        callbacks: Sequence[TrainerCallback],
-    ) -> Trainer:
+    def trainer(self, model: peft.PeftModel, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """A trainer that stops with a `TrainingError` at a loss that is no number, and leaves no broken checkpoint."""
         ...
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import peft
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from pica.experiments.adapters import attach
 from pica.experiments.chat.measuring import measure_rows, summed_up
@@ -20,9 +20,9 @@ from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut, Pipeline
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter, Silent
-from pica.experiments.train.trainers import generation_trainer
+from pica.experiments.train.trainers import Steps, generation_trainer
 from pica.files.output import write_text
 from pica.tasks.chat import Conversation, described, described_sources, with_system
 
@@ -86,29 +86,17 @@ class ChatPipeline(Pipeline):
         """The rows as they are."""
         return rows
 
-    def trainer(
-        self,
-        model: peft.PeftModel,
-        rows: datasets.Dataset,
-        section: TrainerSection,
-        *,
-        learning_rate: float,
-        checkpoints: Path,
-        callbacks: Sequence[TrainerCallback],
-    ) -> Trainer:
+    def trainer(self, model: peft.PeftModel, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """TRL's `SFTTrainer`."""
         _, padding = special_ids(self.tokenizer)
-        if section.packing:
+        if steps.section.packing:
             check_packing(model, padding)
         return generation_trainer(
             model,
             self.tokenizer,
             rows,
-            section,
-            learning_rate=learning_rate,
-            checkpoints=checkpoints,
-            callbacks=callbacks,
-            collate=PackedCollator(padding) if section.packing else None,
+            steps,
+            collate=PackedCollator(padding) if steps.section.packing else None,
         )
 
     def evaluate(self, model: Any, examples: Sequence[Conversation], *, reporter: Reporter, label: str) -> Evaluation:

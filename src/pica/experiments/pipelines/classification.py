@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
 )
 
 from pica.errors import ConfigError
@@ -25,9 +24,9 @@ from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, limits_of, longest, planned_limits
 from pica.experiments.models import load_adapter, load_classifier, load_config, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut, Pipeline
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter, Silent
-from pica.experiments.train.trainers import classification_trainer
+from pica.experiments.train.trainers import Steps, classification_trainer
 from pica.tasks import ClassificationTask, LabelledText, Target
 from pica.tasks.metrics import class_metrics, class_stderr, regression_metrics, regression_stderr
 
@@ -212,24 +211,12 @@ class ClassificationPipeline(Pipeline):
         batches = range(0, count, _PICTURES)
         return [self._inputs.collate([rows[i] for i in range(at, min(at + _PICTURES, count))]) for at in batches]
 
-    def trainer(
-        self,
-        model: peft.PeftModel,
-        rows: datasets.Dataset,
-        section: TrainerSection,
-        *,
-        learning_rate: float,
-        checkpoints: Path,
-        callbacks: Sequence[TrainerCallback],
-    ) -> Trainer:
+    def trainer(self, model: peft.PeftModel, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """transformers' `Trainer` with the model's own loss."""
         return classification_trainer(
             model,
             rows,
-            section,
-            learning_rate=learning_rate,
-            checkpoints=checkpoints,
-            callbacks=callbacks,
+            steps,
             collate=self._collate,
             head=head_parameters(model),
         )

@@ -15,7 +15,7 @@ import datasets
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from pica.adapters.pipelines import TEXT_ENCODER, adapter_folders
 from pica.errors import AdapterFileError, ConfigError, DataError, TargetError
@@ -40,8 +40,9 @@ from pica.experiments.pipelines.diffusion.loading import load_pipeline, local_fo
 from pica.experiments.pipelines.diffusion.scores import SCORES, SubjectScores
 from pica.experiments.pipelines.diffusion.subject import SubjectModel, latents_of
 from pica.experiments.pipelines.diffusion.trainer import subject_trainer
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter, Silent
+from pica.experiments.train.trainers import Steps
 from pica.tasks import LabelledPicture
 from pica.tasks.decoding import decode
 from pica.tasks.dreambooth import read_folder
@@ -144,25 +145,13 @@ class DreamBoothPipeline(Pipeline):
         if model is not None:
             self._ready(model)
 
-    def trainer(
-        self,
-        model: Any,
-        rows: datasets.Dataset,
-        section: TrainerSection,
-        *,
-        learning_rate: float,
-        checkpoints: Path,
-        callbacks: Sequence[TrainerCallback],
-    ) -> Trainer:
+    def trainer(self, model: Any, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """transformers' `Trainer` on latents and texts that are encoded once; see `SubjectTrainer`."""
         self._ready(model)
         return subject_trainer(
             model,
             rows,
-            section,
-            learning_rate=learning_rate,
-            checkpoints=checkpoints,
-            callbacks=callbacks,
+            steps,
             collate=self._collate,
         )
 

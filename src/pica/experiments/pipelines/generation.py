@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import peft
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from pica.errors import ConfigError
 from pica.experiments.adapters import attach
@@ -15,9 +15,9 @@ from pica.experiments.evaluate.evaluation import Evaluation, evaluate, held_out_
 from pica.experiments.limits import fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut, Pipeline
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter
-from pica.experiments.train.trainers import generation_trainer
+from pica.experiments.train.trainers import Steps, generation_trainer
 from pica.tasks import Example, GenerationTask
 
 
@@ -59,25 +59,13 @@ class GenerationPipeline(Pipeline):
         """The rows as they are."""
         return rows
 
-    def trainer(
-        self,
-        model: peft.PeftModel,
-        rows: datasets.Dataset,
-        section: TrainerSection,
-        *,
-        learning_rate: float,
-        checkpoints: Path,
-        callbacks: Sequence[TrainerCallback],
-    ) -> Trainer:
+    def trainer(self, model: peft.PeftModel, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """TRL's `SFTTrainer`."""
         return generation_trainer(
             model,
             self.tokenizer,
             rows,
-            section,
-            learning_rate=learning_rate,
-            checkpoints=checkpoints,
-            callbacks=callbacks,
+            steps,
         )
 
     def evaluate(self, model: Any, examples: Sequence[Example], *, reporter: Reporter, label: str) -> Evaluation:

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import peft
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 
 from pica.experiments.data import special_ids
 from pica.experiments.evaluate.evaluation import Evaluation
@@ -16,8 +16,9 @@ from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.pipelines.chat import ChatPipeline
 from pica.experiments.preference.encoding import PairRows, as_pair_dataset, lost_pairs, pair_rows
 from pica.experiments.preference.measuring import Judged, judge, mean_and_error, sequences_of
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter
+from pica.experiments.train.trainers import Steps
 from pica.tasks.chat import with_system
 from pica.tasks.preference import Pair, described_pairs
 
@@ -55,16 +56,7 @@ class PreferencePipeline(Pipeline):
             logger.warning("%s", sentence)
         return as_pair_dataset(rows)
 
-    def trainer(
-        self,
-        model: peft.PeftModel,
-        rows: datasets.Dataset,
-        section: TrainerSection,
-        *,
-        learning_rate: float,
-        checkpoints: Path,
-        callbacks: Sequence[TrainerCallback],
-    ) -> Trainer:
+    def trainer(self, model: peft.PeftModel, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """TRL's `DPOTrainer`; the reference is the model with its adapter switched off."""
         from pica.experiments.train.policies import preference_trainer
 
@@ -72,11 +64,8 @@ class PreferencePipeline(Pipeline):
             model,
             self._chat.tokenizer,
             rows,
-            section,
+            steps,
             self._recipe.preference,
-            learning_rate=learning_rate,
-            checkpoints=checkpoints,
-            callbacks=callbacks,
         )
 
     def evaluate(self, model: Any, examples: Sequence[Pair], *, reporter: Reporter, label: str) -> Evaluation:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import peft
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 
 from pica.errors import DataError
 from pica.experiments.data import prompt_ids
@@ -17,8 +17,9 @@ from pica.experiments.evaluate.evaluation import Evaluation, answers
 from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.pipelines.generation import GenerationPipeline
 from pica.experiments.preference.measuring import mean_and_error
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, TrainerSection
+from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter, Silent
+from pica.experiments.train.trainers import Steps
 from pica.tasks import Example, GenerationTask
 from pica.tasks.reward import scored_task
 
@@ -77,16 +78,7 @@ class RewardPipeline(Pipeline):
             }
         )
 
-    def trainer(
-        self,
-        model: peft.PeftModel,
-        rows: datasets.Dataset,
-        section: TrainerSection,
-        *,
-        learning_rate: float,
-        checkpoints: Path,
-        callbacks: Sequence[TrainerCallback],
-    ) -> Trainer:
+    def trainer(self, model: peft.PeftModel, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """TRL's `GRPOTrainer`."""
         from pica.experiments.train.policies import reward_trainer
 
@@ -94,13 +86,10 @@ class RewardPipeline(Pipeline):
             model,
             self._plain.tokenizer,
             rows,
-            section,
+            steps,
             self._recipe.reward,
             rewards=self._rewards,
             max_new_tokens=self._plain.max_new_tokens,
-            learning_rate=learning_rate,
-            checkpoints=checkpoints,
-            callbacks=callbacks,
         )
 
     def _rewards(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:

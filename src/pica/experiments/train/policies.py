@@ -1,22 +1,21 @@
 """Trainers that learn from preferences and from rewards: TRL's, with the guards of all trainers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from pica.errors import ConfigError
 from pica.experiments.data import special_ids
 from pica.experiments.methods import changes_base
 from pica.experiments.preference.encoding import PairCollator
-from pica.experiments.recipes.recipe import AdapterSection, PreferenceSection, RewardSection, TrainerSection
-from pica.experiments.train.trainers import Guards, common_arguments
+from pica.experiments.recipes.recipe import AdapterSection, PreferenceSection, RewardSection
+from pica.experiments.train.trainers import Guards, Steps, common_arguments
 from pica.text import first_line
 
 
@@ -63,12 +62,8 @@ def preference_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: datasets.Dataset,
-    section: TrainerSection,
+    steps: Steps,
     preference: PreferenceSection,
-    *,
-    learning_rate: float,
-    checkpoints: Path,
-    callbacks: Sequence[TrainerCallback],
 ) -> PreferenceTrainer:
     """Make a trainer on rows of `as_pair_dataset`.
 
@@ -81,9 +76,9 @@ def preference_trainer(
     _, padding = special_ids(tokenizer)
     with _as_settings(), _without_copy(model):
         arguments = DPOConfig(
-            **common_arguments(section, learning_rate, checkpoints),
+            **common_arguments(steps),
             beta=preference.beta,
-            max_length=section.max_length,
+            max_length=steps.section.max_length,
             remove_unused_columns=False,  # all columns are ours
         )
         return PreferenceTrainer(
@@ -92,7 +87,7 @@ def preference_trainer(
             train_dataset=rows,
             data_collator=PairCollator(padding),
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=list(steps.callbacks),
         )
 
 
@@ -100,14 +95,11 @@ def reward_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: datasets.Dataset,
-    section: TrainerSection,
+    steps: Steps,
     reward: RewardSection,
     *,
     rewards: Callable[..., list[float]],
     max_new_tokens: int,
-    learning_rate: float,
-    checkpoints: Path,
-    callbacks: Sequence[TrainerCallback],
 ) -> RewardTrainer:
     """Make a trainer on rows with a `prompt`, and whatever else `rewards` asks for.
 
@@ -115,13 +107,10 @@ def reward_trainer(
         model: The model with its adapter.
         tokenizer: Its tokenizer.
         rows: Problems.
-        section: Settings.
+        steps: How they are done.
         reward: Settings of the answers.
         rewards: From prompts, completions and the rows' other columns to a reward for each.
         max_new_tokens: Longest answer.
-        learning_rate: Peak rate.
-        checkpoints: Folder for checkpoints.
-        callbacks: What watches the steps.
 
     Returns:
         The trainer.
@@ -145,7 +134,7 @@ def reward_trainer(
 
     with _as_settings(), _without_copy(model):
         arguments = GRPOConfig(
-            **common_arguments(section, learning_rate, checkpoints),
+            **common_arguments(steps),
             num_generations=reward.num_generations,
             max_completion_length=max_new_tokens,
             temperature=reward.temperature,
@@ -158,7 +147,7 @@ def reward_trainer(
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=list(steps.callbacks),
         )
     return trainer
 

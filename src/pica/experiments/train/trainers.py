@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,23 @@ from pica.experiments.distributed import in_any
 from pica.experiments.models import device
 from pica.experiments.recipes.recipe import TrainerSection
 from pica.files.output import translated_write_errors
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the steps of one training are done, whatever is trained.
+
+    Attributes:
+        section: Settings.
+        learning_rate: Peak rate (`section` may list several).
+        checkpoints: Folder for checkpoints.
+        callbacks: What watches the steps.
+    """
+
+    section: TrainerSection
+    learning_rate: float
+    checkpoints: Path
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 class Guards:
@@ -90,21 +108,18 @@ def generation_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: datasets.Dataset,
-    section: TrainerSection,
+    steps: Steps,
     *,
-    learning_rate: float,
-    checkpoints: Path,
-    callbacks: Sequence[TrainerCallback],
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
 ) -> GenerationTrainer:
     """A trainer of a causal language model on rows with `input_ids` and `labels`; TRL makes the batches unless told how."""
-    arguments = generation_arguments(section, learning_rate, checkpoints)
+    arguments = generation_arguments(steps)
     return GenerationTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        callbacks=list(steps.callbacks),
         data_collator=collate,
     )
 
@@ -112,11 +127,8 @@ def generation_trainer(
 def classification_trainer(
     model: Any,
     rows: datasets.Dataset,
-    section: TrainerSection,
+    steps: Steps,
     *,
-    learning_rate: float,
-    checkpoints: Path,
-    callbacks: Sequence[TrainerCallback],
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     head: Sequence[torch.Tensor],
 ) -> ClassificationTrainer:
@@ -125,17 +137,14 @@ def classification_trainer(
     Args:
         model: The model with its adapter.
         rows: What `collate` makes batches of.
-        section: Settings.
-        learning_rate: Peak rate.
-        checkpoints: Folder for checkpoints.
-        callbacks: What watches the steps.
+        steps: How they are done.
         collate: From rows to one batch, labels included.
-        head: Parameters that `section.head_learning_rate` is for.
+        head: Parameters that `steps.section.head_learning_rate` is for.
     Returns:
         A trainer that has not begun.
     """
     arguments = TrainingArguments(
-        **common_arguments(section, learning_rate, checkpoints),
+        **common_arguments(steps),
         remove_unused_columns=False,  # all columns are ours, and images are only made when a batch is
     )
     return ClassificationTrainer(
@@ -143,8 +152,8 @@ def classification_trainer(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=list(callbacks),
-        head_learning_rate=section.head_learning_rate,
+        callbacks=list(steps.callbacks),
+        head_learning_rate=steps.section.head_learning_rate,
         head=head,
     )
 
@@ -158,22 +167,23 @@ def check_optimizer(name: str) -> None:
         raise ConfigError(f"trainer.optimizer = {name!r}: unknown optimizer; {hint}: {', '.join(known)}.")
 
 
-def generation_arguments(section: TrainerSection, learning_rate: float, checkpoints: Path) -> SFTConfig:
-    """The section as TRL takes it."""
+def generation_arguments(steps: Steps) -> SFTConfig:
+    """Steps as TRL takes them."""
     return SFTConfig(
-        **common_arguments(section, learning_rate, checkpoints),
-        max_length=section.max_length,
+        **common_arguments(steps),
+        max_length=steps.section.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},  # ids and labels are ours already
     )
 
 
-def common_arguments(section: TrainerSection, learning_rate: float, checkpoints: Path) -> dict[str, Any]:
-    """The section as every trainer takes it."""
+def common_arguments(steps: Steps) -> dict[str, Any]:
+    """Steps as every trainer takes them."""
+    section = steps.section
     return {
-        "output_dir": str(checkpoints),
+        "output_dir": str(steps.checkpoints),
         "per_device_train_batch_size": section.batch_size,
         "gradient_accumulation_steps": section.accumulation,
-        "learning_rate": learning_rate,
+        "learning_rate": steps.learning_rate,
         "lr_scheduler_type": section.schedule,
         "warmup_steps": section.warmup,  # a value below 1 is a share of all steps
         "weight_decay": section.weight_decay,

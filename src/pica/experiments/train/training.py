@@ -26,6 +26,7 @@ from pica.experiments.recipes.recipe import TrainerSection
 from pica.experiments.reporting import Advance, Reporter
 from pica.experiments.results.run import BestStep, TrainingResult
 from pica.experiments.train.allocation import RankAllocation
+from pica.experiments.train.trainers import Steps
 from pica.experiments.watching import Watch, Watching, add_reports, best_point, samples
 from pica.files.output import atomic_folder, write_json
 
@@ -105,14 +106,8 @@ def train(
             watch, section, folder=checkpoints, memory=memory, save=lambda folder: save_adapter(model, folder)
         )
         watcher = _Watcher(stop, [] if resume_from is None else _times_until(resume_from), watching, memory)
-        trainer = pipeline.trainer(
-            model,
-            dataset,
-            section,
-            learning_rate=learning_rate,
-            checkpoints=checkpoints,
-            callbacks=[watcher, watching, *_method_callbacks(model)],
-        )
+        steps = Steps(section, learning_rate, checkpoints, [watcher, watching, *_method_callbacks(model)])
+        trainer = pipeline.trainer(model, dataset, steps)
         if is_sharded(trainer) and (watch.measure or watch.sample):
             raise ConfigError(
                 "trainer.eval_steps and trainer.sample_steps need the whole model in each process, which FSDP and DeepSpeed "

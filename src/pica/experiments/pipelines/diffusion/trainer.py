@@ -1,19 +1,18 @@
 """transformers' trainer, which is Accelerate's loop, on the denoising loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from pica.adapters.saving import save_adapters
 from pica.experiments.pipelines.diffusion.drawing import generator_of
 from pica.experiments.pipelines.diffusion.subject import SubjectModel, latents_of
-from pica.experiments.recipes.recipe import TrainerSection
-from pica.experiments.train.trainers import Guards, common_arguments
+from pica.experiments.train.trainers import Guards, Steps, common_arguments
 
 
 class SubjectTrainer(Guards, Trainer):
@@ -61,17 +60,12 @@ class _Noise:
 def subject_trainer(
     model: SubjectModel,
     rows: datasets.Dataset,
-    section: TrainerSection,
+    steps: Steps,
     *,
-    learning_rate: float,
-    checkpoints: Path,
-    callbacks: Sequence[TrainerCallback],
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
 ) -> SubjectTrainer:
     """A trainer of a denoiser's adapter; `collate` makes a batch as `SubjectTrainer.compute_loss` takes it."""
-    arguments = TrainingArguments(
-        **common_arguments(section, learning_rate, checkpoints), remove_unused_columns=False, label_names=[]
-    )
+    arguments = TrainingArguments(**common_arguments(steps), remove_unused_columns=False, label_names=[])
     return SubjectTrainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=list(callbacks)
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=list(steps.callbacks)
     )
