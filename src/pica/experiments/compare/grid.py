@@ -161,7 +161,6 @@ class _Grid:
         self._rows = [_RowState(row, row in rows, waiting=list(comparison.seeds)) for row in comparison.rows]
         self._warned = set[str]()
         self._elsewhere = False  # whether other processes are running cells of ours
-        self._claims: dict[str, contextlib.ExitStack] = {}
         self.records: dict[tuple[str, int], CellRecord] = {}
         self._total = len(rows) * len(comparison.seeds)
 
@@ -207,13 +206,13 @@ class _Grid:
     def _fill(self) -> None:
         """Give every free worker a cell, and take over the records that are there."""
         while len(self._workers) < self._size:
-            cell = self._next()
-            if cell is None:
+            found = self._next()
+            if found is None:
                 return
-            self._start(cell)
+            self._start(*found)
 
-    def _next(self) -> Cell | None:
-        """The next cell to run. Rows' first seeds go first: the others wait for their learning rate."""
+    def _next(self) -> tuple[Cell, contextlib.ExitStack] | None:
+        """The next cell to run, and the claim on it. Rows' first seeds go first: the others wait for their learning rate."""
         busy: list[tuple[_RowState, int]] = []
         try:
             return self._claimed_next(busy)
@@ -222,7 +221,7 @@ class _Grid:
             for state, seed in reversed(busy):
                 state.waiting.insert(0, seed)
 
-    def _claimed_next(self, busy: list[tuple[_RowState, int]]) -> Cell | None:
+    def _claimed_next(self, busy: list[tuple[_RowState, int]]) -> tuple[Cell, contextlib.ExitStack] | None:
         """The same; cells that other processes are running are taken out of the waiting ones and listed in `busy`."""
         while True:
             found = self._take()
@@ -243,8 +242,7 @@ class _Grid:
                 claim.close()
                 self._ended(state, cell, record)
             else:
-                self._claims[cell.key] = claim
-                return cell
+                return cell, claim
 
     def _finished(self, cell: Cell, state: _RowState) -> CellRecord | None:
         """A cell's record, unless it failed and is to be run again."""
@@ -285,7 +283,7 @@ class _Grid:
                 return state, make_cell(self._comparison, state.row, state.waiting.pop(0), (rate,))
         return None
 
-    def _start(self, cell: Cell) -> None:
+    def _start(self, cell: Cell, claim: contextlib.ExitStack) -> None:
         if cell.recipe.trainer.threads is None:
             trainer = dataclasses.replace(cell.recipe.trainer, threads=self._threads)
             cell = dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, trainer=trainer))
@@ -294,7 +292,7 @@ class _Grid:
         process.start()
         theirs.close()
         number = next(n for n in range(self._size) if n not in self._workers)
-        self._workers[number] = _Worker(number, cell, process, ours, self._claims.pop(cell.key))
+        self._workers[number] = _Worker(number, cell, process, ours, claim)
         self._watcher.begun(number, cell)
 
     def _listen(self) -> None:
