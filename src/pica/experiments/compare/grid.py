@@ -268,8 +268,8 @@ class _Grid:
                 rates = state.row.learning_rates if seed == first else (state.chosen,) if state.chosen else ()
                 if rates and (state.row.label, seed) not in self.records:
                     cell = make_cell(self._comparison, state.row, seed, rates)
-                    if (record := read_record(self._folder, cell.key)) is not None:
-                        self._ended(state, cell, dataclasses.replace(record, label=state.row.label))
+                    if (record := self._finished(cell, state)) is not None:
+                        self._ended(state, cell, record)
 
     def _take(self) -> tuple[_RowState, Cell] | None:
         first = self._comparison.seeds[0]
