@@ -77,20 +77,20 @@ def calibration(
     if given and isinstance(given[0], Mapping) and any(isinstance(v, Tensor) for v in given[0].values()):
         return _of_batches(given, name, seed)
     if given and not isinstance(given[0], str):
-        rows = [list(map(int, row)) for row in given]
+        rows = given
     else:
         if tokenizer is None:
             raise ConfigError("Calibration: texts need the model's tokenizer; pass it as tokenizer.")
         texts = [text for text in given if text.strip()]
-        rows = [list(row) for row in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
-    rows = [row[:length] for row in rows if row]
+        rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    rows = [row for row in rows if len(row)]
     if not rows:
         raise DataError(f"Calibration: {name} holds no text to read.")
     random.Random(seed).shuffle(rows)
     chosen: list[list[int]] = []
     left = tokens
     for row in rows:
-        chosen.append(row[:left])
+        chosen.append([int(token) for token in row[: min(length, left)]])
         left -= len(chosen[-1])
         if left <= 0:
             break
@@ -122,7 +122,7 @@ def _given(source: Source) -> tuple[str, list[Any]]:
     if isinstance(columns := getattr(data, "column_names", None), list):
         name = str(getattr(data, "builder_name", None) or "a data set")
         if "input_ids" in columns:
-            return name, [list(row) for row in data["input_ids"]]
+            return name, list(data["input_ids"])
         return name, [_text_of(row) for row in data]
     return "what was passed", list(source)
 
