@@ -167,9 +167,10 @@ def _without_head(model: nn.Module, layers: Mapping[str, PicaLinear]) -> nn.Modu
     """The model's body, where all of these layers are in it: logits are of no use here, and large."""
     name = getattr(model, "base_model_prefix", "")
     body = getattr(model, name, None) if name else None
-    encodes_only = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    inside = isinstance(body, nn.Module) and encodes_only and all(path.startswith(f"{name}.") for path in layers)
-    return body if inside and isinstance(body, nn.Module) else model
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not isinstance(body, nn.Module) or encoder_decoder:
+        return model
+    return body if all(path.startswith(f"{name}.") for path in layers) else model
 
 
 def _of_weights(layers: Mapping[str, PicaLinear], config: PicaConfig) -> dict[str, Tensor]:
