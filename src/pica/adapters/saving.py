@@ -20,9 +20,9 @@ from torch import Tensor
 from pica.adapters.card import CARD, is_generated, write_card
 from pica.errors import AdapterFileError, ConfigError, OutputError
 from pica.files.folders import atomic_folder, flush, new_folder, translated_write_errors
+from pica.tuners.base.config_file import CONFIG, WEIGHTS
 from pica.tuners.base.sharding import is_dtensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONVERSION = "path_initial_model_for_weight_conversion"  # of PEFT's save_pretrained
 
 

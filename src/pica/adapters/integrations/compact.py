@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pica.adapters.integrations.named import WEIGHTS
 from pica.errors import ExportError
 from pica.files.folders import flush_all
+from pica.tuners.base.config_file import WEIGHTS
 
 SHARED = "shared.safetensors"
 BASES = ".bases"

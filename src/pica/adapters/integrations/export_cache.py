@@ -17,8 +17,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pica.adapters.integrations.compact import SHARED
-from pica.adapters.integrations.named import CONFIG, WEIGHTS
 from pica.files.claims import claimed
+from pica.tuners.base.config_file import CONFIG, WEIGHTS
 
 try:
     import fcntl

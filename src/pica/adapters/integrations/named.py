@@ -7,11 +7,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pica.adapters.base_model import CONFIGS
 from pica.errors import AdapterFileError, ConfigError
 from pica.files.documents import DocumentError, read_json
+from pica.tuners.base.config_file import CONFIG, WEIGHTS
 
-METHODS = ("PICA", "SVFT")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+METHODS = tuple(CONFIGS)  # no mapping: what a file holds may be a list, which none can be asked for
 _LONGEST = 255  # bytes of a part of a name, as file systems have it
 
 
