@@ -19,7 +19,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +79,15 @@ def use_basis_cache(enabled: bool) -> None:
 
 def cache_folder() -> Path | None:
     """Where entries are kept, `basis` in `PICA_CACHE_DIR` or in the user's cache folder; None where the cache is off."""
-    chosen = os.environ.get("PICA_CACHE_DIR")
-    if not _enabled or chosen == "":
-        return None
-    if chosen is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-        chosen = os.path.join(home, "pica")
-    return Path(os.path.abspath(os.path.expanduser(chosen))) / "basis"
+    off = not _enabled or os.environ.get("PICA_CACHE_DIR") == ""
+    return None if off else cache_home(os.environ) / "basis"
+
+
+def cache_home(environment: Mapping[str, str]) -> Path:
+    """The folder of all caches: `PICA_CACHE_DIR`, or `pica` in the user's cache folder where that is not set, or empty."""
+    user = environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    chosen = environment.get("PICA_CACHE_DIR") or os.path.join(user, "pica")
+    return Path(os.path.abspath(os.path.expanduser(chosen)))
 
 
 def cache_limit() -> int:

@@ -14,6 +14,7 @@ from pica._version import __version__
 from pica.adapters.integrations.export_cache import ExportCache
 from pica.adapters.integrations.exporting import Exporter, Job, RefusedError
 from pica.adapters.integrations.named import AdapterFolder, NamedAdapter
+from pica.basis.cache import cache_home
 from pica.errors import AdapterFileError, ConfigError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,7 @@ class ServingOptions:
         if native and (rank is not None or energy is not None):
             raise ConfigError(f"{prefix}NATIVE shares exact matrices; set it, or {prefix}RANK or {prefix}ENERGY.")
         limit = number("CACHE_LIMIT", int, 0)
-        own = environment.get("PICA_CACHE_DIR") or os.path.join(
-            environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "pica"
-        )
-        cache = environment.get(prefix + "CACHE") or os.path.join(own, "vllm")
+        cache = environment.get(prefix + "CACHE") or cache_home(environment) / "vllm"
         return cls(
             adapters=Path(environment[prefix + "ADAPTERS"]),
             cache=Path(os.path.abspath(os.path.expanduser(cache))),
