@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from pica.errors import OutputError
 from pica.files import output
+from pica.files.folders import atomic_file
 
 
 @contextmanager
@@ -49,6 +52,35 @@ def test_failure_leaves_nothing_and_an_earlier_folder_as_it_was(tmp_path: Path):
     with pytest.raises(KeyError):
         fail_halfway()
     assert everything_in(tmp_path) == ["adapter", "adapter/a"]
+
+
+def test_two_that_write_one_file_each_leave_it_whole(tmp_path: Path):
+    target = tmp_path / "new" / "a"
+    with atomic_file(target) as one:
+        one.write_text("1")
+        with atomic_file(target) as other:
+            other.write_text("2")
+        assert target.read_text() == "2"
+    assert target.read_text() == "1"
+
+    def fail_halfway() -> None:
+        with atomic_file(target) as partial:
+            partial.write_text("3")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
+    assert everything_in(tmp_path) == ["new", "new/a"]
+    assert target.read_text() == "1"
+
+
+def test_what_a_killed_process_left_of_a_file_goes(tmp_path: Path):
+    for name, age in ((".a.1.partial", 7200), (".a.2.partial", 60), (".b.1.partial", 7200)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    with atomic_file(tmp_path / "a") as partial:
+        partial.write_text("1")
+    assert everything_in(tmp_path) == [".a.2.partial", ".b.1.partial", "a"]
 
 
 @pytest.mark.parametrize("library", ["python", "safetensors", "torch"])

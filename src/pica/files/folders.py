@@ -107,6 +107,32 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A name for a file to write, which takes the name `target` once the block has ended without an error.
+
+    Args:
+        target: Its name; a file of that name is replaced.
+    Yields:
+        A temporary name beside `target`, of which there is no file yet.
+    Raises:
+        OutputError: Writing failed; nothing is left behind, and `target` is as it was.
+    """
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    with translated_write_errors(target):
+        made = make_parents(target)
+        try:
+            _remove_leftovers(target)
+            yield partial
+            _make_readable(partial, target.parent.stat().st_mode)
+            flush(partial)
+            os.replace(partial, target)
+            flush(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+            remove_empty(made)
+
+
+@contextmanager
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """`atomic_folder`, which replaces no folder but an adapter's, and that only if asked.
 
@@ -144,8 +170,12 @@ def _remove_leftovers(target: Path) -> None:
     for path in target.parent.iterdir():
         if path.name.startswith(f".{target.name}.") and path.suffix == ".partial":
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                if time.time() - path.stat().st_mtime <= _STALE_SECONDS:
+                    continue
+                if path.is_dir():
                     shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def _put_where_nothing_is(partial: Path, target: Path) -> None:

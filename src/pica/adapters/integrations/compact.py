@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pica.errors import ExportError
-from pica.files.folders import flush_all
+from pica.files.folders import atomic_file, flush_all
 from pica.tuners.base.config_file import WEIGHTS
 
 SHARED = "shared.safetensors"
@@ -43,11 +43,8 @@ def compact(folder: Path, bases: Path) -> None:
     name = hashlib.sha256("".join(f"{k}:{_digest(first[k])}" for k in sorted(first)).encode()).hexdigest()[:32]
     basis = bases / f"{name}.safetensors"
     if not basis.is_file():
-        bases.mkdir(parents=True, exist_ok=True)
-        partial = basis.with_suffix(".partial")
-        save_file(first, partial)
-        partial.replace(basis)
-        flush_all(bases)
+        with atomic_file(basis) as partial:  # another server may be writing it for another adapter
+            save_file(first, partial)
     save_file(distinct, folder / SHARED, metadata={"names": json.dumps(keys), "basis": name})
     (folder / WEIGHTS).unlink()
     flush_all(folder)
