@@ -48,7 +48,8 @@ import pica.cli
 from benchmarks.harness import table
 from pica.cli.compare import parse_shard
 from pica.experiments.compare.cells import read_record
-from pica.experiments.results.comparison import DoneCell
+from pica.experiments.results.comparison import INDEX, CellIndex, DoneCell
+from pica.experiments.results.documents import read_result
 from pica.experiments.results.run import Candidate
 from pica.files.output import write_json, write_text
 
@@ -130,18 +131,19 @@ class Stage:
 
 def settings(data: Path, models: Path, vit: Path | None) -> dict[str, dict[str, Any]]:
     """What all cells of a setting share, by its name."""
-    steps = {
-        "max_steps": 100,
-        "batch_size": 8,
-        "max_length": 256,
-        "precision": "bfloat16",
-        "log_steps": 5,
-        "threads": 1,
-    }
     language = {
         "model": {"path": str(models / "smollm2-135m")},
         "adapter": {"target_modules": SMOLLM2},
-        "trainer": steps | {"eval_batch_size": 16, "group_by_length": False},
+        "trainer": {
+            "max_steps": 100,
+            "batch_size": 8,
+            "max_length": 256,
+            "precision": "bfloat16",
+            "log_steps": 5,
+            "threads": 1,
+            "eval_batch_size": 16,
+            "group_by_length": False,
+        },
     }
     arithmetic = {
         "data": {
@@ -168,8 +170,15 @@ def settings(data: Path, models: Path, vit: Path | None) -> dict[str, dict[str, 
         "task": {"name": "sentiment"},
         "adapter": {"target_modules": MINILM},
         "trainer": {
-            **{"epochs": 1, "batch_size": 32, "max_length": 64, "precision": "bfloat16", "threads": 1},
-            **{"head_learning_rate": 3e-3, "group_by_length": True, "log_steps": 10, "eval_batch_size": 64},
+            "epochs": 1,
+            "batch_size": 32,
+            "max_length": 64,
+            "precision": "bfloat16",
+            "threads": 1,
+            "head_learning_rate": 3e-3,
+            "group_by_length": True,
+            "log_steps": 10,
+            "eval_batch_size": 64,
         },
     }
     found = {"smollm2-arithmetic": language | arithmetic, "smollm2-gsm8k": language | gsm8k, "minilm-sst2": sst2}
@@ -259,14 +268,14 @@ def _widen(folder: Path, grids: Mapping[str, list[float]]) -> bool:
 def read_cells(folder: Path) -> dict[str, list[DoneCell]]:
     """Finished cells by row, of those that the folder's index lists."""
     try:
-        index = json.loads((folder / "cells.json").read_text(encoding="utf-8"))["cells"]
+        index = read_result(CellIndex, folder / INDEX)
     except (OSError, ValueError):
         return {}
     found: dict[str, list[DoneCell]] = {}
-    for entry in index:
-        record = read_record(folder, entry["key"])
+    for entry in index.cells:
+        record = read_record(folder, entry.key)
         if isinstance(record, DoneCell):
-            found.setdefault(entry["label"], []).append(record)
+            found.setdefault(entry.label, []).append(record)
     return found
 
 
