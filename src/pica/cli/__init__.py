@@ -251,11 +251,13 @@ def _stopping() -> Iterator[StopRequest]:
 def _how_to_go_on(stopped: Interrupted) -> str:
     if stopped.folder is None:
         return "Interrupted before training began; nothing was written."
+    from pica.experiments.results.comparison import COMPARISON
+
     where = "what was measured so far is kept"
     if stopped.checkpoint:
         loadable = (stopped.checkpoint / "adapter_model.safetensors").is_file()  # not where it is kept in parts
         where = f"the checkpoint {str(stopped.checkpoint)!r} is {'a loadable adapter' if loadable else 'written'}"
-    if stopped.checkpoint is None and (stopped.folder / "comparison.yaml").is_file():
+    if stopped.checkpoint is None and (stopped.folder / COMPARISON).is_file():
         return (
             f"Interrupted; finished cells are kept in {str(stopped.folder)!r}; the same command goes on with the rest."
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pica.experiments.results.comparison import INDEX, NUMBERS, CellEntry, DoneCell, FailedCell
+from pica.experiments.results.comparison import COMPARISON, INDEX, NUMBERS, CellEntry, DoneCell, FailedCell
 from pica.experiments.results.documents import result_document, to_document
 from pica.experiments.results.run import Candidate
 from pica.experiments.uncertainty import listed, shown, shown_interval
@@ -72,7 +72,7 @@ def comparison_page(summary: Summary, csv: str, numbers: str) -> str:
     for cell in cells:
         cell.pop("recipe_yaml", None)
     made.download(INDEX, json_text(to_document(cells), indent=1), kind="application/json")
-    made.download("comparison.yaml", summary.text, kind="text/yaml")
+    made.download(COMPARISON, summary.text, kind="text/yaml")
     return made.html()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pica.experiments.results.documents import read_result
-from pica.experiments.results.run import METRICS, RunMetrics
+from pica.experiments.results.run import CURVE, METRICS, RunMetrics
 from pica.experiments.standings import prediction_files
 from pica.files.documents import parse_json
 from pica.files.output import RESOLVED
@@ -36,7 +36,7 @@ def read_run(folder: Path) -> RunFiles:
         OSError: One is missing.
         ValueError: One is damaged.
     """
-    with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
+    with open(folder / CURVE, encoding="utf-8", newline="") as file:
         curve = list(csv.DictReader(file))
     return RunFiles(read_result(RunMetrics, folder / METRICS), (folder / RESOLVED).read_text(encoding="utf-8"), curve)
 

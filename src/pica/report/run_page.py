@@ -13,6 +13,7 @@ from markupsafe import Markup
 from pica.errors import ConfigError
 from pica.experiments.evaluate.evaluation import shown_score
 from pica.experiments.recipes.recipe import Recipe
+from pica.experiments.results.comparison import COMPARISON
 from pica.experiments.results.documents import result_document
 from pica.experiments.results.run import METRICS, Candidate, FailedCandidate, Measurement, RunMetrics, Trained
 from pica.experiments.uncertainty import finite, loss_change
@@ -36,7 +37,7 @@ _LOSSES = {
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is the output of `pica train`, finished or not."""
-    return (folder / RESOLVED).is_file() and not (folder / "comparison.yaml").exists()
+    return (folder / RESOLVED).is_file() and not (folder / COMPARISON).exists()
 
 
 def write_run_page(folder: Path, *, page: Path | None = None) -> Path:

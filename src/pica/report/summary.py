@@ -11,7 +11,7 @@ from typing import Any
 from pica.errors import ConfigError
 from pica.experiments.outcomes import Outcomes
 from pica.experiments.results.comparison import (
-    CELLS,
+    COMPARISON,
     INDEX,
     CellEntry,
     CellIndex,
@@ -21,6 +21,7 @@ from pica.experiments.results.comparison import (
     MeasuredRow,
     UnmeasuredRow,
     read_cell,
+    record_path,
 )
 from pica.experiments.results.documents import read_result
 from pica.experiments.results.run import Candidate, FailedCandidate, Measurement
@@ -34,7 +35,6 @@ from pica.experiments.uncertainty import (
 )
 from pica.files.documents import read_yaml
 
-COMPARISON = "comparison.yaml"
 WITHOUT_TRAINING = "the model without training"
 
 
@@ -300,7 +300,7 @@ def _measured(summary: Summary, row: RowSummary) -> MeasuredRow:
 
 
 def _record(folder: Path, entry: CellEntry) -> CellRecord | CellEntry:
-    path = folder / CELLS / f"{entry.key}.json"
+    path = record_path(folder, entry.key)
     if not path.is_file() and entry.status == "failed":  # a cell that was not even begun has no file
         return entry
     return replace(read_cell(path), label=entry.label, seed=entry.seed)

@@ -8,14 +8,14 @@ from pathlib import Path
 from pica.errors import ConfigError
 from pica.experiments.methods import METHODS
 from pica.experiments.outcomes import Outcomes
-from pica.experiments.results.comparison import KeptOutcomes
+from pica.experiments.results.comparison import COMPARISON, KeptOutcomes
 from pica.experiments.results.documents import read_result
 from pica.experiments.results.run import METRICS, RunMetrics, Trained
 from pica.experiments.standings import read_outcomes
 from pica.experiments.uncertainty import Contender, Standing, score_interval, standing
 from pica.files import output as files
 from pica.files.documents import read_yaml
-from pica.report.summary import COMPARISON, Stat, summarise
+from pica.report.summary import Stat, summarise
 from pica.tasks.vtab import GROUPS, VtabTask, group_means
 
 

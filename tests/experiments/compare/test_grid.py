@@ -15,11 +15,11 @@ import yaml
 from html5lib import HTMLParser
 
 from pica.errors import OutputError
-from pica.experiments.compare.cells import Cell, make_cell, record_path
+from pica.experiments.compare.cells import Cell, make_cell
 from pica.experiments.compare.comparison import Comparison, load_comparison
 from pica.experiments.compare.grid import run_grid
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.results.comparison import CellRecord
+from pica.experiments.results.comparison import CellRecord, record_path
 from pica.experiments.results.documents import to_document, write_result
 from pica.files.output import claimed, write_json
 from pica.report.comparison import write_report

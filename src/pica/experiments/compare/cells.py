@@ -25,9 +25,9 @@ from pica.experiments.methods import METHODS
 from pica.experiments.recipes.parsing import dump_recipe
 from pica.experiments.recipes.recipe import AdapterSection, Recipe, columns_of, with_absolute_paths
 from pica.experiments.reporting import Advance
-from pica.experiments.results.comparison import CELLS, CellHead, CellRecord, DoneCell, FailedCell, read_cell
+from pica.experiments.results.comparison import CellHead, CellRecord, DoneCell, FailedCell, read_cell, record_path
 from pica.experiments.results.documents import read_result, write_result
-from pica.experiments.results.run import METRICS, RunMetrics
+from pica.experiments.results.run import CURVE, METRICS, RunMetrics
 from pica.experiments.train.origins import file_digest, model_digest
 from pica.files import output as files
 from pica.tasks import TASKS, Split
@@ -87,11 +87,6 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
 
 def _key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([CellHead.FORMAT, content], sort_keys=True).encode()).hexdigest()[:20]
-
-
-def record_path(folder: Path, key: str) -> Path:
-    """Where a cell's record is."""
-    return folder / CELLS / f"{key}.json"
 
 
 def read_record(folder: Path, key: str) -> CellRecord | None:
@@ -217,7 +212,7 @@ def _losses(predictions: Path) -> list[tuple[float, int]]:
 
 def _curve(run: Path, rate: float) -> list[list[int | float]]:
     """[step, loss] of the chosen rate's training."""
-    with open(run / "loss_curve.csv", encoding="utf-8", newline="") as file:
+    with open(run / CURVE, encoding="utf-8", newline="") as file:
         rows: Iterator[Mapping[str, str]] = csv.DictReader(file)
         chosen = [row for row in rows if float(row["peak_rate"]) == rate]
     final = [row for row in chosen if row["run"].endswith("-refit")] or chosen

@@ -15,17 +15,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pica.errors import InUseError, OutputError
-from pica.experiments.compare.cells import Cell, failed_record, make_cell, read_record, record_path, run_cell, tail
+from pica.experiments.compare.cells import Cell, failed_record, make_cell, read_record, run_cell, tail
 from pica.experiments.compare.comparison import Comparison, Row, dump_comparison
 from pica.experiments.compare.processes import context, cores, death, sigterm_as_interrupt
 from pica.experiments.interrupts import Interrupted
-from pica.experiments.results.comparison import INDEX, CellIndex, CellRecord, DoneCell, FailedCell, entry_of
+from pica.experiments.results.comparison import (
+    COMPARISON,
+    INDEX,
+    CellIndex,
+    CellRecord,
+    DoneCell,
+    FailedCell,
+    entry_of,
+    record_path,
+)
 from pica.experiments.results.documents import write_result
 from pica.files import output as files
 from pica.files.documents import read_yaml
-
-COMPARISON = "comparison.yaml"
-"""File that marks a folder as a comparison's."""
 
 _SECONDS_BETWEEN_LOOKS = 5.0  # at cells that other processes are running
 _SECONDS_TO_PREPARE = 2.0  # another process holds the folder for a moment

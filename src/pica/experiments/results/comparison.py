@@ -13,6 +13,13 @@ from pica.files.documents import DocumentError, read_json
 
 CELLS, INDEX, NUMBERS = "cells", "cells.json", "results.json"
 """In a comparison's folder: the folder of the cells' records, the `CellIndex`, and the `ComparisonResult`."""
+COMPARISON = "comparison.yaml"
+"""File that marks a folder as a comparison's."""
+
+
+def record_path(folder: Path, key: str) -> Path:
+    """Where a cell's record is."""
+    return folder / CELLS / f"{key}.json"
 
 
 @dataclass(frozen=True, kw_only=True)

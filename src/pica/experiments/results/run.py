@@ -13,6 +13,8 @@ from pica.experiments.results.standing import StandingResult
 
 METRICS = "metrics.json"
 """File in a run's folder with its `RunMetrics`; the last that a run writes."""
+CURVE = "loss_curve.csv"
+"""File beside it with the points of all trainings."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from pica.experiments.recipes.parsing import dump_recipe, load_recipe
 from pica.experiments.recipes.recipe import AdapterSection, Recipe, with_absolute_paths
 from pica.experiments.reporting import Reporter
 from pica.experiments.results.documents import write_result
-from pica.experiments.results.run import METRICS, Attempt, Measurement, RunMetrics, SplitSizes
+from pica.experiments.results.run import CURVE, METRICS, Attempt, Measurement, RunMetrics, SplitSizes
 from pica.experiments.sharing import write_run_card
 from pica.experiments.standings import prediction_files, predictions_file, run_standing
 from pica.experiments.train.calibrating import bring_basis
@@ -290,7 +290,7 @@ class _Run:
             for run, rate, phase in attempts:
                 begin = {"run": run, "method": trained.method, "peak_rate": rate}
                 rows += [begin | point for point in self.phases.read(phase, Attempt).curve]
-        files.write_csv(self.folder / "loss_curve.csv", rows, curve_columns(rows))
+        files.write_csv(self.folder / CURVE, rows, curve_columns(rows))
 
 
 def _parameters(model: peft.PeftModel, section: AdapterSection) -> Iterator[str]:
