@@ -53,19 +53,18 @@ class RunLog:
     def __init__(self, folder: Path, recipe: Recipe, attempts: Mapping[str, Attempt], reporter: Reporter) -> None:
         """`attempts` are the trainings before a resume, by the names of their phases."""
         self._folder, self._recipe, self._reporter = folder, recipe, reporter
+        self._follower = reporter if isinstance(reporter, Follower) and distributed.leads() else None
+        self._sections = {"adapter": recipe.adapter}
+        if recipe.baseline.method is not None:
+            self._sections["baseline"] = baseline_section(recipe.baseline, recipe.adapter)
         self._samples: dict[str, Samples] = {name: one.samples for name, one in attempts.items() if one.samples}
-        self._curves = {
-            name: _points(name, self._method(name), one.result.learning_rate, one.curve)
-            for name, one in attempts.items()
-        }
-
-    def _method(self, key: str) -> str:
-        return str(self._recipe.baseline.method if key.startswith("baseline") else self._recipe.adapter.method)
+        self._curves = {name: self._points(name, one.result.learning_rate, one.curve) for name, one in attempts.items()}
 
     def logged(self, key: str, rate: float, history: list[dict[str, Any]]) -> None:
         """The training `key` has new points in its trainer's log."""
-        self._curves[key] = _points(key, self._method(key), rate, curve_of(history))
-        self.show()
+        if self._follower is not None:  # the whole log is gone through, and nobody else looks at what is made of it
+            self._curves[key] = self._points(key, rate, curve_of(history))
+            self.show()
 
     def sampled(self, key: str, rows: Samples, new: Samples) -> None:
         """Write the samples of all trainings so far, in their order, and show those of `key` that are new."""
@@ -78,19 +77,20 @@ class RunLog:
 
     def show(self) -> None:
         """Tell the first process's reporter, if it follows."""
-        if not isinstance(self._reporter, Follower) or not distributed.leads():
+        if self._follower is None:
             return
-        sections = {"adapter": self._recipe.adapter}
-        if self._recipe.baseline.method is not None:
-            sections["baseline"] = baseline_section(self._recipe.baseline, self._recipe.adapter)
-        titles = {name: title_of(section) for name, section in sections.items()}
+        titles = {name: title_of(section) for name, section in self._sections.items()}
         curve = [point for points in self._curves.values() for point in points]
-        self._reporter.progressed(Progress(self._folder, self._recipe, titles, curve, self._listed()))
+        self._follower.progressed(Progress(self._folder, self._recipe, titles, curve, self._listed()))
+
+    def _points(self, key: str, rate: float, curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return points_of(key, self._sections[key.partition("-")[0]].method, rate, curve)
 
     def _listed(self) -> Samples:
         return [{"run": name, **row} for name, of_run in self._samples.items() for row in of_run]
 
 
-def _points(key: str, method: str, rate: float, curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def points_of(key: str, method: str, rate: float, curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The points of the training `key` as loss_curve.csv has them: with its run, its method and its highest rate."""
     peak = {"run": key.partition("-lr")[0], "method": method, "peak_rate": rate}
     return [{**peak, **point} for point in curve]

@@ -36,6 +36,7 @@ from pica.experiments.standings import prediction_files, predictions_file, run_s
 from pica.experiments.train.calibrating import bring_basis
 from pica.experiments.train.origins import changes, origin
 from pica.experiments.train.phases import Phases
+from pica.experiments.train.progress import points_of
 from pica.experiments.train.search import Search
 from pica.experiments.train.setting import CHECKPOINTS, Setting, attempt_name, pictures_of, refit_name
 from pica.experiments.train.trainers import check_optimizer
@@ -167,8 +168,7 @@ class _Run:
         setting = Setting(
             recipe, self.folder, self.reporter, self.phases, self.splits, pipeline, rows, self.place.target
         )
-        for line in self._described():
-            self.reporter.say(line)
+        self.reporter.say(self._described())
         for line in (about := pipeline.describe(self.splits.train)):
             self.reporter.say(line)
         # The adapter is put on before anything is measured: a wrong target must show now, not after minutes.
@@ -209,10 +209,10 @@ class _Run:
     def _examples(self) -> dict[str, Sequence[Any]]:
         return {name: getattr(self.splits, name) for name in ("train", "validation", "test")}
 
-    def _described(self) -> Iterator[str]:
+    def _described(self) -> str:
         counts = {name: len(examples) for name, examples in self._examples().items()}
         listed = f"; {len(self.splits.left_out)} left out, listed in {LEFT_OUT}" if self.splits.left_out else ""
-        yield "Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count) + listed
+        return "Problems: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count) + listed
 
     def _begin(self) -> None:
         """Make the folder, or see that the run goes on with what it began with."""
@@ -282,14 +282,10 @@ class _Run:
         """All loss curves in one table; metrics.json has their first and last points."""
         rows = []
         for name, trained in metrics.trained.items():
-            runs = {one.learning_rate: attempt_name(name, one.learning_rate) for one in trained.candidates}
-            attempts = [(name, rate, phase) for rate, phase in runs.items()]
-            if trained.refit:
-                again = refit_name(name)
-                attempts.append((again, trained.learning_rate, again))
-            for run, rate, phase in attempts:
-                begin = {"run": run, "method": trained.method, "peak_rate": rate}
-                rows += [begin | point for point in self.phases.read(phase, Attempt).curve]
+            keys = [attempt_name(name, one.learning_rate) for one in trained.candidates]
+            for key in dict.fromkeys([*keys, refit_name(name)] if trained.refit else keys):
+                attempt = self.phases.read(key, Attempt)
+                rows += points_of(key, trained.method, attempt.result.learning_rate, attempt.curve)
         files.write_csv(self.folder / CURVE, rows, curve_columns(rows))
 
 
