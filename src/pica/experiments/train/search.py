@@ -154,25 +154,21 @@ class Search:
             self._reporter.say(f"{label}: {said}")
 
         def result() -> Candidate | FailedCandidate:
+            loss = score = None
             if took.best:  # it has been measured, and the model in memory has gone on since
                 loss, score = took.best.validation_loss, took.best.validation_score
-                return Candidate(
-                    learning_rate=rate,
-                    validation_loss=loss,
-                    validation_score=score,
-                    parameters=parameter_counts(model),
-                    training=took,
-                )
-            trained = setting.read(place / "adapter").to(device()) if measures and took.sharded else model
-            found = pipeline.held_out(trained, splits.validation) if measures else None
-            if found is not None and not math.isfinite(found.loss):
-                shutil.rmtree(place / "adapter", ignore_errors=True)
-                reason = f"its loss on the validation problems is {found.loss}; lower the learning rate."
-                return FailedCandidate(learning_rate=rate, failed=reason)
+            elif measures:
+                trained = setting.read(place / "adapter").to(device()) if took.sharded else model
+                found = pipeline.held_out(trained, splits.validation)
+                if not math.isfinite(found.loss):
+                    shutil.rmtree(place / "adapter", ignore_errors=True)
+                    reason = f"its loss on the validation problems is {found.loss}; lower the learning rate."
+                    return FailedCandidate(learning_rate=rate, failed=reason)
+                loss, score = found.loss, found.score
             return Candidate(
                 learning_rate=rate,
-                validation_loss=found.loss if found else None,
-                validation_score=found.score if found else None,
+                validation_loss=loss,
+                validation_score=score,
                 parameters=whole if took.sharded else parameter_counts(model),
                 training=took,
             )
