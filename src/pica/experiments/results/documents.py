@@ -97,10 +97,11 @@ def read_result(kind: type[R], path: Path) -> R:
         OSError: It cannot be read.
         DocumentError: It is no such file, is damaged, or comes from a later version.
     """
+    document = read_json(path)
     try:
-        return parse_result(kind, read_json(path))
+        return parse_result(kind, document)
     except DocumentError as error:
-        raise error if str(path) in str(error) else DocumentError(f"{path}: {error}") from None
+        raise DocumentError(f"{path}: {error}") from None
 
 
 def parse_result(kind: type[R], document: object) -> R:
