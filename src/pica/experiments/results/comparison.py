@@ -24,7 +24,7 @@ def record_path(folder: Path, key: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptOutcomes:
-    """What a model did on each test problem, briefly; see `pica.experiments.uncertainty.Outcomes`.
+    """What a model did on each test problem, briefly; see `pica.experiments.outcomes.Outcomes`.
 
     Attributes:
         correct: Of tasks whose answers are right or wrong: a 1 or a 0 for each.
