@@ -355,8 +355,7 @@ def _print_answers(result: "RunResult", option: str) -> None:
 
 def _answers(folder: Path) -> list[tuple[str, str | None, str]]:
     """The first questions that were answered: what was asked, and the answers without (None: not asked) and with."""
-    from pica.experiments.standings import predictions_file
-    from pica.report.run_files import read_rows
+    from pica.experiments.standings import predictions_file, read_rows
 
     adapted, before = read_rows(folder / predictions_file("adapter")), folder / predictions_file("base")
     base = read_rows(before) if before.is_file() else [{}] * len(adapted)

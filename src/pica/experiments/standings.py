@@ -1,12 +1,13 @@
 """Which of a run's models is best, by the predictions that the run has left."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from pica.experiments.outcomes import Outcomes, kept_outcomes
 from pica.experiments.results.comparison import KeptOutcomes
 from pica.experiments.results.run import Measurement, RunMetrics
 from pica.experiments.uncertainty import Contender, Standing, score_interval, standing
+from pica.files.documents import parse_json
 
 BASE = "base model"
 """What the model without training is called."""
@@ -21,6 +22,18 @@ def prediction_files(metrics: RunMetrics) -> dict[str, str]:
     """The `predictions_file` of each of base, adapter and baseline that a run has measured."""
     methods = {kind: result.method for kind, result in metrics.trained.items()}
     return {kind: predictions_file(kind, methods.get(kind)) for kind in metrics.models}
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read one predictions file.
+
+    Returns:
+        Its lines.
+    Raises:
+        OSError: It is missing.
+        ValueError: It is damaged.
+    """
+    return [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def run_standing(folder: Path, metrics: RunMetrics) -> Standing | None:
@@ -51,10 +64,8 @@ def read_outcomes(folder: Path, metrics: RunMetrics) -> dict[str, KeptOutcomes]:
     found = {}
     for kind, name in prediction_files(metrics).items():
         file = folder / name
-        if file.is_file():
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-            if kept := kept_outcomes(metrics.models[kind].metric, rows):
-                found[kind] = kept
+        if file.is_file() and (kept := kept_outcomes(metrics.models[kind].metric, read_rows(file))):
+            found[kind] = kept
     return found
 
 

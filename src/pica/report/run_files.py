@@ -6,8 +6,7 @@ from pathlib import Path
 
 from pica.experiments.results.documents import read_result
 from pica.experiments.results.run import CURVE, METRICS, RunMetrics
-from pica.experiments.standings import prediction_files
-from pica.files.documents import parse_json
+from pica.experiments.standings import prediction_files, read_rows
 from pica.files.output import RESOLVED
 from pica.report.answers import Rows
 
@@ -51,8 +50,3 @@ def read_predictions(folder: Path, metrics: RunMetrics) -> dict[str, Rows]:
         ValueError: One is damaged.
     """
     return {kind: read_rows(folder / name) for kind, name in prediction_files(metrics).items()}
-
-
-def read_rows(file: Path) -> Rows:
-    """The lines of one predictions file; raises as `read_predictions`."""
-    return [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]

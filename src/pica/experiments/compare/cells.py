@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -153,7 +153,7 @@ def tail(log: Path, lines: int = 30) -> str:
 def _run(cell: Cell, run: Path, reporter: "_Messenger") -> DoneCell:
     # Here and not above: the parent makes cells as well, and has no use for torch.
     from pica.experiments.measuring import machine, versions
-    from pica.experiments.standings import predictions_file, read_outcomes
+    from pica.experiments.standings import predictions_file, read_outcomes, read_rows
     from pica.experiments.train.run import resume, start
 
     package = logging.getLogger("pica")
@@ -172,7 +172,7 @@ def _run(cell: Cell, run: Path, reporter: "_Messenger") -> DoneCell:
         base=metrics.base,
         result=metrics.adapter,
         outcomes=read_outcomes(run, metrics),
-        losses=_losses(run / predictions_file("adapter")),
+        losses=_losses(read_rows(run / predictions_file("adapter"))),
         curve=_curve(run, metrics.adapter.learning_rate),
         problems=metrics.problems,
         versions=versions(),
@@ -202,11 +202,9 @@ def _finished(run: Path) -> RunMetrics | None:
     return None
 
 
-def _losses(predictions: Path) -> list[tuple[float, int]]:
+def _losses(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
     """[loss in nats, tokens] of each test problem's gold answer, in their order; none for tasks that do not tell."""
     # a class counts as one token
-    with open(predictions, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     return [(row["loss"], row.get("tokens", 1)) for row in rows] if all("loss" in row for row in rows) else []
 
 
