@@ -92,6 +92,20 @@ def test_a_run_that_stops_says_so_on_its_page(recipe: Callable[..., Recipe], tmp
     assert "Stopped." in text
 
 
+def test_each_answer_is_shown_once(tmp_path: Path):
+    """Also where the training before this one gave its last answers at the same step, and few at a time."""
+    samples = [
+        {"run": run, "step": step, "prompt": "Hello?", "answer": f"{run} says {step}."}
+        for run in ("adapter-lr0.01", "adapter-lr0.02")
+        for step in (10, 20)
+    ]
+    write_live_page(Progress(tmp_path, Recipe(), {"adapter": "pica r=4"}, [], samples), "now", [])
+    newest, _, older = (tmp_path / "report.html").read_text(encoding="utf-8").partition("3 earlier answers")
+    cells = [f">{row['answer']}</td>" for row in samples]
+    assert [newest.count(cell) for cell in cells] == [0, 0, 0, 1]
+    assert [older.count(cell) for cell in cells] == [1, 1, 1, 0]
+
+
 @needs_browser
 def test_a_browser_looks_again_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pica.report.live_page._REFRESH", 1)

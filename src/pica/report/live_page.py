@@ -44,8 +44,9 @@ def write_live_page(progress: Progress, doing: str, said: Sequence[str], *, ende
         )
     if progress.samples:
         made.section("Answers so far", *_samples(progress))
-    made.section("Recipe", html.details("Every setting", html.preformatted(dump_recipe(recipe))))
-    made.download(RESOLVED, dump_recipe(recipe), kind="text/yaml")
+    text = dump_recipe(recipe)
+    made.section("Recipe", html.details("Every setting", html.preformatted(text)))
+    made.download(RESOLVED, text, kind="text/yaml")
     write_text(progress.folder / PAGE, made.html())
 
 
@@ -58,8 +59,8 @@ def _samples(progress: Progress) -> list[html.Markup]:
         Column("prompt", "question", numeric=False, wraps=True),
         Column("answer", "answer", numeric=False, wraps=True),
     ]
-    latest = max(row["step"] for row in progress.samples if row["run"] == progress.samples[-1]["run"])
-    newest = [row for row in progress.samples[-_NEWEST:] if row["step"] == latest] or progress.samples[-_NEWEST:]
+    last = progress.samples[-1]
+    newest = [row for row in progress.samples[-_NEWEST:] if (row["run"], row["step"]) == (last["run"], last["step"])]
     tables = [html.table(columns, newest, caption="The newest answers.", sortable=False)]
     if older := progress.samples[: -len(newest)]:
         listed = html.table(columns, older[::-1], caption="Earlier ones, the last first.", sortable=False)
