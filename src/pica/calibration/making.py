@@ -83,11 +83,8 @@ def make_basis(
             if isinstance(data, Calibration)
             else calibration(data, tokenizer, tokens=tokens, seed=seed, length=length)
         )
-    with _layers_of(model, config) as layers:
-        if read is not None:
-            rows = _of_data(model, layers, config, read, seed=seed, memory=memory)
-        else:
-            rows = _of_weights(layers, config)
+    with target_layers(model, config) as layers:
+        rows = directions(model, layers, config, read, seed=seed, memory=memory)
         parts = {path: _part(layers[path], rows[path]) for path in layers}
     own = getattr(model, "config", None)
     about = About(
@@ -103,8 +100,20 @@ def make_basis(
 
 
 @contextmanager
-def _layers_of(model: nn.Module, config: PicaConfig) -> Iterator[dict[str, PicaLinear]]:
-    """The layers that a configuration targets, by path, as adapted ones; the model is put back as it was."""
+def target_layers(model: nn.Module, config: PicaConfig) -> Iterator[dict[str, PicaLinear]]:
+    """The layers that a configuration targets, by path, as adapted ones; the model is put back as it was.
+
+    Args:
+        model: Without adapters.
+        config: Only its targets matter.
+
+    Yields:
+        The layers, stacks of experts and embeddings among them where they are targeted.
+
+    Raises:
+        ConfigError: A weight is not all there.
+        TargetError: A target matches no layer.
+    """
     probe = copy.copy(config)
     probe.r, probe.projection, probe.rank_pattern = 1, "random", {}
     probe.basis_from, probe.basis_digest, probe.save_basis, probe.task_type = None, None, False, None
@@ -133,6 +142,41 @@ def _layers_of(model: nn.Module, config: PicaConfig) -> Iterator[dict[str, PicaL
                 parameter.requires_grad_(id(parameter) in trainable)
 
 
+def directions(
+    model: nn.Module,
+    layers: Mapping[str, PicaLinear],
+    config: PicaConfig,
+    read: Calibration | None = None,
+    *,
+    seed: int = 0,
+    memory: int = MEMORY,
+) -> dict[str, Tensor]:
+    """The directions P of each layer.
+
+    Args:
+        model: The base model.
+        layers: Of it, as `target_layers` yields them.
+        config: Projection, r and seed of random directions.
+        read: What the model reads, for projections that look at data.
+        seed: Of the sketches of wide layers.
+        memory: As `make_basis`.
+
+    Returns:
+        (k, in) by path, orthonormal, float32; k is r, or fewer where there are no more. Layers that are given the same have
+        one and the same tensor.
+
+    Raises:
+        ConfigError: The projection looks at data, and there is nothing to read.
+        TargetError: A layer's inputs cannot be looked at.
+        BasisError: A layer is never used, or what it is given is not finite.
+    """
+    if config.projection not in CALIBRATED:
+        return _of_weights(layers, config)
+    if read is None:
+        raise ConfigError(f"projection={config.projection!r} looks at data; pass what the model is to read.")
+    return _of_data(model, layers, config, read, seed=seed, memory=memory)
+
+
 def _of_data(
     model: nn.Module, layers: Mapping[str, PicaLinear], config: PicaConfig, read: Calibration, *, seed: int, memory: int
 ) -> dict[str, Tensor]:
@@ -155,11 +199,11 @@ def _of_data(
         if path in same:
             rows[path] = rows[same[path]]
         else:
-            rows[path] = oriented(_directions(found.pop(path), layer, outputs))
+            rows[path] = oriented(_rows_of(found.pop(path), layer, outputs))
     return rows
 
 
-def _directions(leading: Leading, layer: PicaLinear, outputs: bool) -> Tensor:
+def _rows_of(leading: Leading, layer: PicaLinear, outputs: bool) -> Tensor:
     return rows_of_outputs(leading.rows, layer.frozen.read()) if outputs else leading.rows
 
 

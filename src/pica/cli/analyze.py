@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pica.files.place import Place
 
-from pica.cli.options import whole
+from pica.cli.options import add_screen, check_screen, whole
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -17,8 +17,10 @@ EPILOG = """examples:
   pica analyze ./base ./fine-tuned --suggest-rank 0.9   smallest ranks whose column space holds 90% of the update
   pica analyze ./base --suggest-rank 0.9                from the spectra of the base weights alone
   pica analyze embedded --only q_proj
+  pica analyze ./base --screen train.jsonl --calibration train.jsonl       cap: a screen of bases on a first gradient
 
-Weights are read one at a time, never two models. An interrupted analysis goes on when the command is given again.
+Weights are read one at a time, never two models; --screen alone loads the base model. An interrupted analysis goes on
+when the command is given again.
 """
 
 
@@ -52,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--intruder-top", type=whole, default=10, metavar="K", help="leading directions asked for intruders (10)"
     )
     made.add_argument("--seed", type=whole, default=0, help="of the random directions (default: 0)")
+    add_screen(made)
     made.add_argument("--overwrite", action="store_true", help="replace an analysis in DIR")
     return made
 
@@ -67,7 +70,10 @@ def run(arguments: Sequence[str]) -> int:
         from pica.experiments.analyze.analysis import Settings, analyse
         from pica.experiments.analyze.ranks import recipe_text, suggest
         from pica.experiments.analyze.weights import linear_weights, open_folder
+        from pica.experiments.recipes.recipe import ModelSection
+        from pica.experiments.screening import ScreenQuestion, screen
         from pica.files import output as files
+        from pica.report import screening
         from pica.report.analysis_report import console_table, verdict, write
     settings = Settings(
         given.base,
@@ -81,10 +87,15 @@ def run(arguments: Sequence[str]) -> int:
     settings.check()
     if given.suggest_rank is not None and not 0 < given.suggest_rank <= 1:
         raise ConfigError(f"--suggest-rank {given.suggest_rank} must lie above 0 and be at most 1, for instance 0.9.")
+    check_screen(given.screen, given.calibration)
+    question = ScreenQuestion(
+        ModelSection(path=given.base), given.screen, given.calibration, given.rank, "all-linear", given.only, given.seed
+    )
     folder = given.output.expanduser()
     try:
         with files.claimed(folder):
             place = _place(folder, overwrite=given.overwrite)
+            screened = screen(question) if given.screen is not None else None
             analysis = analyse(settings, place.folder, reporter=shown, replace=given.overwrite)
             suggestion = recipe = None
             if given.suggest_rank is not None:
@@ -92,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
                 paths = [target.path for target in linear_weights(open_folder(given.base))]
                 recipe = recipe_text(analysis, suggestion, paths)
             with shown.console.status("Drawing"):
-                written = write(analysis, place.folder, suggestion=suggestion, recipe=recipe)
+                written = write(analysis, place.folder, suggestion=suggestion, recipe=recipe, screen=screened)
             place.done()
     except KeyboardInterrupt:
         shown.say(f"Interrupted; what was measured is kept in {folder}. The same command goes on from there.")
@@ -100,6 +111,8 @@ def run(arguments: Sequence[str]) -> int:
     show(console_table(analysis, suggestion))
     for sentence in (*verdict(analysis), *analysis.notes):
         show(f"\n{sentence}")
+    if screened is not None:
+        show(f"\n{screening.as_text(screened)}")
     show()
     for path in written:
         show(folder / path.name)

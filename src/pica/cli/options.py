@@ -32,3 +32,27 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= whole(text) <= MOST:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number of at least 1")
     return int(text)
+
+
+def add_screen(parser: argparse._ActionsContainer) -> None:
+    """Add the options that hold bases against a model's first gradient."""
+    parser.add_argument(
+        "--screen",
+        metavar="DATA",
+        help="load the model and say which share of its first gradient on this text each kind of directions holds: .txt, "
+        ".jsonl or other rows, a folder, hub:NAME, or embedded",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="with --screen: text for activation and weighted directions too (may be the same; what the gradient is of is "
+        "left out)",
+    )
+
+
+def check_screen(screen: str | None, calibration: str | None) -> None:
+    """Raise `ConfigError` where there is calibration text and nothing to screen."""
+    from pica.errors import ConfigError
+
+    if calibration is not None and screen is None:
+        raise ConfigError("--calibration is for --screen; name the text that the gradient is of with --screen.")

@@ -5,11 +5,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pica.cli.options import add_trust, whole
+from pica.cli.options import add_screen, add_trust, check_screen, whole
 from pica.cli.show import show
 
 if TYPE_CHECKING:
     from pica.experiments.plan.planning import Estimate
+    from pica.experiments.screening import Screen
 
 EPILOG = """examples:
   pica plan embedded
@@ -19,9 +20,10 @@ EPILOG = """examples:
   pica plan Qwen/Qwen3-8B --target-modules q_proj v_proj --json
   pica plan ./Llama-3.1-70B --quantization nf4 --checkpointing
   pica plan ./Mixtral-8x7B --target-parameters experts.gate_up_proj experts.down_proj
+  pica plan ./SmolLM2-135M --screen train.jsonl --calibration train.jsonl     cap: a screen of bases; loads the model
 
-Nothing is loaded or allocated. Memory is that of one optimizer step after the first, with AdamW; libraries, the data
-and what an allocator wastes come on top. docs/plan.md says how each number is found.
+Without --screen nothing is loaded or allocated. Memory is that of one optimizer step after the first, with AdamW;
+libraries, the data and what an allocator wastes come on top. docs/plan.md says how each number is found.
 """
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     made.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    add_screen(made)
     add_trust(made)
     made.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     return made
@@ -80,6 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, estimate, and print tables or JSON."""
     given = parser().parse_args(arguments)
     budget, in_bytes = parse_budget(given.budget)
+    check_screen(given.screen, given.calibration)
 
     from pica.cli.console import quiet_libraries, reporter
 
@@ -106,15 +110,34 @@ def run(arguments: Sequence[str]) -> int:
             trust_remote_code=given.trust_remote_code,
         )
         found = estimate(question, progress=status.update)
+        screened = None
+        if given.screen is not None:
+            status.update("Holding bases against a gradient")
+            screened = _screened(given, found.r)
     if given.json:
         import dataclasses
 
         from pica.files.output import json_text
 
-        show(json_text(dataclasses.asdict(found), indent=2))
+        whole_plan = dataclasses.asdict(found)
+        show(json_text(whole_plan | ({"screen": dataclasses.asdict(screened)} if screened else {}), indent=2))
     else:
         show(as_text(found))
+        if screened is not None:
+            from pica.report.screening import as_text as screen_text
+
+            show(f"\n{screen_text(screened)}")
     return 0
+
+
+def _screened(given: argparse.Namespace, r: int) -> "Screen":
+    from pica.experiments.recipes.recipe import ModelSection
+    from pica.experiments.screening import ScreenQuestion, screen
+
+    section = ModelSection(
+        path=given.model, dtype=given.dtype, revision=given.revision, trust_remote_code=given.trust_remote_code
+    )
+    return screen(ScreenQuestion(section, given.screen, given.calibration, r, given.target_modules))
 
 
 def parse_budget(text: str | None) -> tuple[int | None, bool]:

@@ -11,7 +11,9 @@ from pica.experiments.analyze.analysis import NEAR_ZERO, PROGRESS, Analysis
 from pica.experiments.analyze.ranks import Suggestion
 from pica.experiments.analyze.summary import RoleSummary, curve, near_zero, short_names, summarise
 from pica.experiments.measuring import versions
+from pica.experiments.screening import Screen
 from pica.files import output as files
+from pica.report import screening
 from pica.report.analysis_figures import plates
 from pica.report.page import Cell, Column, Page, bullets, csv_text, notice, preformatted, table
 
@@ -191,7 +193,12 @@ def _times(s: RoleSummary) -> str:
 
 
 def write(
-    analysis: Analysis, folder: Path, *, suggestion: Suggestion | None = None, recipe: str | None = None
+    analysis: Analysis,
+    folder: Path,
+    *,
+    suggestion: Suggestion | None = None,
+    recipe: str | None = None,
+    screen: Screen | None = None,
 ) -> list[Path]:
     """Write everything into `folder` and remove the progress file; each file appears whole, and DATA_FILE last.
 
@@ -200,10 +207,12 @@ def write(
     Raises:
         OutputError: The folder cannot be written.
     """
-    data = files.json_text(to_json(analysis, suggestion), indent=1) + "\n"
+    screened = {"screen": asdict(screen)} if screen is not None else {}
+    data = files.json_text(to_json(analysis, suggestion) | screened, indent=1) + "\n"
     layers = csv_text(layer_rows(analysis), _LAYER_COLUMNS)
     roles = csv_text([asdict(s) for s in summarise(analysis)], [field.name for field in fields(RoleSummary)])
-    texts = {LAYERS_FILE: layers, ROLES_FILE: roles, PAGE_FILE: page(analysis, suggestion, recipe, layers, roles)}
+    written = page(analysis, suggestion, recipe, layers, roles, screen)
+    texts = {LAYERS_FILE: layers, ROLES_FILE: roles, PAGE_FILE: written}
     if recipe is not None:
         texts[RANKS_FILE] = recipe
     for name, text in texts.items():
@@ -213,11 +222,17 @@ def write(
             plate.save(partial)
     files.write_text(folder / DATA_FILE, data)  # last: it marks a finished analysis
     (folder / PROGRESS).unlink(missing_ok=True)
-    written = [folder / name for name in (DATA_FILE, *texts, "figures")]
-    return written
+    return [folder / name for name in (DATA_FILE, *texts, "figures")]
 
 
-def page(analysis: Analysis, suggestion: Suggestion | None, recipe: str | None, layers: str, roles: str) -> str:
+def page(
+    analysis: Analysis,
+    suggestion: Suggestion | None,
+    recipe: str | None,
+    layers: str,
+    roles: str,
+    screen: Screen | None = None,
+) -> str:
     """The HTML page."""
     settings = analysis.settings
     ranks = [la.update["rank"] for la in analysis.layers if la.update and la.changed]
@@ -250,6 +265,8 @@ def page(analysis: Analysis, suggestion: Suggestion | None, recipe: str | None, 
             preformatted(recipe),
         )
         made.download(RANKS_FILE, recipe, kind="text/yaml")
+    if screen is not None:
+        made.section("A screen of bases", *screening.blocks(screen))
     titles = {
         "energy": "Energy captured",
         "angles": "Angles",
@@ -283,16 +300,8 @@ def _tables(analysis: Analysis, rows: Sequence[Mapping[str, Any]], suggestion: S
         "best",
         *more,
     ]
-    second = [
-        "name",
-        "angle",
-        "largest_angle",
-        "intruders",
-        "residual_over_optimum",
-        "wedin_informative",
-        "base_effective_rank",
-    ]
-    second += ["base_stable_rank", "update_effective_rank", "update_stable_rank"]
+    second = ["name", "angle", "largest_angle", "intruders", "residual_over_optimum", "wedin_informative"]
+    second += ["base_effective_rank", "base_stable_rank", "update_effective_rank", "update_stable_rank"]
     return [
         _table(rows, first, "Share of the update's energy that r directions hold."),
         _table(rows, second, "Angles, bounds and ranks."),
