@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def test_a_pair_of_models(pica: Callable, model_folder: Path, tuned: Path, tmp_p
     assert all((out / "figures" / n).read_bytes()[:4] == b"\x89PNG" for n in names if n.endswith("png"))
     page = (out / "report.html").read_text()
     check_page(page)
+    assert "mathdefault" not in page
     for text in ("What holds", "Energy captured", "rank_pattern.yaml", "layers.csv"):
         assert text in page
     assert not (out / engine.PROGRESS).exists()
@@ -73,7 +75,10 @@ def test_a_base_alone(pica: Callable, tmp_path: Path):
     assert "eff. rank W" in outcome.out
     assert {path.name for path in (out / "figures").iterdir()} == {"spectra.png", "spectra.svg"}
     assert "no task was looked at" in (out / "rank_pattern.yaml").read_text()
-    check_page((out / "report.html").read_text())
+    page = (out / "report.html").read_text()
+    check_page(page)
+    assert "mathdefault" not in page, "labels are text, so a tick is a number and no formula"
+    assert re.search(r">0\.[0-9]+<", page)
 
 
 def test_an_interrupt_says_how_to_go_on(

@@ -94,6 +94,7 @@ def test_page_is_valid_and_tells_everything(folder: Path):
     write_report(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
     check_page(text)
+    assert "mathdefault" not in text, "labels are text, so a tick is a number and no formula"
     for part in (
         "Some &lt;comparison&gt;",
         "PiCa &lt;r=8&gt;, seed 1",

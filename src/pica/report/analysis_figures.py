@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from pica.experiments.analyze.analysis import HISTOGRAM_BINS, Analysis, Layer
 from pica.experiments.analyze.summary import curve, iterate_updates, short_names
 from pica.report import figures
-from pica.report.figures import Sheet
+from pica.report.figures import Sheet, log_axis, quantity
 
 MOST_ROLES = 12  # panels of one figure; the roles with the largest updates are shown
 
@@ -243,6 +243,7 @@ def _draw_entries(sheet: Sheet, palette: Palette, *, analysis: Analysis) -> None
         right.stairs(heights, bins, color=colour, linestyle=dash, linewidth=1.6, label=label)
     left.stairs(expected / total, edges, color=palette.muted, linestyle=":", linewidth=1.4, label="unrelated weights")
     left.set_yscale("log")
+    left.yaxis.set_major_formatter(quantity)
     left.set_ylim(1e-7, 2)
     left.set_xticks([-1, -0.5, 0, 0.5, 1])
     left.set_xlabel("entry off the diagonal")
@@ -274,7 +275,7 @@ def _draw_spectra(sheet: Sheet, palette: Palette, *, roles: dict[str, list[Layer
             )
             low, high = np.nanmin(stacked, axis=0), np.nanmax(stacked, axis=0)
             axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set_yscale("log")
+        log_axis(axis.yaxis)
         axis.set_title(f"{role} ({layers[0].out}×{layers[0].inn})", fontsize=9)
         axis.locator_params(axis="x", nbins=4)
         _label(axis, place, len(axes), sheet.narrow, "place", "singular value")

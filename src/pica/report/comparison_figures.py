@@ -168,7 +168,7 @@ def rates_figure(rows: Sequence[RowSummary], looks: Looks) -> Markup:
                     sheet.tip(chosen[0], f"{row.label}: rate {rate:g}, validation loss {loss:.4f}")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss")
-        axes.set_xscale("log")
+        log_axis(axes.xaxis)
         side_by_side(axes, drawn)
         legend(sheet, rows, looks)
 

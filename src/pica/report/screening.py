@@ -37,7 +37,7 @@ def as_text(screen: Screen) -> str:
 def blocks(screen: Screen) -> list[Any]:
     """The same for a page."""
     columns = [
-        Column("role", "role", "The layers' common path"),
+        Column("role", "role", "The layers' common path", numeric=False),
         Column("layers", "layers", "", numeric=True),
         Column("chance", "r/n", "What random directions hold on average", numeric=True),
         *(Column(name, name, "", numeric=True) for name in _projections(screen)),
@@ -50,7 +50,7 @@ def blocks(screen: Screen) -> list[Any]:
         }
         rows.append({"role": row["role"], "layers": row["layers"], **shares})
     found = [
-        f"{_said(screen)} {NOT_A_PREDICTION}",
+        f"Cap: {_said(screen)} {NOT_A_PREDICTION}",
         table(columns, rows, caption="Cap by role.", marked=[len(rows) - 1]),
     ]
     return [*found, *(notice(note) for note in screen.notes)]
