@@ -46,6 +46,7 @@ import yaml
 
 import pica.cli
 from benchmarks.harness import table
+from benchmarks.short_runs import paired_difference
 from pica.cli.compare import parse_shard
 from pica.experiments.compare.cells import read_record
 from pica.experiments.results.comparison import INDEX, CellIndex, DoneCell
@@ -54,8 +55,6 @@ from pica.experiments.results.run import Candidate
 from pica.files.output import write_json, write_text
 
 SEEDS = (0, 1, 2)
-DRAWS = 4000
-"""Of the bootstrap."""
 TIE = 0.005
 """A smaller mean difference of two losses is a tie in practice."""
 SMOLLM2 = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -280,27 +279,8 @@ def read_cells(folder: Path) -> dict[str, list[DoneCell]]:
 
 
 def difference(one: Sequence[DoneCell], other: Sequence[DoneCell]) -> tuple[float, float, float, int]:
-    """Mean difference of two rows' losses over shared seeds and problems, its 95% interval, and the number of seeds.
-
-    The bootstrap draws seeds with replacement, and within each its problems; a loss is summed nats over summed tokens.
-    """
-    first, second = ({record.seed: np.asarray(record.losses, float) for record in rows} for rows in (one, other))
-    seeds = sorted(set(first) & set(second))
-    generator = np.random.default_rng(0)
-
-    def mean(chosen: Sequence[int], drawn: Sequence[Any]) -> float:
-        parts = [[values[seed][rows].sum(axis=0) for seed, rows in zip(chosen, drawn)] for values in (first, second)]
-        losses = [np.mean([nats / tokens for nats, tokens in part]) for part in parts]
-        return float(losses[0] - losses[1])
-
-    count = len(first[seeds[0]])
-    found = mean(seeds, [slice(None)] * len(seeds))
-    drawn = []
-    for _ in range(DRAWS):
-        chosen = generator.choice(seeds, len(seeds))
-        drawn.append(mean(list(chosen), [generator.integers(count, size=count) for _ in chosen]))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return found, float(low), float(high), len(seeds)
+    """`paired_difference` of two rows' cells."""
+    return paired_difference(*({record.seed: record.losses for record in rows} for rows in (one, other)))
 
 
 def report(work: Path, names: Sequence[str]) -> str:

@@ -1,0 +1,495 @@
+"""What a PiCa layer could be besides M P x: candidates screened in short trainings, before any of them is built.
+
+    python -m benchmarks.candidates --setting embedded --work /tmp/candidates
+    python -m benchmarks.candidates --setting smollm2 --model smollm2-135m --data arithmetic --work /tmp/candidates
+    python -m benchmarks.candidates ... --report            what there is so far
+
+The same command goes on where another one was stopped. Every candidate has at most as many trained parameters as LoRA r=1 on
+the same layers (q, k, v, up, down), the same steps and the same problems, and its rate from a grid that goes on where the
+best one lies at its edge, chosen on validation problems with the first seed. Seeds decide the order of the problems (and
+LoRA's A). Everything is compared with `activation` and with `principal` over the same seeds and test problems.
+
+A candidate helps if it beats `activation` and `principal` both: the 95% interval of the difference lies below zero, and the
+difference is at least 0.005 nats a token. It is a screen: small models, few steps. What helps here is worth a longer
+comparison; what does not is not built.
+
+| candidate | y = W x + ... | trained |
+|---|---|---|
+| LoRA r=1 | B A x | A, B of each layer |
+| principal, activation | M P x | M (out, r) of each role |
+| ... with gains | M (d * P x), d starting at one | M, and d (r) of each layer |
+| principal, scaled | M S P x, S the singular values over their root mean square | M |
+| activation, scaled; whitened | M S P x, S the directions' mean energies' root; its inverse | M |
+| activation, shared by k | M P x with one M for each k neighbouring layers of a role, and fewer directions | M |
+| residual side, outputs | q k v up: U N x, U the leading directions of the outputs; down: M P x | N (r, in), M |
+| residual side, gradient | the same with U and P from first gradients, aligned over the role's layers | N, M |
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import pica
+from benchmarks import harness
+from benchmarks.short_runs import (
+    Losses,
+    Records,
+    Row,
+    Task,
+    batch_of,
+    best_rate,
+    load_task,
+    losses,
+    mean,
+    paired_difference,
+    train,
+)
+from pica.calibration.making import directions, target_layers
+from pica.calibration.texts import Calibration
+from pica.tuners.base.roles import role_of
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+CALIBRATION_ROWS = 64
+"""Training problems that directions, energies and first gradients are of."""
+ALIGNMENTS = 20
+"""Rounds of Procrustes."""
+TIE = 0.005
+"""A smaller mean difference, in nats a token, is a tie in practice."""
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer with an update of low rank: y = W x + (x R^T * d) L^T."""
+
+    def __init__(self, base: nn.Module, read: Tensor, write: Tensor, gains: Tensor | None = None) -> None:
+        """Args: base: the layer; read: R (r, in); write: L (out, r); gains: d (r), or None. What is trained is shared."""
+        super().__init__()
+        self.base, self.read, self.write, self.gains = base, read, write, gains
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        h = linear(x, self.read.to(x.dtype))
+        h = h if self.gains is None else h * self.gains.to(x.dtype)
+        return self.base(x) + linear(h, self.write.to(x.dtype))
+
+
+@dataclass
+class Looked:
+    """What candidates see of the frozen model before training: its layers, and what the calibration problems make of them.
+
+    Attributes:
+        task: Model and problems.
+        seed: Of the calibration problems' choice.
+    """
+
+    task: Task
+    seed: int = 0
+    _bases: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> Sequence[Row]:
+        """The calibration problems."""
+        order = np.random.default_rng(self.seed).permutation(len(self.task.train))
+        return [self.task.train[i] for i in order[:CALIBRATION_ROWS]]
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Linear]:
+        """The adapted layers, by path."""
+        modules = self.task.model.named_modules()
+        return {path: m for path, m in modules if isinstance(m, nn.Linear) and path.endswith(TARGETS)}
+
+    @cached_property
+    def roles(self) -> dict[str, list[str]]:
+        """Paths by role, in the model's order."""
+        found: dict[str, list[str]] = {}
+        for path in self.layers:
+            found.setdefault(role_of(path), []).append(path)
+        return found
+
+    def basis(self, projection: str, r: int) -> dict[str, Tensor]:
+        """P (r, in) of each layer, float32."""
+        if (projection, r) not in self._bases:
+            config: Any = pica.PicaConfig(r=r, projection=projection, target_modules=list(TARGETS))  # pyright: ignore[reportArgumentType]
+            read = Calibration([{"input_ids": torch.tensor([row["input_ids"]])} for row in self.rows], {})
+            model = self.task.fresh()
+            with target_layers(model, config) as layers:
+                self._bases[projection, r] = directions(model, layers, config, read, seed=self.seed)
+        return self._bases[projection, r]
+
+    def energies(self, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean of (p_i x)^2 over the calibration problems' tokens, (r,), of each layer's directions."""
+        sums = {path: torch.zeros(len(rows), dtype=torch.float64) for path, rows in of.items()}
+
+        def note(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                sums[path] += linear(inputs[0].float(), of[path]).double().square().flatten(0, -2).sum(0)
+
+            return hook
+
+        handles = [self.layers[path].register_forward_pre_hook(note(path)) for path in of]
+        with torch.no_grad():
+            for row in self.rows:
+                self.task.model(torch.tensor([row["input_ids"]]))
+        for handle in handles:
+            handle.remove()
+        tokens = sum(len(row["input_ids"]) for row in self.rows)
+        return {path: (total / tokens).float() for path, total in sums.items()}
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """G (out, in) of each layer: of the mean loss on the calibration problems, float32."""
+        weights = {path: layer.weight.requires_grad_(True) for path, layer in self.layers.items()}
+        with torch.enable_grad():
+            for start in range(0, len(self.rows), 8):
+                self.task.model(**batch_of(self.rows[start : start + 8])).loss.backward()
+        found = {}
+        for path, weight in weights.items():
+            assert weight.grad is not None
+            found[path], weight.grad = weight.grad.float(), None
+            weight.requires_grad_(False)
+        return found
+
+    def output_directions(self, r: int) -> dict[str, Tensor]:
+        """U (out, r): the leading eigenvectors of W C W^T, C the inputs' uncentred second moment."""
+        moments = {
+            path: torch.zeros(m.out_features, m.out_features, dtype=torch.float64) for path, m in self.layers.items()
+        }
+
+        def note(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+                rows = y.flatten(0, -2).double()
+                moments[path] += rows.T @ rows
+
+            return hook
+
+        handles = [self.layers[path].register_forward_hook(note(path)) for path in self.layers]
+        with torch.no_grad():
+            for row in self.rows:
+                self.task.model(torch.tensor([row["input_ids"]]))
+        for handle in handles:
+            handle.remove()
+        return {path: torch.linalg.eigh(c).eigenvectors[:, -r:].flip(1).float() for path, c in moments.items()}
+
+
+def aligned(cores: Sequence[Tensor]) -> list[Tensor]:
+    """Rotations R_i (r, r) that turn matrices (r, n) toward one another: R_i core_i are near their mean."""
+    rotations = [torch.eye(len(cores[0])) for _ in cores]
+    middle = max(cores, key=lambda core: float(core.norm()))
+    for _ in range(ALIGNMENTS):
+        for i, core in enumerate(cores):
+            left, _, right = torch.linalg.svd(middle @ core.T)
+            rotations[i] = left @ right
+        middle = torch.stack([rotation @ core for rotation, core in zip(rotations, cores)]).mean(0)
+    return rotations
+
+
+Made = tuple[dict[str, LowRank], list[nn.Parameter]]
+"""The adapted layers by path, and all that is trained."""
+
+
+def shared_m(
+    looked: Looked,
+    r: int,
+    read: Mapping[str, Tensor],
+    *,
+    gains: bool = False,
+    neighbours: int | None = None,
+) -> Made:
+    """M (out, r) shared by a role's layers, or by each `neighbours` of them in a row."""
+    made, trained = {}, []
+    for paths in looked.roles.values():
+        size = neighbours or len(paths)
+        for start in range(0, len(paths), size):
+            group = paths[start : start + size]
+            matrix = nn.Parameter(torch.zeros(looked.layers[group[0]].out_features, r))
+            trained.append(matrix)
+            for path in group:
+                d = nn.Parameter(torch.ones(r)) if gains else None
+                trained += [] if d is None else [d]
+                made[path] = LowRank(looked.layers[path], read[path], matrix, d)
+    return made, trained
+
+
+def scaled(rows: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Directions times scales whose mean square is made one, so that rates mean the same."""
+    return {path: p * (scales[path] / scales[path].square().mean().sqrt())[:, None] for path, p in rows.items()}
+
+
+def residual(looked: Looked, r: int, write: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> Made:
+    """Layers that write into the residual stream share M behind frozen P; those that read it share N before frozen U."""
+    made, trained = {}, []
+    for role, paths in looked.roles.items():
+        first = looked.layers[paths[0]]
+        writes = role.endswith("down_proj")
+        matrix = nn.Parameter(torch.zeros(first.out_features, r) if writes else torch.zeros(r, first.in_features))
+        trained.append(matrix)
+        for path in paths:
+            parts = (read[path], matrix) if writes else (matrix, write[path])
+            made[path] = LowRank(looked.layers[path], *parts)
+    return made, trained
+
+
+def of_gradients(looked: Looked, r: int) -> Made:
+    """`residual` with the leading directions of the first gradients, aligned over each role's layers."""
+    write, read = {}, {}
+    for role, paths in looked.roles.items():
+        spectra = [torch.linalg.svd(looked.gradients[path], full_matrices=False) for path in paths]
+        if role.endswith("down_proj"):
+            rows = [right[:r] for _, _, right in spectra]
+            turns = aligned([p @ looked.gradients[path].T for p, path in zip(rows, paths)])
+            read |= {path: turn @ p for path, turn, p in zip(paths, turns, rows)}
+        else:
+            columns = [left[:, :r] for left, _, _ in spectra]
+            turns = aligned([u.T @ looked.gradients[path] for u, path in zip(columns, paths)])
+            write |= {path: u @ turn.T for path, turn, u in zip(paths, turns, columns)}
+    return residual(looked, r, write, read)
+
+
+def of_outputs(looked: Looked, r: int) -> Made:
+    """`residual` with the leading directions of the outputs, and of the inputs of down."""
+    return residual(looked, r, looked.output_directions(r), looked.basis("activation", r))
+
+
+def lora(looked: Looked, r: int, seed: int) -> Made:
+    """LoRA with alpha = r and PEFT's start: A uniform as a linear layer's weight, B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    made, trained = {}, []
+    for path, layer in looked.layers.items():
+        bound = layer.in_features**-0.5
+        a = nn.Parameter((torch.rand(r, layer.in_features, generator=generator) * 2 - 1) * bound)
+        b = nn.Parameter(torch.zeros(layer.out_features, r))
+        made[path] = LowRank(layer, a, b)
+        trained += [a, b]
+    return made, trained
+
+
+Make = Callable[[Looked, int, int], Made]
+"""From what was looked at, r and a seed."""
+
+
+def candidates(layers: int) -> dict[str, Make]:
+    """All of them by name; `layers` is the number of blocks."""
+
+    def plain(projection: str, *, gains: bool = False, neighbours: int | None = None) -> Make:
+        return lambda looked, r, seed: shared_m(
+            looked, r, looked.basis(projection, r), gains=gains, neighbours=neighbours
+        )
+
+    def by_singular_values(looked: Looked, r: int, seed: int) -> Made:
+        rows = looked.basis("principal", r)
+        gains = {path: (looked.layers[path].weight.float() @ p.T).norm(dim=0) for path, p in rows.items()}
+        return shared_m(looked, r, scaled(rows, gains))
+
+    def by_energies(power: float) -> Make:
+        def make(looked: Looked, r: int, seed: int) -> Made:
+            rows = looked.basis("activation", r)
+            energies = looked.energies(rows)
+            return shared_m(
+                looked, r, scaled(rows, {path: e.clamp(min=1e-12) ** power for path, e in energies.items()})
+            )
+
+        return make
+
+    return {
+        "activation": plain("activation"),
+        "principal": plain("principal"),
+        "LoRA r=1": lora,
+        "activation, gains": plain("activation", gains=True),
+        "principal, gains": plain("principal", gains=True),
+        "activation, whitened": by_energies(-0.5),
+        "activation, scaled": by_energies(0.5),
+        "principal, scaled": by_singular_values,
+        f"activation, shared by {layers // 2}": plain("activation", neighbours=layers // 2),
+        f"activation, shared by {layers // 3}": plain("activation", neighbours=layers // 3),
+        "residual side, outputs": lambda looked, r, seed: of_outputs(looked, r),
+        "residual side, gradient": lambda looked, r, seed: of_gradients(looked, r),
+    }
+
+
+def count(trained: Sequence[nn.Parameter]) -> int:
+    """Numbers that are trained."""
+    return sum(parameter.numel() for parameter in trained)
+
+
+def rank_for(looked: Looked, name: str, make: Make, budget: int) -> int:
+    """The largest r within a budget of trained parameters: they grow by the same number with each."""
+    if name.startswith("LoRA"):
+        return 1
+    return budget // count(make(looked, 1, 0)[1])
+
+
+def put_on(model: nn.Module, made: Mapping[str, LowRank]) -> None:
+    """Exchange layers of a model for adapted ones."""
+    for path, module in made.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "embedded": {
+        "fields": {
+            "model.dtype": "float32",
+            "data.train_limit": 1500,
+            "data.validation_limit": 100,
+            "data.test_limit": 200,
+        },
+        "steps": 60,
+        "batch": 16,
+        "seeds": [0, 1, 2, 3],
+        "rates": {"": [3e-3, 1e-2, 3e-2], "LoRA r=1": [1e-2, 3e-2, 1e-1]},
+    },
+    "smollm2": {
+        "fields": {
+            "model.dtype": "bfloat16",
+            "task.template": "alpaca",
+            "data.train_limit": 1000,
+            "data.validation_limit": 24,
+            "data.test_limit": 64,
+            "trainer.max_length": 192,
+        },
+        "steps": 24,
+        "batch": 4,
+        "seeds": [0, 1],
+        "rates": {"": [1e-3, 3e-3, 1e-2], "LoRA r=1": [3e-3, 1e-2, 3e-2]},
+    },
+}
+
+
+def run(name: str, task: Task, setting: Mapping[str, Any], records: Records) -> None:
+    """Train and measure what is not done yet: every candidate's rate, then its seeds."""
+    looked = Looked(task)
+    layers = max(len(paths) for paths in looked.roles.values())
+    budget = count(lora(looked, 1, 0)[1])
+    records.get(f"{name}/base", lambda: losses(task.model, task.test))
+    for label, make in candidates(layers).items():
+        r = rank_for(looked, label, make, budget)
+        rates = setting["rates"].get(label, setting["rates"][""])
+
+        def attempt(
+            rate: float, seed: int, rows: Sequence[Row], make: Make = make, r: int = r
+        ) -> tuple[int, Losses | None]:
+            model, (made, trained) = task.fresh(), make(looked, r, seed)
+            put_on(model, made)
+            return count(trained), losses(model, rows) if train(model, trained, task, rate=rate, seed=seed) else None
+
+        def validated(rate: float, label: str = label, attempt: Any = attempt, r: int = r) -> float:
+            def both() -> dict[str, Any]:
+                parameters, found = attempt(rate, setting["seeds"][0], [*task.validation, *task.test])
+                part = len(task.validation)
+                halves = (found[:part], found[part:]) if found else (None, None)
+                return {"parameters": parameters, "r": r, "validation": halves[0], "test": halves[1]}
+
+            done = records.get(f"{name}/{label}/rate {rate:g}", both)
+            print(f"{label} r={r}, rate {rate:g}: {_shown(done['validation'])}", flush=True)
+            return mean(done["validation"]) if done["validation"] else float("inf")
+
+        rate, tried = best_rate(rates, validated)
+        chosen = records.done(f"{name}/{label}/rate {rate:g}")
+        seeds = {setting["seeds"][0]: chosen["test"]}
+        for seed in setting["seeds"][1:]:
+            seeds[seed] = records.get(
+                f"{name}/{label}/seed {seed}", lambda s=seed, at=rate: attempt(at, s, task.test)[1]
+            )
+            print(f"{label} r={r}, rate {rate:g}, seed {seed}: {_shown(seeds[seed])}", flush=True)
+        summary = {"r": r, "parameters": chosen["parameters"], "rate": rate, "validation": tried}
+        records.get(
+            f"{name}/{label}", lambda s=summary, found=seeds: s | {"test": {str(k): v for k, v in found.items()}}
+        )
+
+
+def _shown(found: Losses | None) -> str:
+    return f"{mean(found):.4f}" if found else "broke"
+
+
+def report(name: str, records: Records, setting: Mapping[str, Any], layers: int) -> tuple[dict[str, Any], str]:
+    """Finished candidates as numbers and as a table."""
+    done = {label: record for label in candidates(layers) if (record := records.done(f"{name}/{label}"))}
+    references = [label for label in ("activation", "principal") if label in done]
+    seeds = {
+        label: {int(seed): rows for seed, rows in record["test"].items() if rows} for label, record in done.items()
+    }
+    lines, numbers = [], {}
+    for label, record in done.items():
+        means = [mean(rows) for rows in seeds[label].values()]
+        against = {other: paired_difference(seeds[label], seeds[other]) for other in references if other != label}
+        tried = sorted(map(float, record["validation"]))
+        edge = record["rate"] in (tried[0], tried[-1])
+        wins = [off < -TIE and high < 0 for off, _, high, _ in against.values()]
+        losses_ = [off > TIE and low > 0 for off, low, _, _ in against.values()]
+        verdict = "" if label in references else "helps" if all(wins) else "behind both" if all(losses_) else "no"
+        numbers[label] = {
+            "r": record["r"],
+            "parameters": record["parameters"],
+            "rate": record["rate"],
+            "rates": tried,
+            "loss": float(np.mean(means)),
+            "deviation": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+            "seeds": len(means),
+            "against": {other: {"difference": d, "low": lo, "high": hi} for other, (d, lo, hi, _) in against.items()},
+            "verdict": verdict,
+        }
+        spread = f" ± {np.std(means, ddof=1):.4f}" if len(means) > 1 else ""
+        shown = {o: f"{d:+.4f} ({lo:+.4f} to {hi:+.4f})" for o, (d, lo, hi, _) in against.items()}
+        lines.append(
+            [
+                label,
+                str(record["r"]),
+                f"{record['parameters']:,}",
+                f"{record['rate']:g}{' (edge)' if edge else ''}",
+                f"{np.mean(means):.4f}{spread}",
+                *(shown.get(other, "") for other in ("activation", "principal")),
+                verdict,
+            ]
+        )
+    header = ["candidate", "r", "parameters", "rate", "test loss", "against activation", "against principal", "helps"]
+    return numbers, harness.table(header, lines) if lines else "No candidate is finished yet."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is left of a setting, and write its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=sorted(SETTINGS), default="embedded")
+    parser.add_argument("--model", help="folder of smollm2-135m")
+    parser.add_argument("--data", type=Path, help="folder with train.json and AddSub.json")
+    parser.add_argument("--work", type=Path, required=True, help="where finished trainings are noted")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    given = parser.parse_args(argv)
+    setting = SETTINGS[given.setting]
+    fields = dict(setting["fields"])
+    if given.setting == "smollm2":
+        if given.model is None or given.data is None:
+            parser.error("--setting smollm2 needs --model and --data")
+        fields |= {"model.path": given.model, "data.train": str(given.data / "train.json")}
+        fields |= {"data.test": str(given.data / "AddSub.json")}
+    torch.set_num_threads(1)
+    records = Records(given.work / f"candidates-{given.setting}.jsonl")
+    task = load_task(fields, steps=setting["steps"], batch=setting["batch"])
+    if not given.report:
+        run(given.setting, task, setting, records)
+    layers = int(task.model.config.num_hidden_layers)
+    numbers, shown = report(given.setting, records, setting, layers)
+    problems = {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)}
+    about = {"steps": task.steps, "batch": task.batch, "problems": problems, "seeds": setting["seeds"]}
+    base = mean(records.get(f"{given.setting}/base", lambda: losses(task.model, task.test)))
+    result = {**about, "base_loss": base, "candidates": numbers}
+    text = (
+        f"{task.steps} steps of {task.batch}, seeds {', '.join(map(str, setting['seeds']))}, {len(task.test)} problems. "
+        f"The model without training has a loss of {base:.4f}.\n\n{shown}"
+    )
+    print(text)
+    harness.save(f"candidates_{given.setting}", result, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
