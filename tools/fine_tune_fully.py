@@ -29,7 +29,8 @@ from transformers import (
     set_seed,
 )
 
-from pica.experiments.data import encode, take_out
+from pica.experiments.data import take_out
+from pica.experiments.encoding import encode
 from pica.experiments.measuring import machine, versions
 from pica.files.output import atomic_folder, write_json
 from pica.tasks import Source, get_task

@@ -30,6 +30,29 @@ def test_help_imports_nothing_heavy(arguments: list[str]):
     assert found.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["--data.columns", "{prompt: q, completion: b}"],
+        ["--data.columns", "{prompt: q, completion: b}", "--task.name", "chat"],
+        ["--data.columns", "{text: q, label: b}", "--task.name", "sentiment", "--data.test", "chats.jsonl"],
+    ],
+)
+def test_a_missing_column_is_told_before_anything_heavy_is_imported(
+    task: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text('{"q": "Hello?", "a": "Good morning."}\n' * 20)
+    found = enter(
+        *["train", "--model.path", "some/model", "--data.train", "chats.jsonl", *task, "-o", "out"],
+        then=f"heavy = [name for name in {HEAVY} if name in sys.modules]\nassert not heavy, heavy",
+    )
+    assert found.returncode == 2, found.stderr
+    assert "line 1" in found.stderr
+    assert "'b'" in found.stderr
+    assert not Path("out").exists()
+
+
 def test_as_a_module_it_is_the_same_command():
     command = [sys.executable, "-X", "importtime", "-m", "pica", "--version"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

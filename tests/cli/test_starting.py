@@ -14,10 +14,12 @@ import yaml
 
 from pica.cli import COMMANDS, main
 from pica.cli.recipe_help import FIRST
+from pica.errors import DataError
 from pica.experiments.compare.comparison import builtin_comparisons
 from pica.experiments.recipes.parsing import builtin_recipes, load_recipe, recipe_fields, section_names
 from pica.experiments.recipes.recipe import Recipe
 from pica.experiments.recipes.schema import comparison_schema, recipe_schema
+from pica.experiments.recipes.starting import talking_task
 
 Run = Callable[..., str]
 
@@ -225,3 +227,15 @@ def test_a_device_reaches_the_processes_that_a_command_starts(monkeypatch: pytes
     assert (seen["PICA_DEVICE"], seen["CUDA_VISIBLE_DEVICES"]) == ("cuda:3", "3")
     assert "PICA_DEVICE" not in os.environ
     assert os.environ.get("CUDA_VISIBLE_DEVICES") != "3"
+
+
+def test_what_a_file_is_for_is_seen_by_its_columns_under_our_names(tmp_path: Path):
+    rows, pairs = tmp_path / "rows.jsonl", tmp_path / "pairs.jsonl"
+    rows.write_text('{"q": "Hello?", "a": "Good morning."}\n')
+    pairs.write_text('{"q": "Hello?", "good": "Good morning.", "bad": "What?"}\n')
+    assert talking_task(str(rows), {}) is None
+    assert talking_task(str(rows), {"prompt": "q", "completion": "a"}) == "chat"
+    assert talking_task(str(rows), {"instruction": "q", "answer": "a"}) is None
+    assert talking_task(str(pairs), {"prompt": "q", "chosen": "good", "rejected": "bad"}) == "preference"
+    with pytest.raises(DataError, match="data.columns names 'b'"):
+        talking_task(str(rows), {"prompt": "q", "completion": "b"})

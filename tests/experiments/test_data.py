@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from pica.errors import ConfigError, DataError
-from pica.experiments.data import IGNORED, encode, load_splits, take_out
+from pica.experiments.data import load_splits, take_out
+from pica.experiments.encoding import IGNORED, encode
 from pica.experiments.recipes.recipe import Recipe
 from pica.tasks import Example, get_task
 
@@ -134,6 +135,13 @@ def test_a_limit_beside_held_out_rows_draws_from_the_whole_of_a_sorted_file(
     assert len(splits.validation) == 4
     assert {example.label for example in splits.train} == {"0", "1"}
     assert len(splits.train) > 10
+
+
+@pytest.mark.parametrize("given", ["{text: 3, label: 1}", {"text": 3, "label": 1}, "{text: '3', label: '1'}"])
+def test_columns_of_a_table_without_a_header_are_named_by_their_numbers(recipe: Callable, given: object):
+    assert recipe(data__columns=given).data.columns == {"text": "3", "label": "1"}
+    with pytest.raises(ConfigError, match=r"data.columns = .* must be a mapping of text to \(text or a mapping"):
+        recipe(data__columns="{text: [1]}")
 
 
 def test_columns_may_differ_between_splits(recipe: Callable, tmp_path: Path):

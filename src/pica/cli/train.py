@@ -14,6 +14,7 @@ from pica.text import shortened
 
 if TYPE_CHECKING:
     from pica.cli.console import ConsoleReporter
+    from pica.experiments.data import Splits
     from pica.experiments.recipes.recipe import Recipe
     from pica.experiments.reporting import Reporter
     from pica.experiments.results.run import Measurement, RunMetrics
@@ -78,6 +79,11 @@ def run(arguments: Sequence[str]) -> int:
     from pica.cli.console import loading
 
     with loading() as shown:
+        splits = None
+        if recipe is not None and options["resume"] is None:
+            from pica.experiments.data import load_texts
+
+            splits = load_texts(recipe)
         from pica.experiments.train.run import default_output, resume, start
     if recipe is None or options["resume"] is not None:
         folder = folder or default_output(recipe)  # pyright: ignore[reportArgumentType]
@@ -91,11 +97,11 @@ def run(arguments: Sequence[str]) -> int:
         shown.say(f"Recipe {recipe.name}: {recipe.model.path} on {recipe.task.name}, into {default_output(recipe)}")
         if recipe.model.trust_remote_code:
             shown.say(f"Python code that comes with {recipe.model.path} is run (model.trust_remote_code)")
-        if options["dry"]:
-            _look(recipe)
+        if options["dry"] and splits is not None:
+            _look(recipe, splits)
             return 0
         result = _followed(
-            lambda reporter: start(recipe, reporter=reporter, overwrite=options["overwrite"]),
+            lambda reporter: start(recipe, reporter=reporter, overwrite=options["overwrite"], splits=splits),
             shown,
             page=options["page"],
         )
@@ -135,13 +141,10 @@ def _followed(go: "Callable[[Reporter], RunResult]", shown: "ConsoleReporter", *
     return result
 
 
-def _look(recipe: "Recipe") -> None:
+def _look(recipe: "Recipe", splits: "Splits") -> None:
     """Show what a model would see of a recipe's conversations, without what is held out of them."""
     from pica.cli.data import look, print_preview
-    from pica.experiments.data import load_splits
-    from pica.tasks import get_task
 
-    splits = load_splits(recipe, get_task(recipe.task.name))
     found, facts = look(recipe, splits.train, splits.test, examples=3)
     held = {"held out": f"{len(splits.test):,} to be measured on"}
     if splits.validation:
@@ -155,13 +158,14 @@ def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -
     if reference is not None or "task.name" in given or "data.train" not in given:
         return []
     from pica.experiments.recipes.parsing import read_field
+    from pica.experiments.recipes.recipe import columns_of
     from pica.experiments.recipes.starting import talking_task
 
     train = read_field("data.train", given["data.train"])
     if not isinstance(train, str):  # which only chat takes
         return [("task.name", "chat")]
     # What is wrong with a place is said where the recipe is checked.
-    found = None if "data.columns" in given else talking_task(train)
+    found = talking_task(train, columns_of(read_field("data.columns", given.get("data.columns", {})), "train", train))
     return [("task.name", found)] if found else []
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pica.experiments.data import IGNORED
+from pica.experiments.encoding import IGNORED
 from pica.experiments.reporting import Advance
 
 

@@ -1,4 +1,4 @@
-"""Examples of a recipe's three splits, and their token sequences."""
+"""Examples of a recipe's three splits. Nothing here needs torch: what is wrong with a file shows before that is imported."""
 
 import dataclasses
 import logging
@@ -7,22 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
-from transformers import PreTrainedTokenizerBase
-
 from pica.errors import DataError
-from pica.experiments.limits import Limits, check_tokens
-from pica.experiments.recipes.recipe import Recipe, columns_of, weights_of
-from pica.tasks import AnyExample, ClassificationTask, Example, Source, Split, Target, Task, get_task, has_split
+from pica.experiments.recipes.recipe import Recipe, columns_of, weights_of, with_absolute_paths
+from pica.tasks import AnyExample, ClassificationTask, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.base import TALKING, Bar, LeftOut
 from pica.tasks.identity import same_problem
 from pica.tasks.labelled import check_labels, checked_target, classes_of
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of tokens without loss, as torch's cross entropy has it
 _MOST_TAKEN_OUT = 1000
-_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -156,6 +150,18 @@ def load_splits(recipe: Recipe, task: Task, *, bar: Bar | None = None) -> Splits
     if not train or not test:
         raise DataError(f"data.{'test' if train else 'train'}: no problems are left to use.")
     return Splits(train, validation, test, left_out)
+
+
+def load_texts(recipe: Recipe) -> Splits | None:
+    """`load_splits` for what can be read before torch is imported, so that a missing column shows at once.
+
+    Returns:
+        The examples as a run has them, with absolute paths in their places; None for tasks on pictures.
+    Raises:
+        DataError: As `load_splits`.
+    """
+    task = get_task(recipe.task.name)
+    return None if "image" in task.kind else load_splits(with_absolute_paths(recipe), task)
 
 
 def mixed(examples: Sequence[Any], weights: Mapping[str, float], *, seed: int) -> list[Any]:
@@ -315,85 +321,3 @@ def take_out(
     taken = [example for index, example in enumerate(examples) if index in chosen]
     rest = [example for index, example in enumerate(examples) if index not in chosen]
     return without(rest, taken, _of_another(split, left_out)), taken
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Ids of the end-of-text and the padding token, both of which `load_tokenizer` has made sure of."""
-    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert isinstance(end, int)
-    assert isinstance(padding, int)
-    return end, padding
-
-
-def prompt_ids(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limits: Limits = _NO_LIMITS
-) -> list[list[int]]:
-    """Encode prompts.
-
-    Returns:
-        Token ids, with the tokenizer's start token if it has one and never with an end token.
-    Raises:
-        DataError: One has a token that the model has no embedding for.
-    """
-    encoded = tokenizer([example.prompt for example in examples], verbose=False)["input_ids"]
-    end, _ = special_ids(tokenizer)
-    prompts = [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]  # pyright: ignore[reportArgumentType]
-    check_tokens(prompts, [example.place for example in examples], tokenizer, limits)
-    return prompts
-
-
-def encode(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None = None,
-    limits: Limits = _NO_LIMITS,
-    whole: bool = False,
-) -> datasets.Dataset:
-    """Token sequences for training or for measuring a loss.
-
-    Prompt and completion are tokenized apart and joined, so that the loss begins exactly where generation would; an
-    end-of-text token closes the completion.
-
-    Args:
-        examples: What to encode.
-        tokenizer: Tokenizer with an end-of-text token.
-        max_length: Sequences are cut off here at the end; those with no completion left are dropped.
-        limits: What the model can take.
-        whole: Keep every example: where there are too few positions, the prompt loses its beginning, and after it the
-            completion its end.
-
-    Returns:
-        Columns `input_ids` and `labels`, both lists of the sequence's length; labels are -100 on the prompt.
-
-    Raises:
-        DataError: No sequence is left, or one has a token that the model has no embedding for.
-    """
-    prompts = prompt_ids(examples, tokenizer, limits)
-    completions: Any = tokenizer([example.completion for example in examples], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    check_tokens(completions, [example.place for example in examples], tokenizer, limits)
-    end, _ = special_ids(tokenizer)
-    if whole and limits.positions is not None:
-        completions = [list(completion)[: limits.positions - 2] for completion in completions]
-        room = [limits.positions - len(completion) - 1 for completion in completions]
-        prompts = [prompt[-most:] for prompt, most in zip(prompts, room)]
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    cut, dropped = 0, list[str]()
-    for example, prompt, completion in zip(examples, prompts, completions):
-        ids: list[int] = (prompt + list(completion) + [end])[:max_length]
-        cut += max_length is not None and len(prompt) + len(completion) + 1 > max_length
-        if len(ids) > len(prompt):
-            rows["input_ids"].append(ids)
-            rows["labels"].append([IGNORED] * len(prompt) + ids[len(prompt) :])
-        else:
-            dropped.append(example.place)
-    if not rows["input_ids"]:
-        raise DataError(f"All prompts are longer than trainer.max_length = {max_length}, so nothing can be learnt.")
-    if cut:
-        logger.warning("%d of %d sequences are cut off at trainer.max_length = %d", cut, len(examples), max_length)
-    if dropped:
-        first = f", the first at {dropped[0]}" if dropped[0] else ""
-        logger.warning("%d sequences are dropped: nothing but their prompt was left%s", len(dropped), first)
-    return datasets.Dataset.from_dict(rows)

@@ -19,7 +19,7 @@ from pica.calibration.making import directions, target_layers
 from pica.calibration.texts import LENGTH, TOKENS, Batch, Calibration, calibration
 from pica.errors import ConfigError, DataError
 from pica.experiments.batches import attended, padded
-from pica.experiments.data import IGNORED
+from pica.experiments.encoding import IGNORED
 from pica.experiments.models import device, load_config, load_model, load_tokenizer
 from pica.experiments.recipes.recipe import ModelSection
 from pica.tuners.base.pointwise import is_pointwise

@@ -9,7 +9,7 @@ from trl import pack_dataset
 from pica.errors import ConfigError
 from pica.experiments.batches import padded
 from pica.experiments.chat.rendering import Rows
-from pica.experiments.data import IGNORED
+from pica.experiments.encoding import IGNORED
 
 
 def as_dataset(rows: Rows) -> datasets.Dataset:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pica.experiments.chat.rendering import Overflow, Renderer, Rows, cut_rows
-from pica.experiments.data import IGNORED
+from pica.experiments.encoding import IGNORED
 from pica.tasks.chat import Conversation, with_system
 
 

@@ -16,7 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from pica.errors import ConfigError, DataError
-from pica.experiments.data import IGNORED
+from pica.experiments.encoding import IGNORED
 from pica.tasks.chat import Conversation, Message
 from pica.text import first_line
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from pica.errors import ConfigError
 from pica.experiments.batches import left_padded, length_batches
 from pica.experiments.chat.rendering import Renderer
-from pica.experiments.data import special_ids
+from pica.experiments.encoding import special_ids
 from pica.experiments.reporting import Advance
 from pica.tasks.chat import Message
 

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pica.experiments.batches import guesses, left_padded, length_batches
-from pica.experiments.data import encode, prompt_ids, special_ids
+from pica.experiments.encoding import encode, prompt_ids, special_ids
 from pica.experiments.limits import limits_of, takes_positions
 from pica.experiments.reporting import Advance, Reporter
 from pica.experiments.results.run import GroupScore, Measurement

@@ -15,7 +15,7 @@ from pica.experiments.chat.packing import PackedCollator, as_dataset, check_pack
 from pica.experiments.chat.rendering import Renderer, Rows
 from pica.experiments.chat.talking import Speaker
 from pica.experiments.chat.templates import FILE, set_template
-from pica.experiments.data import IGNORED, special_ids
+from pica.experiments.encoding import IGNORED, special_ids
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from pica.errors import ConfigError
 from pica.experiments.adapters import attach
-from pica.experiments.data import encode
+from pica.experiments.encoding import encode
 from pica.experiments.evaluate.evaluation import Evaluation, evaluate, held_out_loss
 from pica.experiments.limits import fit_padding, longest, planned_limits
 from pica.experiments.models import load_adapter, load_model, load_tokenizer

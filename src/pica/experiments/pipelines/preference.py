@@ -9,7 +9,7 @@ import datasets
 import peft
 from transformers import PreTrainedModel, Trainer
 
-from pica.experiments.data import special_ids
+from pica.experiments.encoding import special_ids
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens
 from pica.experiments.pipelines.base import HeldOut, Pipeline

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from pica.errors import DataError
-from pica.experiments.data import prompt_ids
+from pica.experiments.encoding import prompt_ids
 from pica.experiments.evaluate.evaluation import Evaluation, answers
 from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.pipelines.generation import GenerationPipeline

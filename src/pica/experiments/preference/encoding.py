@@ -10,7 +10,7 @@ import torch
 from pica.errors import DataError
 from pica.experiments.batches import attended, padded
 from pica.experiments.chat.rendering import Renderer
-from pica.experiments.data import IGNORED
+from pica.experiments.encoding import IGNORED
 from pica.tasks.chat import with_system
 from pica.tasks.preference import Pair
 

@@ -246,7 +246,7 @@ def _typed(values: Mapping[str, Any], recipe: Recipe | None = None) -> tuple[Rec
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                value = _named(value) if name == "labels" else value
+                value = _as_names(value) if name in ("labels", "columns") else value
                 parsed = _reader(fields[key].type).parse_object({"value": value})
         except (ArgumentError, TypeError, ValueError, RecursionError):
             mistakes.append(f"{key} = {value!r}: must be {type_in_words(fields[key].type)}.")
@@ -255,15 +255,17 @@ def _typed(values: Mapping[str, Any], recipe: Recipe | None = None) -> tuple[Rec
     return recipe, mistakes
 
 
-def _named(value: Any) -> Any:
-    """Labels with those that YAML reads as numbers or as true and false as the names of classes."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+def _as_names(value: Any) -> Any:
+    """Classes or columns, given as YAML or as text of it, with the numbers and truth values among them as their names."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError:
             return value  # its type is wrong, and said to be
     if isinstance(value, list):
         return [class_name(each) if isinstance(each, (bool, int, float)) else each for each in value]
+    if isinstance(value, dict):
+        return {key: _as_names(each) if isinstance(each, dict) else _as_names([each])[0] for key, each in value.items()}
     return value
 
 
@@ -288,5 +290,6 @@ def type_in_words(annotation: Any) -> str:
     if annotation == dict[str, Any]:
         return "a mapping"
     if get_origin(annotation) is dict:
-        return f"a mapping of {type_in_words(arguments[0])} to {type_in_words(arguments[1])}"
+        kept = type_in_words(arguments[1])
+        return f"a mapping of {type_in_words(arguments[0])} to {f'({kept})' if ' or ' in kept else kept}"
     return " or ".join(type_in_words(argument) for argument in arguments)

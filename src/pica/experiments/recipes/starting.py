@@ -1,6 +1,7 @@
 """A first recipe for one's own model, data and goal, with comments that say what each field is for."""
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,19 @@ _USUAL: dict[str, Any] = {"trainer.epochs": 1.0, "trainer.batch_size": 8, "train
 _WIDTH = 100
 
 
-def talking_task(location: str) -> str | None:
-    """Task chat or preference, whichever the first row of a local source is for; None for others and what is not here."""
+def talking_task(location: str, columns: Mapping[str, str]) -> str | None:
+    """Task chat or preference, whichever the first row of a local source is for, with its columns under our names.
+
+    Returns:
+        The task's name; None where the row is for another task, and where there is none to look at.
+    Raises:
+        DataError: The source cannot be read, or its first row has none of such a column.
+    """
     from pica.tasks.chat import looks_like_chat
+    from pica.tasks.messages import under_our_names
     from pica.tasks.places import check_location, is_hub
     from pica.tasks.preference import looks_like_preferences
+    from pica.tasks.records import Record
     from pica.tasks.rows import read_rows
 
     if location == "embedded" or is_hub(location) or check_location(location):
@@ -48,15 +57,16 @@ def talking_task(location: str) -> str | None:
     first = next(iter(read_rows(location, "train")), None)
     if first is None:
         return None
-    if looks_like_preferences(first.fields):
+    fields = under_our_names(Record(first.fields, first.place), columns).fields
+    if looks_like_preferences(fields):
         return "preference"
-    return "chat" if looks_like_chat(first.fields) else None
+    return "chat" if looks_like_chat(fields) else None
 
 
 def likely_goal(location: str) -> str:
     """The goal that a source of data suggests."""
     try:
-        return talking_task(location) or "arithmetic"
+        return talking_task(location, {}) or "arithmetic"
     except DataError:  # said where the recipe is used
         return "arithmetic"
 

@@ -19,8 +19,8 @@ from pica.calibration.making import make_basis
 from pica.calibration.texts import Calibration, calibration
 from pica.experiments.adapters import peft_config
 from pica.experiments.batches import padded
-from pica.experiments.data import IGNORED
 from pica.experiments.distributed import in_first, leads
+from pica.experiments.encoding import IGNORED
 from pica.experiments.models import device
 from pica.experiments.pipelines import Pipeline
 from pica.experiments.recipes.recipe import AdapterSection, Recipe

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from pica.errors import ConfigError
-from pica.experiments.data import special_ids
+from pica.experiments.encoding import special_ids
 from pica.experiments.methods import changes_base
 from pica.experiments.preference.encoding import PairCollator
 from pica.experiments.recipes.recipe import AdapterSection, PreferenceSection, RewardSection

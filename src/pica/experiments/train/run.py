@@ -21,7 +21,7 @@ from pica.basis import process_count
 from pica.errors import ConfigError, TrainingError
 from pica.experiments import distributed
 from pica.experiments.adapters import baseline_section, parameter_counts, title_of
-from pica.experiments.data import load_splits, with_classes
+from pica.experiments.data import Splits, load_splits, with_classes
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.measuring import machine, versions
 from pica.experiments.methods import changes_base
@@ -71,8 +71,8 @@ def default_output(recipe: Recipe) -> Path:
     return Path(recipe.output).expanduser() if recipe.output else Path(f"pica-{recipe.name}")
 
 
-def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> RunResult:
-    """Run a checked recipe from its beginning.
+def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False, splits: Splits | None = None) -> RunResult:
+    """Run a checked recipe from its beginning; `splits` are its examples, where they have been read already.
 
     Returns:
         The folder and what was measured.
@@ -88,7 +88,7 @@ def start(recipe: Recipe, *, reporter: Reporter, overwrite: bool = False) -> Run
             files.check_free(folder, overwrite=overwrite)
             place.check(overwrite=overwrite)
         distributed.wait()
-        return _guarded(_Run(with_absolute_paths(recipe), place, reporter, resuming=False))
+        return _guarded(_Run(with_absolute_paths(recipe), place, reporter, resuming=False, splits=splits))
 
 
 def resume(folder: Path, *, reporter: Reporter, trust_remote_code: bool = False) -> RunResult:
@@ -147,12 +147,15 @@ def _guarded(run: "_Run") -> RunResult:
 class _Run:
     """One recipe on its way."""
 
-    def __init__(self, recipe: Recipe, place: Place, reporter: Reporter, *, resuming: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, place: Place, reporter: Reporter, *, resuming: bool, splits: Splits | None = None
+    ) -> None:
         self.recipe, self.place, self.folder, self.reporter = recipe, place, place.folder, reporter
         self.task = get_task(recipe.task.name)
         self.checkpoints = self.folder / CHECKPOINTS
         self.phases = Phases(self.checkpoints / "phases.json", read=resuming)
         self.begun = resuming
+        self._read_before = splits
 
     def execute(self) -> RunResult:
         """Do every phase that is not done yet, and write the results."""
@@ -160,7 +163,7 @@ class _Run:
         check_reports(self.recipe.trainer.report_to)
         if self.recipe.trainer.threads is not None:
             torch.set_num_threads(self.recipe.trainer.threads)
-        self.splits = load_splits(self.recipe, self.task, bar=self.reporter.bar)
+        self.splits = self._read_before or load_splits(self.recipe, self.task, bar=self.reporter.bar)
         self._check_origin()
         recipe = self.recipe = with_classes(self.recipe, self.splits)
         pipeline = make_pipeline(recipe)
