@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pica.experiments.batches import attended, padded
-from pica.experiments.data import IGNORED, load_splits
+from pica.experiments.data import load_splits
+from pica.experiments.encoding import IGNORED
 from pica.experiments.models import load_model
 from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipes.parsing import load_recipe
