@@ -221,7 +221,7 @@ def test_bugs_show_their_traceback_and_ask_for_a_report(
     def fail(*given: object, **named: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runs, "load_splits", fail)
+    monkeypatch.setattr(runs, "make_pipeline", fail)
     outcome = pica("train", *quick, "-o", tmp_path / "out")
     assert outcome.status == 1
     assert "ZeroDivisionError" in outcome.err
