@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import RESULTS, describe_machine, save, table
+from pica.experiments.results.documents import read_result, result_document
+from pica.experiments.results.run import CURVE, METRICS, Measurement, RunMetrics
 
 METHODS = {
     "PiCa r=64": ("pica", 64, [1e-3, 3e-3, 1e-2]),
@@ -29,12 +31,24 @@ TASKS = {
 }
 
 
-def run_cell(task: str, method: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Metrics of one method on one task, from its output folder if it is finished."""
+class Cell(NamedTuple):
+    """What one method did on one task: the run's metrics, and the points of its adapter's training."""
+
+    metrics: RunMetrics
+    curve: list[dict[str, str]]
+
+    def document(self) -> dict[str, Any]:
+        """As it is kept; where the model lies on this machine is nobody's business."""
+        model = Path(self.metrics.model).name
+        return result_document(self.metrics) | {"model": model, "curve": self.curve}
+
+
+def run_cell(task: str, method: str, given: argparse.Namespace) -> Cell:
+    """One method on one task, from its output folder if it is finished."""
     recipe, train, test = TASKS[task]
     name, rank, rates = METHODS[method]
     folder = Path(given.work) / f"{task}-{name}-r{rank}"
-    if not (folder / "metrics.json").is_file():
+    if not (folder / METRICS).is_file():
         arguments = [
             "train",
             recipe,
@@ -49,11 +63,9 @@ def run_cell(task: str, method: str, given: argparse.Namespace) -> dict[str, Any
         command = ["train", "--resume", str(folder)] if unfinished else arguments
         # a process of its own for each cell: its peak memory is then its own
         subprocess.run([sys.executable, "-m", "pica", *command], check=True)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    with open(folder / "loss_curve.csv", encoding="utf-8", newline="") as file:
-        metrics["curve"] = [row for row in csv.DictReader(file) if row["run"] == "adapter"]
-    metrics["model"] = Path(metrics["model"]).name  # where it lies on this machine is nobody's business
-    return metrics
+    with open(folder / CURVE, encoding="utf-8", newline="") as file:
+        curve = [row for row in csv.DictReader(file) if row["run"] == "adapter"]
+    return Cell(read_result(RunMetrics, folder / METRICS), curve)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,34 +81,34 @@ def main(argv: list[str] | None = None) -> int:
     markdown = ""
     for task in given.tasks:
         cells = {method: run_cell(task, method, given) for method in METHODS}
-        base = cells["PiCa r=64"]["base"]
-        reference = cells["LoRA r=8"]["adapter"]["training"]
-        rows = [["no adapter", "0", "", f"{base['loss']:.4f}", percent(base), "", "", "", ""]]
-        for method, metrics in cells.items():
-            a = metrics["adapter"]
-            rates = ", ".join(f"{c['learning_rate']:g}" for c in a["candidates"])
-            chosen = f"{a['learning_rate']:g} of {rates}"
-            count = f"{a['parameters']['trainable']:,}"
-            time = a["training"]["step_seconds"] / reference["step_seconds"]
-            memory = a["training"]["peak_memory"]["host"] / reference["peak_memory"]["host"]
-            measured = [f"{a['loss']:.4f}", percent(a), f"{a['file_bytes']:,}", f"{time:.2f}", f"{memory:.2f}"]
-            rows.append([method, count, chosen, *measured, a["training"]["steps"]])
+        first = cells["PiCa r=64"].metrics
+        assert first.base is not None
+        reference = cells["LoRA r=8"].metrics.adapter.training
+        rows = [["no adapter", "0", "", f"{first.base.loss:.4f}", percent(first.base), "", "", "", ""]]
+        for method, cell in cells.items():
+            a = cell.metrics.adapter
+            chosen = f"{a.learning_rate:g} of {', '.join(f'{c.learning_rate:g}' for c in a.candidates)}"
+            time = (a.training.step_seconds or math.nan) / (reference.step_seconds or math.nan)
+            memory = a.training.peak_memory["host"] / reference.peak_memory["host"]
+            measured = [f"{a.loss:.4f}", percent(a), f"{a.file_bytes:,}", f"{time:.2f}", f"{memory:.2f}"]
+            rows.append([method, f"{a.parameters.trainable:,}", chosen, *measured, str(a.training.steps)])
         header = ["method", "trainable", "learning rate", "held-out loss", "accuracy", "adapter bytes"]
         header += ["step time / LoRA r=8", "peak memory / LoRA r=8", "steps"]
-        tests = cells["PiCa r=64"]["problems"]["test"]
-        markdown += f"## {task}: SmolLM2-135M, {tests} test problems, seed 0\n\n" + table(header, rows) + "\n"
-        result["tasks"][task] = cells
+        markdown += (
+            f"## {task}: SmolLM2-135M, {first.problems.test} test problems, seed 0\n\n" + table(header, rows) + "\n"
+        )
+        result["tasks"][task] = {method: cell.document() for method, cell in cells.items()}
         plot(task, cells)
     save("real_input", result, markdown)
     print(markdown)
     return 0
 
 
-def percent(metrics: dict[str, Any]) -> str:
-    return f"{metrics['accuracy']:.1%} ± {metrics['stderr']:.1%}"
+def percent(measured: Measurement) -> str:
+    return f"{measured.score:.1%} ± {measured.stderr:.1%}"
 
 
-def plot(task: str, cells: dict[str, dict[str, Any]]) -> None:
+def plot(task: str, cells: dict[str, Cell]) -> None:
     """Loss curves of the chosen learning rates, as PNG beside the tables."""
     import matplotlib
 
@@ -104,11 +116,11 @@ def plot(task: str, cells: dict[str, dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for (method, metrics), style in zip(cells.items(), ("-", "--", ":")):
-        chosen = metrics["adapter"]["learning_rate"]
-        points = [p for p in metrics["curve"] if float(p["peak_rate"]) == chosen]
+    for (method, cell), style in zip(cells.items(), ("-", "--", ":")):
+        adapter = cell.metrics.adapter
+        points = [p for p in cell.curve if float(p["peak_rate"]) == adapter.learning_rate]
         steps, losses = [int(p["step"]) for p in points], [float(p["loss"]) for p in points]
-        count = metrics["adapter"]["parameters"]["trainable"]
+        count = adapter.parameters.trainable
         axes.plot(steps, losses, style, label=f"{method} ({count:,} parameters)", linewidth=1.8)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss")

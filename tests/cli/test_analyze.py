@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tests import results
 from tests.report.browser import check_page
 
 from pica.experiments.analyze import analysis as engine
@@ -42,6 +43,7 @@ def test_a_pair_of_models(pica: Callable, model_folder: Path, tuned: Path, tmp_p
     assert max(len(line) for line in lines[:3]) <= 120
     assert "times what chance gives" in outcome.out
 
+    results.check_file("analysis", out / "analysis.json")
     data = json.loads((out / "analysis.json").read_text())
     assert len(data["layers"]) == 4
     assert data["suggestion"]["ranks"].keys() == {role["role"] for role in data["roles"]}
@@ -73,6 +75,7 @@ def test_a_base_alone(pica: Callable, tmp_path: Path):
     outcome = pica("analyze", "embedded", "-o", out, "--suggest-rank", "0.9", "--only", "layers.0.self_attn.q")
     assert outcome.status == 0, outcome.err
     assert "eff. rank W" in outcome.out
+    results.check_file("analysis", out / "analysis.json")
     assert {path.name for path in (out / "figures").iterdir()} == {"spectra.png", "spectra.svg"}
     assert "no task was looked at" in (out / "rank_pattern.yaml").read_text()
     page = (out / "report.html").read_text()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests import results
 
 from pica.cli.plan import duration, parse_budget, size
 from pica.errors import ConfigError
@@ -25,9 +26,11 @@ def test_a_folder_with_nothing_but_a_config(pica: Callable, model_folder: Path, 
     assert "unknown" not in outcome.out
 
 
-def test_json_has_bytes_and_adds_up(pica: Callable, model_folder: Path):
+def test_json_has_bytes_and_adds_up(pica: Callable, model_folder: Path, tmp_path: Path):
     outcome = pica("plan", model_folder, "--budget", "1000", "--batch", 2, "--length", 8, "--json")
     assert outcome.status == 0, outcome.err
+    (tmp_path / "plan.json").write_text(outcome.out)
+    results.check_file("plan", tmp_path / "plan.json")
     plan = json.loads(outcome.out)
     assert plan["parameters"] == sum(g["parameters"] for g in plan["groups"]) <= 1000
     assert plan["r"] == 1000 // sum(g["out_features"] for g in plan["groups"])

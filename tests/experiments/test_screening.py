@@ -13,8 +13,10 @@ from pica.calibration.capture import LayerCapture
 from pica.calibration.texts import Calibration
 from pica.cli import main
 from pica.errors import DataError
-from pica.experiments.screening import Screen, ScreenRow, as_batch, pooled, without
+from pica.experiments.results.screening import Screen, ScreenRow, TextRead
+from pica.experiments.screening import as_batch, pooled, without
 from pica.report.screening import as_text
+from tests import results
 from tests.experiments.tiny import write_tiny_llama
 
 
@@ -64,8 +66,9 @@ def test_lines_fit_a_terminal_however_long_a_roles_name_is():
     names = ("principal", "random", "minor", "activation", "weighted")
     shares: dict[str, float] = dict.fromkeys(names, 1.0)
     roles = ["encoder.layer.*.attention.output.dense.of.a.deep.model", "encoder.layer.*.x", "all"]
-    read = {"source": "train.jsonl", "tokens": 20_000, "sequences": 80, "seed": 0}
-    found = Screen(32, read, read, [ScreenRow(role, 12, 0.05, shares) for role in roles], ["A note. " * 20])
+    read = TextRead(source="train.jsonl", tokens=20_000, sequences=80, seed=0)
+    rows = [ScreenRow(role=role, layers=12, chance=0.05, shares=shares) for role in roles]
+    found = Screen(r=32, gradient=read, calibration=read, rows=rows, notes=["A note. " * 20])
     lines = as_text(found).splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("...") and line.count("100.0%") == 5 for line in lines)
@@ -80,9 +83,12 @@ def test_plan_and_analyze_say_the_same(
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     plan = ["plan", str(model_folder), "--r", "4", "--length", "8", "--batch", "1", "--target-modules", *targets]
     assert main([*plan, *screened, "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)["screen"]
+    (tmp_path / "plan.json").write_text(capsys.readouterr().out)
+    results.check_file("plan", tmp_path / "plan.json")
+    planned = json.loads((tmp_path / "plan.json").read_text())["screen"]
     assert main(["analyze", str(model_folder), "-o", str(tmp_path / "a"), "--rank", "4", *screened]) == 0
     shown = capsys.readouterr().out
+    results.check_file("analysis", tmp_path / "a" / "analysis.json")
     analysed = json.loads((tmp_path / "a" / "analysis.json").read_text())["screen"]
     assert sorted(row["role"] for row in planned["rows"]) == sorted(row["role"] for row in analysed["rows"])
     by_role = {row["role"]: row for row in planned["rows"]}

@@ -12,8 +12,9 @@ from tests.report.browser import check_page
 from transformers import AutoModelForCausalLM
 
 import pica
-from pica.experiments.analyze.analysis import Settings, analyse
+from pica.experiments.analyze.analysis import analyse
 from pica.experiments.reporting import Silent
+from pica.experiments.results.analysis import Settings
 from pica.report.analysis_report import console_table, verdict, write
 
 

@@ -67,10 +67,11 @@ def run(arguments: Sequence[str]) -> int:
 
     with loading() as shown:
         from pica.errors import ConfigError
-        from pica.experiments.analyze.analysis import Settings, analyse
+        from pica.experiments.analyze.analysis import analyse, check
         from pica.experiments.analyze.ranks import recipe_text, suggest
         from pica.experiments.analyze.weights import linear_weights, open_folder
         from pica.experiments.recipes.recipe import ModelSection
+        from pica.experiments.results.analysis import Settings
         from pica.experiments.screening import ScreenQuestion, screen
         from pica.files import output as files
         from pica.report import screening
@@ -84,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
         given.intruder_top,
         given.seed,
     )
-    settings.check()
+    check(settings)
     if given.suggest_rank is not None and not 0 < given.suggest_rank <= 1:
         raise ConfigError(f"--suggest-rank {given.suggest_rank} must lie above 0 and be at most 1, for instance 0.9.")
     check_screen(given.screen, given.calibration)
@@ -123,14 +124,14 @@ def _place(folder: Path, *, overwrite: bool) -> "Place":
     """Where to write, if the folder may be written to."""
     from pica.errors import OutputError
     from pica.experiments.analyze.analysis import PROGRESS
+    from pica.experiments.results.analysis import ANALYSIS
     from pica.files import output as files
     from pica.files.place import Place
-    from pica.report.analysis_report import DATA_FILE
 
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{str(folder)!r} is a file; choose a folder with --output.")
-    place = Place(folder, DATA_FILE)
-    finished = (folder / DATA_FILE).is_file()
+    place = Place(folder, ANALYSIS)
+    finished = (folder / ANALYSIS).is_file()
     if not files.is_empty(folder) and not finished and not (folder / PROGRESS).is_file():
         raise OutputError(f"{str(folder)!r} is not empty and holds no analysis; choose another folder with --output.")
     if finished and not overwrite:

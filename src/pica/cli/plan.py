@@ -1,6 +1,7 @@
 """`pica plan`: what an adapter would cost on a model of any size, from its configuration alone."""
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,8 @@ from pica.cli.options import add_screen, add_trust, check_screen, whole
 from pica.cli.show import show
 
 if TYPE_CHECKING:
-    from pica.experiments.plan.planning import Estimate
-    from pica.experiments.screening import Screen
+    from pica.experiments.results.plan import Estimate
+    from pica.experiments.results.screening import Screen
 
 EPILOG = """examples:
   pica plan embedded
@@ -115,12 +116,10 @@ def run(arguments: Sequence[str]) -> int:
             status.update("Holding bases against a gradient")
             screened = _screened(given, found.r)
     if given.json:
-        import dataclasses
-
+        from pica.experiments.results.documents import result_document
         from pica.files.output import json_text
 
-        whole_plan = dataclasses.asdict(found)
-        show(json_text(whole_plan | ({"screen": dataclasses.asdict(screened)} if screened else {}), indent=2))
+        show(json_text(result_document(dataclasses.replace(found, screen=screened)), indent=2))
     else:
         show(as_text(found))
         if screened is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from pica.experiments.batches import attended, padded
 from pica.experiments.encoding import IGNORED
 from pica.experiments.models import device, load_config, load_model, load_tokenizer
 from pica.experiments.recipes.recipe import ModelSection
+from pica.experiments.results.screening import Screen, ScreenRow, TextRead
 from pica.tuners.base.pointwise import is_pointwise
 from pica.tuners.base.roles import role_of
 from pica.tuners.pica.config import PicaConfig
@@ -55,43 +56,6 @@ class ScreenQuestion:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class ScreenRow:
-    """Layers of one role, or all.
-
-    Attributes:
-        role: "all" for all of them.
-        layers: How many.
-        chance: What random directions hold on average: r / in; of layers of several widths the mean that their energies
-            weigh.
-        shares: Of the layers' gradients' energy, pooled, by projection.
-    """
-
-    role: str
-    layers: int
-    chance: float
-    shares: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Screen:
-    """Cap, the share of the first gradient's energy that directions hold, by role and in all.
-
-    Attributes:
-        r: Directions a layer.
-        gradient: Of which text: source, digest, tokens, sequences, seed.
-        calibration: The same of what `activation` and `weighted` directions are of; None where there are none.
-        rows: One a role, the last of all layers.
-        notes: What a reader should know.
-    """
-
-    r: int
-    gradient: Mapping[str, Any]
-    calibration: Mapping[str, Any] | None
-    rows: Sequence[ScreenRow]
-    notes: list[str] = field(default_factory=list)
-
-
 def screen(question: ScreenQuestion) -> Screen:
     """Load the model, take the gradient of the loss on one batch of text, and hold the bases against it.
 
@@ -123,7 +87,13 @@ def screen(question: ScreenQuestion) -> Screen:
         if name in CALIBRATED and any(len(found) < ranks[path] for path, found in held.items()):
             least = min(map(len, held.values()))
             notes.append(f"The calibration text gives some layers fewer {name} directions, {least} at least.")
-    return Screen(question.r, text.about, read.about if read else None, pooled(captured, ranks), notes)
+    return Screen(
+        r=question.r,
+        gradient=TextRead(**text.about),
+        calibration=TextRead(**read.about) if read else None,
+        rows=pooled(captured, ranks),
+        notes=notes,
+    )
 
 
 def as_batch(text: Calibration) -> Batch:
@@ -185,7 +155,8 @@ def _row(role: str, paths: Sequence[str], captured: Mapping[str, LayerCapture], 
 
     names = captured[paths[0]].shares
     shares = {name: mean({path: captured[path].shares[name] for path in paths}) for name in names}
-    return ScreenRow(role, len(paths), mean({p: ranks[p] / captured[p].in_features for p in paths}), shares)
+    chance = mean({path: ranks[path] / captured[path].in_features for path in paths})
+    return ScreenRow(role=role, layers=len(paths), chance=chance, shares=shares)
 
 
 def _bases(

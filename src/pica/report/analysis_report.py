@@ -7,19 +7,29 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from pica.experiments.analyze.analysis import NEAR_ZERO, PROGRESS, Analysis
-from pica.experiments.analyze.ranks import Suggestion
-from pica.experiments.analyze.summary import RoleSummary, curve, near_zero, short_names, summarise
+from pica.experiments.analyze.analysis import NEAR_ZERO, PROGRESS, Analysis, Layer
+from pica.experiments.analyze.summary import curve, near_zero, short_names, summarise
 from pica.experiments.measuring import versions
-from pica.experiments.screening import Screen
+from pica.experiments.results.analysis import (
+    ANALYSIS,
+    AnalysisResult,
+    ChangedLayerResult,
+    LayerResult,
+    NearZero,
+    RoleCurves,
+    RoleResult,
+    RoleSummary,
+    Suggestion,
+)
+from pica.experiments.results.documents import result_document, to_document
+from pica.experiments.results.screening import Screen
 from pica.files import output as files
 from pica.report import screening
 from pica.report.analysis_figures import plates
 from pica.report.page import Cell, Column, Page, bullets, csv_text, notice, preformatted, table
 
-PAGE_FILE, DATA_FILE, LAYERS_FILE, ROLES_FILE, RANKS_FILE = (
+PAGE_FILE, LAYERS_FILE, ROLES_FILE, RANKS_FILE = (
     "report.html",
-    "analysis.json",
     "layers.csv",
     "roles.csv",
     "rank_pattern.yaml",
@@ -28,17 +38,8 @@ CURVE_POINTS = 64  # of each curve in the JSON file, spread evenly, beside all p
 
 _LAYER_COLUMNS = (
     *("path", "role", "index", "out", "in", "norm", "effective_rank", "stable_rank", "relative", "rank"),
-    *(
-        "column",
-        "chance",
-        "random",
-        "row",
-        "row_chance",
-        "minor",
-        "best",
-        "update_effective_rank",
-        "update_stable_rank",
-    ),
+    *("column", "chance", "random", "row", "row_chance", "minor", "best"),
+    *("update_effective_rank", "update_stable_rank"),
     *("angle_mean_in", "angle_max_in", "angle_mean_out", "angle_max_out", "intruders_in", "intruders_out"),
     *("sine_in", "sine_out", "gap", "wedin_bound"),
     *("residual", "optimum", "misplaced", "epsilon", "theorem1_bound"),
@@ -200,16 +201,16 @@ def write(
     recipe: str | None = None,
     screen: Screen | None = None,
 ) -> list[Path]:
-    """Write everything into `folder` and remove the progress file; each file appears whole, and DATA_FILE last.
+    """Write everything into `folder` and remove the progress file; each file appears whole, and ANALYSIS last.
 
     Returns:
         The files.
     Raises:
         OutputError: The folder cannot be written.
     """
-    screened = {"screen": asdict(screen)} if screen is not None else {}
-    data = files.json_text(to_json(analysis, suggestion) | screened, indent=1) + "\n"
-    layers = csv_text(layer_rows(analysis), _LAYER_COLUMNS)
+    result = result_of(analysis, suggestion, screen)
+    data = files.json_text(result_document(result), indent=1) + "\n"
+    layers = csv_text([to_document(layer) for layer in result.layers], _LAYER_COLUMNS)
     roles = csv_text([asdict(s) for s in summarise(analysis)], [field.name for field in fields(RoleSummary)])
     written = page(analysis, suggestion, recipe, layers, roles, screen)
     texts = {LAYERS_FILE: layers, ROLES_FILE: roles, PAGE_FILE: written}
@@ -220,9 +221,9 @@ def write(
     with files.translated_write_errors(folder), files.atomic_folder(folder / "figures") as partial:
         for plate in plates(analysis):
             plate.save(partial)
-    files.write_text(folder / DATA_FILE, data)  # last: it marks a finished analysis
+    files.write_text(folder / ANALYSIS, data)  # last: it marks a finished analysis
     (folder / PROGRESS).unlink(missing_ok=True)
-    return [folder / name for name in (DATA_FILE, *texts, "figures")]
+    return [folder / name for name in (ANALYSIS, *texts, "figures")]
 
 
 def page(
@@ -320,75 +321,73 @@ def _table(rows: Sequence[Mapping[str, Any]], keys: list[str], caption: str) -> 
     return table(columns, cells, caption=caption)
 
 
-def layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
-    """One flat row a layer, for CSV; update columns are empty where a layer is unchanged."""
-    rows = []
-    for layer in analysis.layers:
-        row: dict[str, Any] = {
-            "path": layer.path,
-            "role": layer.role,
-            "index": layer.index,
-            "out": layer.out,
-            "in": layer.inn,
-            "norm": layer.norm,
-            "effective_rank": layer.effective_rank,
-            "stable_rank": layer.stable_rank,
-        }
-        u = layer.update
-        if u is not None and layer.changed:
-            rank = u["rank"]
-            row |= {
-                kind: float(curve([layer], kind)[rank - 1]) for kind in ("column", "random", "row", "minor", "best")
-            }
-            row |= {
-                "relative": u["energy"] ** 0.5 / layer.norm if layer.norm else None,
-                "rank": rank,
-                "chance": rank / layer.inn,
-                "row_chance": rank / layer.out,
-                "update_effective_rank": u["effective_rank"],
-                "update_stable_rank": u["stable_rank"],
-                "sine_in": u["wedin"]["sine_in"],
-                "sine_out": u["wedin"]["sine_out"],
-                "gap": u["wedin"]["gap"],
-                "wedin_bound": u["wedin"]["bound"],
-                "residual": u["theorem1"]["residual"],
-                "optimum": u["theorem1"]["optimum"],
-                "misplaced": u["theorem1"]["misplaced"],
-                "epsilon": u["theorem1"]["epsilon"],
-                "theorem1_bound": u["theorem1"]["bound"],
-            }
-            for side in ("in", "out"):
-                row[f"angle_mean_{side}"] = u["angle_mean"][side]
-                row[f"angle_max_{side}"] = u["angle_max"][side]
-                row[f"intruders_{side}"] = len(u["intruders"][side])
-        rows.append(row)
-    return rows
+def layer_results(analysis: Analysis) -> list[LayerResult]:
+    """What was found of each layer by itself."""
+    return [_layer_result(layer) for layer in analysis.layers]
 
 
-def to_json(analysis: Analysis, suggestion: Suggestion | None = None) -> dict[str, Any]:
-    """Settings, roles with their curves, layers and suggestion, ready for JSON."""
+def _layer_result(layer: Layer) -> LayerResult:
+    head: dict[str, Any] = {
+        "path": layer.path,
+        "role": layer.role,
+        "index": layer.index,
+        "out": layer.out,
+        "inn": layer.inn,
+        "norm": layer.norm,
+        "effective_rank": layer.effective_rank,
+        "stable_rank": layer.stable_rank,
+    }
+    u = layer.update
+    if u is None or not layer.changed:
+        return LayerResult(**head)
+    rank, wedin, theorem = u["rank"], u["wedin"], u["theorem1"]
+    shares = {kind: float(curve([layer], kind)[rank - 1]) for kind in ("column", "random", "row", "minor", "best")}
+    sides: dict[str, Any] = {}
+    for side in ("in", "out"):
+        sides[f"angle_mean_{side}"] = u["angle_mean"][side]
+        sides[f"angle_max_{side}"] = u["angle_max"][side]
+        sides[f"intruders_{side}"] = len(u["intruders"][side])
+    return ChangedLayerResult(
+        **head,
+        **shares,
+        relative=u["energy"] ** 0.5 / layer.norm if layer.norm else None,
+        rank=rank,
+        chance=rank / layer.inn,
+        row_chance=rank / layer.out,
+        update_effective_rank=u["effective_rank"],
+        update_stable_rank=u["stable_rank"],
+        **{name: wedin[name] for name in ("sine_in", "sine_out", "gap")},
+        wedin_bound=wedin["bound"],
+        **{name: theorem[name] for name in ("residual", "optimum", "misplaced", "epsilon")},
+        theorem1_bound=theorem["bound"],
+        **sides,
+    )
+
+
+def result_of(analysis: Analysis, suggestion: Suggestion | None = None, screen: Screen | None = None) -> AnalysisResult:
+    """What an analysis found, without the spectra that its figures are drawn from."""
     roles = []
     for summary, layers in zip(summarise(analysis), analysis.roles().values()):
-        entry: dict[str, Any] = asdict(summary)
-        if summary.column is not None:
-            kinds = {kind: curve(layers, kind) for kind in ("column", "row", "minor", "random", "best")}
-            shortest = min(map(len, kinds.values()))
-            points = min(CURVE_POINTS, shortest)
-            spread = {1 + round(i * (shortest - 1) / max(1, points - 1)) for i in range(points)}
-            ranks = sorted(
-                spread | {2**i for i in range(shortest.bit_length())}
-            )  # of which the last is at most `shortest`
-            entry["curves"] = {"r": ranks} | {k: [round(float(v[r - 1]), 6) for r in ranks] for k, v in kinds.items()}
-        roles.append(entry)
+        roles.append(RoleResult(**asdict(summary), curves=_curves(layers) if summary.column is not None else None))
     near, expected = near_zero(analysis) if analysis.paired else (None, None)
-    return {
-        "settings": asdict(analysis.settings),
-        "versions": versions(),
-        "notes": analysis.notes,
-        "verdict": verdict(analysis),
-        "confined": confinement(analysis) or None,
-        "near_zero_entries": {"threshold": NEAR_ZERO, "measured": near, "unrelated": expected},
-        "suggestion": asdict(suggestion) if suggestion else None,
-        "roles": roles,
-        "layers": layer_rows(analysis),
-    }
+    return AnalysisResult(
+        settings=analysis.settings,
+        versions=versions(),
+        notes=analysis.notes,
+        verdict=verdict(analysis),
+        confined=confinement(analysis) or None,
+        near_zero_entries=NearZero(threshold=NEAR_ZERO, measured=near, unrelated=expected),
+        suggestion=suggestion,
+        roles=roles,
+        layers=layer_results(analysis),
+        screen=screen,
+    )
+
+
+def _curves(layers: Sequence[Layer]) -> RoleCurves:
+    kinds = {kind: curve(layers, kind) for kind in ("column", "row", "minor", "random", "best")}
+    shortest = min(map(len, kinds.values()))
+    points = min(CURVE_POINTS, shortest)
+    spread = {1 + round(i * (shortest - 1) / max(1, points - 1)) for i in range(points)}
+    ranks = sorted(spread | {2**i for i in range(shortest.bit_length())})  # of which the last is at most `shortest`
+    return RoleCurves(r=ranks, **{kind: [round(float(v[r - 1]), 6) for r in ranks] for kind, v in kinds.items()})

@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 from pica.experiments.analyze.summary import short_names
-from pica.experiments.screening import Screen
+from pica.experiments.results.screening import Screen
 from pica.report.page import Cell, Column, notice, table
 
 WIDTH = 80
@@ -60,11 +60,11 @@ def _said(screen: Screen) -> str:
     gradient, read = screen.gradient, screen.calibration
     text = (
         f"the share of the first gradient's energy that {screen.r} directions of each layer hold. The gradient is of the "
-        f"loss on {gradient['tokens']:,} tokens of {gradient['source']}"
+        f"loss on {gradient.tokens:,} tokens of {gradient.source}"
     )
     if read is None:
         return f"{text}."
-    return f"{text}; activation and weighted directions are of {read['tokens']:,} other tokens of {read['source']}."
+    return f"{text}; activation and weighted directions are of {read.tokens:,} other tokens of {read.source}."
 
 
 def _projections(screen: Screen) -> list[str]:

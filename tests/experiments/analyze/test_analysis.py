@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 import pica
 from pica.errors import ConfigError, OutputError
 from pica.experiments.analyze import analysis as engine
-from pica.experiments.analyze.analysis import MEMORY_COPIES, PROGRESS, Settings, analyse
+from pica.experiments.analyze.analysis import MEMORY_COPIES, PROGRESS, analyse
 from pica.experiments.analyze.ranks import patterns, recipe_text, suggest
 from pica.experiments.analyze.summary import curve, near_zero, summarise
 from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.reporting import Silent
+from pica.experiments.results.analysis import Settings
 from pica.theory import spectrum
 from pica.tuners.pica.layer import PicaLinear
 from tests.experiments.tiny import write_tiny_llama
@@ -225,8 +226,9 @@ def test_a_pattern_names_its_role_and_no_other():
 MEASURE = """
 import sys, threading, time, torch
 from pathlib import Path
-from pica.experiments.analyze.analysis import Settings, analyse
+from pica.experiments.analyze.analysis import analyse
 from pica.experiments.reporting import Silent
+from pica.experiments.results.analysis import Settings
 base, tuned, out = sys.argv[1:]
 torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64))
 import pica.experiments.analyze.weights, transformers.pytorch_utils

@@ -33,6 +33,7 @@ from pica.experiments.analyze.weights import (
     open_folder,
 )
 from pica.experiments.reporting import Reporter
+from pica.experiments.results.analysis import Settings
 from pica.experiments.train.origins import differing_files, model_digest
 from pica.files import output as files
 from pica.theory.subspaces import as_matrix
@@ -47,39 +48,6 @@ Measured: 12 for a weight of 32 MiB, 20 for one of 8 MiB, where what the allocat
 PROGRESS = "progress.jsonl"
 HISTOGRAM_BINS = 200  # of entries of E in [-1, 1]; what lies beyond counts in the last ones
 NEAR_ZERO = 0.05  # an entry of E counts as near zero below this
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is analysed and how. `base` and `tuned` are locations as given.
-
-    Attributes:
-        rank: r of angles, Lemma 3.1 and Theorem 1; layers with fewer directions use all they have.
-        only: Regular expression; analyse only the layers whose path it is found in.
-        threshold, top: Of intruder dimensions.
-        seed: Of the random directions that everything is compared with.
-    """
-
-    base: str
-    tuned: str | None = None
-    rank: int = 32
-    only: str | None = None
-    threshold: float = theory.INTRUDER_THRESHOLD
-    top: int = theory.INTRUDER_TOP
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise `ConfigError` on a value out of range."""
-        if self.rank < 1:
-            raise ConfigError(f"--rank {self.rank} must be at least 1.")
-        if self.top < 1:
-            raise ConfigError(f"--intruder-top {self.top} must be at least 1.")
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"--intruder-threshold {self.threshold} must lie above 0 and be at most 1.")
-        try:
-            re.compile(self.only or "")
-        except re.error as error:
-            raise ConfigError(f"--only {self.only!r} is no regular expression ({error}).") from None
 
 
 @dataclass
@@ -150,7 +118,7 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter, replace: bo
         AdapterFileError: The adapter does not belong to the base model, or is damaged.
         OutputError: `folder` cannot be written, or holds the progress of another analysis.
     """
-    settings.check()
+    check(settings)
     base = open_folder(settings.base)
     chosen = [t for t in linear_weights(base) if re.search(settings.only or "", t.path)]
     if not chosen:
@@ -185,6 +153,20 @@ def analyse(settings: Settings, folder: Path, *, reporter: Reporter, replace: bo
     if unchanged:
         notes.append(f"{unchanged} of {len(layers)} layers are unchanged; they count in no average.")
     return Analysis(settings, layers, notes, tuned.confined if tuned is not None else "")
+
+
+def check(settings: Settings) -> None:
+    """Raise `ConfigError` on a value out of range."""
+    if settings.rank < 1:
+        raise ConfigError(f"--rank {settings.rank} must be at least 1.")
+    if settings.top < 1:
+        raise ConfigError(f"--intruder-top {settings.top} must be at least 1.")
+    if not 0 < settings.threshold <= 1:
+        raise ConfigError(f"--intruder-threshold {settings.threshold} must lie above 0 and be at most 1.")
+    try:
+        re.compile(settings.only or "")
+    except re.error as error:
+        raise ConfigError(f"--only {settings.only!r} is no regular expression ({error}).") from None
 
 
 def _open_tuned(base: WeightFolder, tuned: str) -> Tuned:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
 import yaml
@@ -12,25 +11,8 @@ import yaml
 from pica.errors import ConfigError
 from pica.experiments.analyze.analysis import Analysis
 from pica.experiments.analyze.summary import curve
+from pica.experiments.results.analysis import Suggestion
 from pica.theory import rank_for_share
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A rank for each role.
-
-    Attributes:
-        share: What was asked for.
-        source: "update": share of the fine-tune's update in the column space. "spectrum": share of the base weight's
-            squared singular values, the reviewers' proposal; it knows nothing of any task.
-        ranks: By role; for "update" None where even all min(out, in) directions do not hold the share.
-        limits: Most directions that the role's layers have.
-    """
-
-    share: float
-    source: str
-    ranks: dict[str, int | None]
-    limits: dict[str, int]
 
 
 def suggest(analysis: Analysis, share: float) -> Suggestion:
@@ -57,7 +39,7 @@ def suggest(analysis: Analysis, share: float) -> Suggestion:
             steps = torch.cat([captured[:1], captured.diff()])
             found = rank_for_share(steps, share * (1 - 1e-6), total=1.0)  # shares are stored with six digits
             ranks[role] = found if found <= len(captured) else None
-    return Suggestion(share, "update" if analysis.paired else "spectrum", ranks, limits)
+    return Suggestion(share=share, source="update" if analysis.paired else "spectrum", ranks=ranks, limits=limits)
 
 
 def patterns(roles: Mapping[str, Collection[str]], paths: Collection[str]) -> dict[str, str]:

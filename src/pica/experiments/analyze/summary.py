@@ -4,56 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pica.experiments.analyze.analysis import NEAR_ZERO, Analysis, Layer
-
-
-@dataclass(frozen=True)
-class RoleSummary:
-    """What a role's layers have in common; shares are pooled: captured energy of all layers over all energy.
-
-    Attributes:
-        role, layers, out, inn: Name, number of (changed) layers, shape of the first.
-        rank: r of everything below.
-        relative: ||dW||_F / ||W0||_F over all layers.
-        column, row, minor, random, best: Share of the update's energy in the top-r column space, top-r row space, the last r
-            directions of the column space, r seeded random directions, and the update's own best r (Eckart and Young).
-        chance, row_chance: r / in and r / out, the expectations for random spaces of the input and the output.
-        angle, largest_angle: Principal angles of the top-r column spaces before and after, in degrees: their mean, and the
-            largest in any layer.
-        intruders: Mean number among the leading directions of the input.
-        base_effective_rank, update_effective_rank, update_stable_rank: Means.
-        residual_over_optimum: Theorem 1: sum of residuals over sum of optima; None where the optimum is zero.
-        wedin_informative: Share of all ranks of all layers at which Lemma 3.1 excludes anything (its bound is below 1).
-    """
-
-    role: str
-    layers: int
-    out: int
-    inn: int
-    base_effective_rank: float
-    base_stable_rank: float
-    rank: int | None = None
-    relative: float | None = None
-    column: float | None = None
-    chance: float | None = None
-    random: float | None = None
-    row: float | None = None
-    row_chance: float | None = None
-    minor: float | None = None
-    best: float | None = None
-    angle: float | None = None
-    largest_angle: float | None = None
-    intruders: float | None = None
-    update_effective_rank: float | None = None
-    update_stable_rank: float | None = None
-    residual_over_optimum: float | None = None
-    wedin_informative: float | None = None
+from pica.experiments.results.analysis import RoleSummary
 
 
 def summarise(analysis: Analysis) -> list[RoleSummary]:
@@ -64,23 +22,24 @@ def summarise(analysis: Analysis) -> list[RoleSummary]:
 def _summary(role: str, layers: list[Layer]) -> RoleSummary:
     changed = [layer for layer in layers if layer.changed]
     first = layers[0]
-    base: dict[str, Any] = {
+    head: dict[str, Any] = {
+        "role": role,
+        "layers": len(changed or layers),
+        "out": first.out,
+        "inn": first.inn,
         "base_effective_rank": _mean(layer.effective_rank for layer in layers),
         "base_stable_rank": _mean(layer.stable_rank for layer in layers),
     }
     if not changed:
-        return RoleSummary(role, len(layers), first.out, first.inn, **base)
+        nothing: dict[str, Any] = dict.fromkeys(each.name for each in fields(RoleSummary))
+        return RoleSummary(**nothing | head)
     updates = [layer.update for layer in changed if layer.update is not None]
     rank = max(u["rank"] for u in updates)
     energy = sum(u["energy"] for u in updates)
     optimum = sum(u["theorem1"]["optimum"] for u in updates)
     residual = sum(u["theorem1"]["residual"] for u in updates)
     return RoleSummary(
-        role,
-        len(changed),
-        first.out,
-        first.inn,
-        **base,
+        **head,
         rank=rank,
         relative=math.sqrt(energy / sum(layer.norm**2 for layer in changed)),
         column=float(curve(changed, "column")[rank - 1]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -19,7 +19,6 @@ from pica.experiments.plan.layout import adapt, build
 from pica.experiments.plan.packing import resting_bytes
 from pica.experiments.plan.sizes import (
     ADAPTER,
-    GroupRow,
     adapted_layers,
     cache_bytes,
     file_bytes,
@@ -29,6 +28,7 @@ from pica.experiments.plan.sizes import (
 from pica.experiments.plan.timing import basis_seconds
 from pica.experiments.plan.tracing import StepTracer, TraceError, positions
 from pica.experiments.recipes.recipe import ModelSection
+from pica.experiments.results.plan import Estimate, Step, TrainingMemory
 from pica.tuners.pica.config import PicaConfig
 
 MOMENTS = 2  # AdamW's, each in the parameter's own dtype
@@ -69,71 +69,6 @@ class Question:
     checkpointing: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """A training step: `activations` (gradients included, at the peak) and `total` bytes; None where not to be found."""
-
-    batch: int
-    length: int
-    activations: int | None
-    total: int | None
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes of one method's training, by part.
-
-    Attributes:
-        weights: The base model's parameters and buffers, quantised where they are.
-        basis: Projectors, in the dtype that the layers compute in.
-        adapter, optimizer: Trained parameters, and AdamW's two moments of them.
-        steps: By batch and length.
-    """
-
-    method: str
-    rank: int
-    parameters: int
-    weights: int
-    basis: int
-    adapter: int
-    optimizer: int
-    steps: list[Step]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The whole plan.
-
-    Attributes:
-        kind: Class of the model.
-        dtype: Of its weights, before they are quantised.
-        quantization: How they are quantised, if they are.
-        model_parameters: Of the base model.
-        groups: What shares a matrix.
-        parameters, adapter_bytes: Trained, and the size of adapter_model.safetensors, to the byte.
-        basis_bytes: In memory.
-        cache_bytes: On disk, in the cache of solved bases (without its files' headers).
-        basis_seconds: To solve all bases once on this machine; an extrapolation from three timed solves.
-        memory: PiCa's first, then LoRA's.
-        notes: What a reader should know.
-    """
-
-    model: str
-    kind: str
-    dtype: str
-    quantization: str | None
-    model_parameters: int
-    r: int
-    groups: list[GroupRow]
-    parameters: int
-    adapter_bytes: int
-    basis_bytes: int
-    cache_bytes: int
-    basis_seconds: float
-    memory: list[TrainingMemory]
-    notes: list[str] = field(default_factory=list)
 
 
 def estimate(question: Question, *, progress: Callable[[str], None] = lambda text: None) -> Estimate:
@@ -303,7 +238,16 @@ def _memory(
     optimizer = MOMENTS * adapter
     fixed = weights + basis + adapter + optimizer
     steps = _steps(model, question, fixed, f"{method} r={rank}", notes)
-    return TrainingMemory(method, rank, _elements(trained), weights, basis, adapter, optimizer, steps)
+    return TrainingMemory(
+        method=method,
+        rank=rank,
+        parameters=_elements(trained),
+        weights=weights,
+        basis=basis,
+        adapter=adapter,
+        optimizer=optimizer,
+        steps=steps,
+    )
 
 
 def _steps(model: PeftModel, question: Question, fixed: int, label: str, notes: list[str]) -> list[Step]:
@@ -316,8 +260,10 @@ def _steps(model: PeftModel, question: Question, fixed: int, label: str, notes: 
                 found = tracer.peak(batch, length)
             except TraceError as error:
                 notes.append(f"{label}: no estimate of activations, since the step cannot run without values: {error}")
-                return [Step(b, n, None, None) for n in lengths for b in question.batches]
-            steps.append(Step(batch, length, found, fixed + found))
+                return [
+                    Step(batch=b, length=n, activations=None, total=None) for n in lengths for b in question.batches
+                ]
+            steps.append(Step(batch=batch, length=length, activations=found, total=fixed + found))
     return steps
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,26 +12,11 @@ from torch import nn
 
 from pica.basis.cache import SMALLEST_ELEMENTS
 from pica.basis.fingerprint import choose_mode, encoded_size
+from pica.experiments.results.plan import GroupRow
 from pica.tuners.base.bank import BANK_NAME, SharedMatrices, get_bank
 from pica.tuners.pica.layer import PicaLinear
 
 ADAPTER = "default"
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """Layers that share one matrix M (out_features, rank). `in_features` lists the widths that occur.
-
-    `layers` counts each expert of a stack, since each has a basis of its own.
-    """
-
-    name: str
-    layers: int
-    in_features: list[int]
-    out_features: int
-    rank: int
-    parameters: int
-    basis_bytes: int
 
 
 def adapted_layers(model: nn.Module) -> list[PicaLinear]:

@@ -8,8 +8,10 @@ A key of a file is spelt here and nowhere else. Each file of results has a JSON 
 the dataclasses by tools/write_schemas.py.
 """
 
+from pica.experiments.results.analysis import AnalysisResult
 from pica.experiments.results.comparison import CellIndex, ComparisonResult, DoneCell, FailedCell
 from pica.experiments.results.documents import Result
+from pica.experiments.results.plan import Estimate
 from pica.experiments.results.run import RunMetrics
 
 FILES: dict[str, type[Result]] = {
@@ -18,5 +20,7 @@ FILES: dict[str, type[Result]] = {
     "failed-cell": FailedCell,
     "cells": CellIndex,
     "comparison": ComparisonResult,
+    "plan": Estimate,
+    "analysis": AnalysisResult,
 }
-"""What has a file of its own, by the name of its schema."""
+"""What is written as a document of its own, by the name of its schema."""

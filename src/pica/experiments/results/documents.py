@@ -44,7 +44,7 @@ R = TypeVar("R", bound=Result)
 
 def to_document(value: object) -> Any:
     """A result, or a part of one, as JSON values."""
-    return plain(_adapter(type(value)).dump_python(value, exclude_defaults=True))
+    return plain(_adapter(type(value)).dump_python(value, exclude_defaults=True, by_alias=True))
 
 
 def from_document(kind: type[T], document: object) -> T:
