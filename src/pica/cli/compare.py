@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pica.cli.options import add_trust
+from pica.cli.options import Words, add_trust, split_words
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
@@ -121,47 +121,25 @@ def run(arguments: Sequence[str]) -> int:
     return 0 if any(row.done for row in summary.rows) else 2
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
+def split_arguments(arguments: Sequence[str]) -> Words:
     """Split what follows `pica compare`.
 
     Args:
         arguments: As the shell gave them.
     Returns:
-        The comparison, the overrides as (field, text), and the options by name.
+        The comparison, the fields of every cell's recipe, and the options by name.
     Raises:
-        ConfigError: An option is unknown or has no value, or there are two comparisons.
+        ConfigError: An option is unknown or has no value, a field is not for all cells, or there are two comparisons.
     """
-    flags, valued = (
-        {"--retry-failed", "--list", FLAG},
-        {"-o", "--output", "--methods", "--seeds", "--workers", "--shard"},
+    words = split_words(
+        arguments,
+        noun="comparison",
+        flags=("--retry-failed", "--list", FLAG),
+        valued=("--output", "--methods", "--seeds", "--workers", "--shard"),
+        is_field=lambda name: name.startswith("--") and ("." in name or name == "--evaluate_base"),
+        advice="see pica compare --help. Recipe fields are --section.field VALUE.",
     )
-    reference: str | None = None
-    overrides: list[tuple[str, Any]] = []
-    options: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        token = rest.pop(0)
-        name, equals, value = token.partition("=")
-        if token in flags:
-            options[token.removeprefix("--").replace("-", "_")] = True
-            continue
-        if not token.startswith("-"):
-            if reference is not None:
-                raise ConfigError(f"One comparison at a time: found {reference!r} and {token!r}.")
-            reference = token
-            continue
-        if name not in valued and not (name.startswith("--") and ("." in name or name == "--evaluate_base")):
-            raise ConfigError(
-                f"Unknown option {name}; see pica compare --help. Recipe fields are --section.field VALUE."
-            )
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"Option {name} needs a value.")
-            value = rest.pop(0)
-        if name in valued:
-            options["output" if name == "-o" else name.removeprefix("--")] = value
-        else:
-            overrides.append((name.removeprefix("--"), value))
+    _, overrides, options = words
     if options.get("trust_remote_code"):
         overrides.append(("model.trust_remote_code", True))
     for key, _ in overrides:
@@ -171,7 +149,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
             )
         if key in ("adapter.method", "adapter.r"):
             raise ConfigError(f"--{key}: is what a comparison's rows differ in; change it in the comparison's file.")
-    return reference, overrides, options
+    return words
 
 
 class GridDisplay:

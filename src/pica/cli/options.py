@@ -1,8 +1,82 @@
 """Options that several commands have."""
 
 import argparse
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
+from pica.errors import ConfigError
 from pica.foreign_code import FLAG
+
+
+class Words(NamedTuple):
+    """What follows a command that takes a recipe's fields as options.
+
+    Attributes:
+        reference: The word that is no option: a file, or the name of what is built in.
+        overrides: Fields and their texts.
+        options: The command's own, by name without dashes: True, or a text.
+    """
+
+    reference: str | None
+    overrides: list[tuple[str, Any]]
+    options: dict[str, Any]
+
+
+def split_words(
+    arguments: Sequence[str],
+    *,
+    noun: str,
+    flags: Collection[str],
+    valued: Collection[str] = (),
+    optional: Collection[str] = (),
+    is_field: Callable[[str], bool],
+    advice: str,
+) -> Words:
+    """Tell a command's own options from a recipe's fields.
+
+    Args:
+        arguments: As the shell gave them.
+        noun: What the reference is to, for errors.
+        flags: Options without a value.
+        valued: Options with one; -o is short for --output.
+        optional: Options that may have one, and have the text "" where they do not.
+        is_field: Whether another option may be a recipe's field.
+        advice: What to read about options.
+    Returns:
+        The words, sorted.
+    Raises:
+        ConfigError: An option is unknown or has no value, or there are two references.
+    """
+    reference: str | None = None
+    overrides: list[tuple[str, Any]] = []
+    options: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        given, equals, value = token.partition("=")
+        name = "--output" if given == "-o" else given
+        key = name.removeprefix("--").replace("-", "_")
+        if token in flags:
+            options[key] = True
+        elif name in optional:
+            follows = bool(rest) and not rest[0].startswith("-")
+            options[key] = value if equals else rest.pop(0) if follows else ""
+        elif not token.startswith("-"):
+            if reference is not None:
+                raise ConfigError(f"One {noun} at a time: found {reference!r} and {token!r}.")
+            reference = token
+        elif name in valued or is_field(name):
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise ConfigError(f"Option {given} needs a value.")
+                value = rest.pop(0)
+            if name in valued:
+                options[key] = value
+            else:
+                overrides.append((name.removeprefix("--"), value))
+        else:
+            raise ConfigError(f"Unknown option {given}; {advice}")
+    return Words(reference, overrides, options)
 
 
 def add_trust(parser: argparse._ActionsContainer) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pica.cli.options import add_trust
+from pica.cli.options import Words, add_trust, split_words
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
@@ -58,61 +58,64 @@ def run(arguments: Sequence[str]) -> int:
         show(help_text(topics, everything="--help-all" in arguments), end="")
         return 0
     reference, overrides, options = split_arguments(arguments)
-    if options["resume"] is not None and (overrides or options["overwrite"]):
-        given = ", ".join([f"--{key}" for key, _ in overrides] + ["--overwrite"] * options["overwrite"])
+    resumed: str | None = options.get("resume")  # "" without a folder
+    overwrite, page, dry_run = (options.get(name, False) for name in ("overwrite", "page", "dry_run"))
+    trusted: bool = options.get("trust_remote_code", False)
+    if resumed is not None and (overrides or overwrite):
+        given = ", ".join([f"--{key}" for key, _ in overrides] + ["--overwrite"] * overwrite)
         raise ConfigError(f"--resume goes on with the recipe that the run began with; leave out {given}.")
-    if options["resume"] and reference is not None:
+    if resumed and reference is not None:
         raise ConfigError(
-            f"--resume {options['resume']} goes on with the recipe that the run began with; leave out {reference!r}."
+            f"--resume {resumed} goes on with the recipe that the run began with; leave out {reference!r}."
         )
     if reference is None and not any(key == "model.path" for key, _ in overrides):
         reference = DEFAULT
-    folder = Path(options["resume"]).expanduser() if options["resume"] else None
-    if options["dry"] and options["resume"] is not None:
+    folder = Path(resumed).expanduser() if resumed else None
+    if dry_run and resumed is not None:
         raise ConfigError("--dry-run shows what a new run would see; leave out --resume.")
-    if options["trust"] and options["resume"] is None:
+    if trusted and resumed is None:
         overrides.append(("model.trust_remote_code", True))
     recipe = None if folder else load_recipe(reference, [*overrides, *_task_of_data(reference, overrides)])
-    if options["dry"] and recipe is not None and recipe.task.name not in ("chat", "preference"):
+    if dry_run and recipe is not None and recipe.task.name not in ("chat", "preference"):
         raise ConfigError(f"--dry-run shows conversations, which task {recipe.task.name} has not; leave it out.")
 
     from pica.cli.console import loading
 
     with loading() as shown:
         splits = None
-        if recipe is not None and options["resume"] is None:
+        if recipe is not None and resumed is None:
             from pica.experiments.data import load_texts
 
             splits = load_texts(recipe)
         from pica.experiments.train.run import default_output, resume, start
-    if recipe is None or options["resume"] is not None:
+    if recipe is None or resumed is not None:
         folder = folder or default_output(recipe)  # pyright: ignore[reportArgumentType]
         shown.say(f"Resuming {folder}")
         result = _followed(
-            lambda reporter: resume(folder, reporter=reporter, trust_remote_code=options["trust"]),
+            lambda reporter: resume(folder, reporter=reporter, trust_remote_code=trusted),
             shown,
-            page=options["page"],
+            page=page,
         )
     else:
         shown.say(f"Recipe {recipe.name}: {recipe.model.path} on {recipe.task.name}, into {default_output(recipe)}")
         if recipe.model.trust_remote_code:
             shown.say(f"Python code that comes with {recipe.model.path} is run (model.trust_remote_code)")
-        if options["dry"] and splits is not None:
+        if dry_run and splits is not None:
             _look(recipe, splits)
             return 0
         result = _followed(
-            lambda reporter: start(recipe, reporter=reporter, overwrite=options["overwrite"], splits=splits),
+            lambda reporter: start(recipe, reporter=reporter, overwrite=overwrite, splits=splits),
             shown,
-            page=options["page"],
+            page=page,
         )
     from pica.experiments.distributed import leads
 
     if leads():
-        print_result(result, page=options["page"])
+        print_result(result, page=page)
         if result.metrics.task == "dreambooth":
             _print_pictures(result)
         if result.metrics.task in ("chat", "preference"):
-            trusts = options["trust"] or (recipe is not None and recipe.model.trust_remote_code)
+            trusts = trusted or (recipe is not None and recipe.model.trust_remote_code)
             _print_answers(result, f" {FLAG}" if trusts else "")
     return 0
 
@@ -169,51 +172,16 @@ def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -
     return [("task.name", found)] if found else []
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], dict[str, Any]]:
-    """Split what follows `pica train`.
-
-    Args:
-        arguments: As the shell gave them.
-    Returns:
-        The recipe, the overrides as (field, text), and the options `overwrite`, `trust` and `resume` (None: absent,
-        "": no folder).
-    Raises:
-        ConfigError: An option has no value, or there are two recipes.
-    """
-    recipe: str | None = None
-    overrides: list[tuple[str, Any]] = []
-    options: dict[str, Any] = {"overwrite": False, "trust": False, "resume": None, "dry": False, "page": False}
-    rest = list(arguments)
-    while rest:
-        token = rest.pop(0)
-        if token == "--overwrite":
-            options["overwrite"] = True
-        elif token == "--page":
-            options["page"] = True
-        elif token == "--dry-run":
-            options["dry"] = True
-        elif token == FLAG:
-            options["trust"] = True
-        elif token == "--resume":
-            options["resume"] = rest.pop(0) if rest and not rest[0].startswith("-") else ""
-        elif token.startswith("--resume="):
-            options["resume"] = token.partition("=")[2]
-        elif token.startswith("--") or token == "-o":
-            key, equals, value = token.removeprefix("--").partition("=")
-            if not equals:
-                if not rest or rest[0].startswith("--"):
-                    raise ConfigError(f"Option {token} needs a value.")
-                value = rest.pop(0)
-            overrides.append(("output" if key == "-o" else key, value))
-        elif token.startswith("-"):
-            raise ConfigError(
-                f"Unknown option {token}; fields are set as --section.field VALUE, see pica train --help."
-            )
-        elif recipe is None:
-            recipe = token
-        else:
-            raise ConfigError(f"One recipe at a time: found {recipe!r} and {token!r}.")
-    return recipe, overrides, options
+def split_arguments(arguments: Sequence[str]) -> Words:
+    """Split what follows `pica train`; a folder is a recipe's field, `output`."""
+    return split_words(
+        arguments,
+        noun="recipe",
+        flags=("--overwrite", "--page", "--dry-run", FLAG),
+        optional=("--resume",),
+        is_field=lambda name: name.startswith("--"),
+        advice="fields are set as --section.field VALUE, see pica train --help.",
+    )
 
 
 def help_text(topics: Sequence[str] = (), *, everything: bool = False) -> str:
@@ -269,6 +237,7 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     from rich.text import Text
 
     from pica.cli.console import table_console
+    from pica.experiments.results.run import CURVE, METRICS
 
     metrics = result.metrics
     kind = "pictures" if metrics.task == "dreambooth" else "test problems"
@@ -309,7 +278,7 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     console.print()
     sizes = f"{adapter.file_bytes / 1024:.0f} KiB"
     console.print(f"Adapter:     {result.output / 'adapter'} ({sizes})", markup=False)
-    console.print(f"Numbers:     {result.output / 'metrics.json'}, {result.output / 'loss_curve.csv'}", markup=False)
+    console.print(f"Numbers:     {result.output / METRICS}, {result.output / CURVE}", markup=False)
     console.print(f"Predictions: {result.output / 'predictions-*.jsonl'}", markup=False)
     console.print(f"Recipe:      {result.output / 'recipe.resolved.yaml'}", markup=False)
     if metrics.task != "dreambooth":  # its page is written at once
