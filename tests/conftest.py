@@ -18,20 +18,29 @@ import signal  # noqa: E402
 # A suite that was started in the background inherits an ignored SIGINT, and tests that interrupt would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from collections.abc import Callable, Iterator  # noqa: E402 - the variables have to be set before torch is imported
+from collections.abc import Callable, Iterator  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-import pica  # noqa: E402, F401 - registers the method
+# Not torch and transformers: pytest-xdist's workers only start once this file is read, by a process that runs no test.
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _registered() -> None:
+    """PEFT knows the method, whatever a test imports."""
+    import pica  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def _the_same_numbers_in_any_order() -> None:
     """A test that draws random numbers draws the same ones alone, in another order and on another worker."""
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -51,6 +60,9 @@ def _logging_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def traceable(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     """Skips a test where the installed transformers cannot trace a model that has no adapter at all (5.6 cannot)."""
+    import torch
+    import transformers
+
     from tests.shared import IDS, Logits
 
     try:
@@ -62,6 +74,8 @@ def traceable(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     """Factory of Llamas with random weights: 3 layers, width 64, grouped-query attention; the same for the same seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: int | bool) -> LlamaForCausalLM:
         sizes = {

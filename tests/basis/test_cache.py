@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests import processes
 from torch import Tensor
 
 from pica.basis import BasisRequest, cache, cached_solve_basis, solve_basis, solve_many, spectral
@@ -337,30 +336,26 @@ def test_a_folder_that_takes_nothing_is_noted_once(folder: Path, monkeypatch, ca
     assert not folder.is_dir() or list(folder.iterdir()) == []
 
 
-WRITER = """
-import sys, torch
-from pica.basis import cached_solve_basis
-ready, ranks = sys.argv[1], [int(r) for r in sys.argv[2:]]
-weights = [torch.randn(112, 144, generator=torch.Generator().manual_seed(s)) for s in range(6)]
-open(ready, "w").close()
-for turn in range(6):
-    for w in weights:
-        basis = cached_solve_basis(w, ranks[turn % len(ranks)])
-        gram = basis.directions(w) @ basis.directions(w).T
-        assert torch.allclose(gram, torch.eye(basis.rank), atol=1e-4)
-        torch.testing.assert_close((w @ basis.directions(w).T).norm(dim=0), basis.gains)
-"""
+def write_and_read(ready: Path, ranks: list[int]) -> None:
+    weights = [torch.randn(112, 144, generator=torch.Generator().manual_seed(s)) for s in range(6)]
+    ready.touch()
+    for turn in range(6):
+        for w in weights:
+            basis = cached_solve_basis(w, ranks[turn % len(ranks)])
+            gram = basis.directions(w) @ basis.directions(w).T
+            assert torch.allclose(gram, torch.eye(basis.rank), atol=1e-4)
+            torch.testing.assert_close((w @ basis.directions(w).T).norm(dim=0), basis.gains)
 
 
 def test_processes_may_share_a_folder(folder: Path, tmp_path: Path):
     """Two processes write and read the same entries, while this one keeps removing and truncating them."""
-    arguments = [["6", "12", "24"], ["24", "8"]]
+    said = tmp_path / "said"
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / f"ready{i}"), *ranks], stderr=subprocess.PIPE)
-        for i, ranks in enumerate(arguments)
+        processes.start(write_and_read, tmp_path / f"ready{i}", ranks, said=said)
+        for i, ranks in enumerate([[6, 12, 24], [24, 8]])
     ]
     turn = 0
-    while any(writer.poll() is None for writer in writers):
+    while any(writer.is_alive() for writer in writers):
         found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
         if found and all((tmp_path / f"ready{i}").exists() for i in range(2)):
             path = found[turn % len(found)]
@@ -373,8 +368,8 @@ def test_processes_may_share_a_folder(folder: Path, tmp_path: Path):
             turn += 1
         time.sleep(0.005)
     for writer in writers:
-        _, complaint = writer.communicate()
-        assert writer.returncode == 0, complaint.decode()
+        writer.join()
+        assert writer.exitcode == 0, said.read_text()
     assert [path for path in folder.iterdir() if path.suffix != ".safetensors"] == []
 
 

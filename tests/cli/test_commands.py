@@ -1,17 +1,16 @@
 """The commands end to end on a tiny model, through the same functions that the console script calls."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests import processes
 from transformers import AutoModelForCausalLM
-
-ENTER = "import sys, _pica_entry; sys.exit(_pica_entry.main())"
 
 
 @pytest.fixture
@@ -84,17 +83,16 @@ def test_interrupt_and_resume_through_the_console_script(pica: Callable, quick: 
     whole, folder = tmp_path / "whole", tmp_path / "cut"
     enough = [*quick, "--trainer.max_steps", "40"]  # so many that the signal can't come after the last
     assert pica("train", *enough, "-o", whole).status == 0
-    command = [sys.executable, "-c", ENTER, "train", *enough, "-o", str(folder)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if re.search(r": 4/40, ", line) and process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            break
-    lines += list(process.stderr)
-    assert process.wait(timeout=120) == 130, "".join(lines)
+    said = tmp_path / "said"
+    process = processes.start(processes.console_script, "train", *enough, "-o", str(folder), said=said)
+    while process.is_alive() and not (said.is_file() and ": 4/40, " in said.read_text()):
+        time.sleep(0.01)
+    assert process.is_alive(), said.read_text()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    lines = said.read_text().splitlines(keepends=True)
+    assert process.exitcode == 130, "".join(lines)
     last = lines[-1]
     assert f"Continue with: pica train --resume {folder}" in last
     checkpoint = re.search(r"the checkpoint '(.*)' is a loadable adapter", last)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
-import sys
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pica
+from tests import processes
 from tests.distributed import worker
 from tests.distributed.jobs import all_jobs
 from tests.experiments.tiny import write_tiny_llama
 
-WORKER = Path(__file__).with_name("worker.py")
 Results = dict[str, list[Any]]
 
 
@@ -28,22 +28,30 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def run_jobs(jobs: dict[str, tuple[str, dict[str, Any]]], folder: Path, **variables: str) -> Results:
-    """Results of {name: (job, arguments)} by name, one of each process. Torch finds a free port by itself."""
+def run_jobs(jobs: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> Results:
+    """Results of {name: (job, arguments)} by name, one of each process."""
     file = folder / "jobs.json"
     file.write_text(json.dumps([{"name": n, "job": job, "arguments": args} for n, (job, args) in jobs.items()]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(WORKER), str(file)],
-        env=environment(PICA_CACHE_DIR=str(folder / "cache"), **variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    (folder / "seconds.txt").write_text(done.stdout)
-    assert done.returncode == 0, done.stderr[-6000:]
-    both = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
-    return {name: [results[name] for results in both] for name in jobs}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    told |= {"PICA_CACHE_DIR": str(folder / "cache")}
+    said = [folder / f"said.{rank}" for rank in (0, 1)]
+    both = [
+        processes.start(worker.work, str(file), said=said[rank], RANK=str(rank), LOCAL_RANK=str(rank), **told)
+        for rank in (0, 1)
+    ]
+    deadline = time.monotonic() + 300
+    while all(process.is_alive() for process in both) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in both:
+        process.join(60 if process.exitcode is None else 0)  # without the other, it would wait for ever
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0], "".join(text.read_text()[-3000:] for text in said)
+    found = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
+    return {name: [results[name] for results in found] for name in jobs}
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """What each process of a distributed test runs: jobs from a file, one after another in one process group.
 
-To start two processes that import torch and transformers takes as long as a hundred of these jobs, so they share them.
-Run by itself it does the jobs of a JSON file (see `main`); tests call `fit` for the same training in one process.
+To start two processes takes as long as many of these jobs, so they share them (see `work`). Tests call `fit` for the same
+training in one process.
 """
 
 from __future__ import annotations
@@ -480,8 +480,9 @@ JOBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main(jobs_file: str) -> None:
+def work(jobs_file: str) -> None:
     """Do the jobs [{"name", "job", "arguments"}] and write each process's results beside the file."""
+    PartialState(cpu=True)
     torch.set_num_threads(1)
     # torch 2.13 frees the storage of gathered FSDP1 parameters on a CPU before their copies "offloaded" to it are read
     whole = fsdp_module.FullStateDictConfig
@@ -505,8 +506,3 @@ def main(jobs_file: str) -> None:
         Path(f"{jobs_file}.{os.environ['RANK']}").write_text(json.dumps(results))
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    PartialState(cpu=True)
-    main(sys.argv[1])

@@ -1,8 +1,8 @@
 """The analysis of pairs whose answer is known, its memory, its resuming, and the ranks that it suggests."""
 
-import os
-import subprocess
+import ctypes
 import sys
+import threading
 from pathlib import Path
 
 import peft
@@ -23,6 +23,7 @@ from pica.experiments.reporting import Silent
 from pica.experiments.results.analysis import Settings
 from pica.theory import spectrum
 from pica.tuners.pica.layer import PicaLinear
+from tests import processes
 from tests.experiments.tiny import write_tiny_llama
 
 
@@ -223,27 +224,34 @@ def test_a_pattern_names_its_role_and_no_other():
     assert list(found.values()) == [r"attention\.output\.dense", r"\d+\.output\.dense", r"pooler\.dense", "key"]
 
 
-MEASURE = """
-import sys, threading, time, torch
-from pathlib import Path
-from pica.experiments.analyze.analysis import analyse
-from pica.experiments.reporting import Silent
-from pica.experiments.results.analysis import Settings
-base, tuned, out = sys.argv[1:]
-torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64))
-import pica.experiments.analyze.weights, transformers.pytorch_utils
-def anonymous():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
-before, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous()); time.sleep(0.002)
-thread = threading.Thread(target=watch, daemon=True); thread.start()
-analyse(Settings(base, tuned, rank=8), Path(out), reporter=Silent())
-done = True; thread.join()
-print(peak - before)
-"""
+def anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024
+
+
+def measure(base: str, tuned: str, out: Path) -> None:
+    """Print how much more memory an analysis takes than there was taken before."""
+    libc = ctypes.CDLL(None)
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        # memory that is freed goes back at once, so that what is measured is what is held
+        assert libc.mallopt(option, 65536)
+    torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64))
+    before, peak, done = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    analyse(Settings(base, tuned, rank=8), out, reporter=Silent())
+    done.set()
+    thread.join()
+    print(peak - before)  # noqa: T201
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process from /proc")
@@ -261,13 +269,14 @@ def test_memory_is_that_of_one_weight_however_many_there_are(tmp_path: Path):
                 tensors[f"blocks.{index}.up.weight"] = torch.randn(width, out, generator=g) + noise
             save_file(tensors, folder / name / "model.safetensors")
             (folder / name / "config.json").write_text("{}")
-        arguments = [sys.executable, "-c", MEASURE, *(str(folder / name) for name in ("base", "tuned", "out"))]
-        # memory that is freed goes back at once, so that what is measured is what is held
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+        process = processes.start(
+            measure, str(folder / "base"), str(folder / "tuned"), folder / "out", said=folder / "said"
+        )
+        process.join(300)
+        said = (folder / "said").read_text()
+        assert process.exitcode == 0, said
         assert len((folder / "out" / PROGRESS).read_text().splitlines()) == 1 + count
-        grown[count] = int(done.stdout)
+        grown[count] = int(said.splitlines()[-1])
     assert 3 * weight < grown[14] < MEMORY_COPIES * weight
     # holding the twelve more weights of both models would take 12 such weights in float32, 24 in float64
     assert grown[14] - grown[2] < 9 * weight
