@@ -9,18 +9,17 @@ import keyword
 import logging
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from types import FrameType, ModuleType
+from types import ModuleType
 
 from pica._version import __version__
 from pica._versions import check_extra, check_hosts
 from pica.cli.show import say, show
 from pica.errors import ConfigError, LaunchError, PicaError
-from pica.experiments.interrupts import Interrupted, StopRequest
+from pica.experiments.interrupts import Interrupted, raised_until_heeded
 from pica.files.output import disk_is_full
 from pica.foreign_code import FLAG
 
@@ -84,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any("\0" in argument for argument in arguments):
         say("error: An argument holds a NUL character, which is part of no name; remove it.")
         return 2
-    request = StopRequest()
+    request = None
     try:
-        with _stopping() as request, _environment(settings | _visible_devices(settings)):
+        with raised_until_heeded() as request, _environment(settings | _visible_devices(settings)):
             status = _dispatch(arguments)
         if sys.stdout is not None:  # it is, where the caller has closed it
             sys.stdout.flush()  # here and not when Python ends, so that what goes wrong is dealt with below
@@ -123,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"error: {os.fsdecode(error.filename)!r} can't be used: {error.strerror}."
             )  # the system refused a place
             return 2
-        if request.made and not debug:
+        if request is not None and request.made and not debug:
             return _interrupted()
         traceback.print_exc()
         say("This is a bug; please report it with the lines above and the output of `pica env`.")
@@ -218,34 +217,6 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[StopRequest]:
-    """Let SIGTERM end a command in the same good order as Ctrl-C, and remember that either was asked for.
-
-    A library that is being imported may make another error of it.
-
-    Yields:
-        What remembers it.
-    """
-    request, before = StopRequest(), {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        request.made = True
-        raise KeyboardInterrupt
-
-    try:
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, handle)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread, where Python allows no handlers
-        pass
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _how_to_go_on(stopped: Interrupted) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pica.cli.options import add_trust, whole
 from pica.cli.show import show
 from pica.errors import ConfigError, OutputError, PicaError
+from pica.experiments.interrupts import heed
 
 if TYPE_CHECKING:
     from pica.cli.console import ConsoleReporter
@@ -297,6 +298,7 @@ class Conversation:
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise
+                heed()
             finally:
                 answer.close()  # pyright: ignore[reportAttributeAccessIssue] -- a generator
                 show()

@@ -1,11 +1,15 @@
 """Stopping a run in good order."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+_SECONDS_TO_HEED = 0.5
 
 
 class Interrupted(Exception):
@@ -27,6 +31,75 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
+
+
+@contextmanager
+def raised_until_heeded() -> Iterator[StopRequest]:
+    """Make KeyboardInterrupt of SIGINT and SIGTERM inside the block, and raise it anew where a library has dropped it.
+
+    C++ code that calls Python may go on after an error in it, as torch's autograd does. While an interrupt is on its way
+    out, through the `finally` of whoever tidies up, none is raised but by another signal.
+
+    Yields:
+        Whether there was a signal; a library that is being imported may make another error of the interrupt.
+    """
+    request, before, heeded = StopRequest(), dict[int, Any](), _heeded
+    anew, reminders, main = False, list[threading.Thread](), threading.main_thread().ident or 0
+
+    def remind(number: int) -> None:
+        nonlocal anew
+        while not heeded.wait(_SECONDS_TO_HEED):
+            anew = True
+            if sys.platform == "win32":
+                signal.raise_signal(number)
+            else:  # to the main thread, so that it wakes where it waits
+                signal.pthread_kill(main, number)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal anew
+        reminded, anew = anew, False
+        if reminded and _on_its_way():
+            return
+        if not request.made or heeded.is_set():
+            heeded.clear()
+            reminders.append(threading.Thread(target=remind, args=(number,), daemon=True))
+            reminders[-1].start()
+        request.made = True
+        raise KeyboardInterrupt
+
+    heeded.clear()
+    try:
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, handle)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread, where Python allows no handlers
+        pass
+    try:
+        yield request
+    finally:
+        heeded.set()
+        try:
+            for reminder in reminders:
+                reminder.join()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def heed() -> None:
+    """Say that the last interrupt has done what it was for, where a command goes on after one."""
+    _heeded.set()
+
+
+_heeded = threading.Event()
+
+
+def _on_its_way() -> bool:
+    """Whether the code that a signal has halted is dealing with an interrupt."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, (KeyboardInterrupt, Interrupted)):
+        error = error.__context__
+    return error is not None
 
 
 @contextmanager
