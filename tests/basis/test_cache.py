@@ -17,6 +17,8 @@ from tests import processes
 from torch import Tensor
 
 from pica.basis import BasisRequest, cache, cached_solve_basis, solve_basis, solve_many, spectral
+from pica.basis.file import About, BasisFile, LayerRows, find_basis, write_basis
+from pica.basis.shared import keep, kept
 from pica.basis.spectral import Basis
 from pica.cli import main
 from pica.errors import BasisError, ConfigError, RankError
@@ -428,13 +430,58 @@ def test_where_it_is_and_how_it_is_switched_off(monkeypatch: pytest.MonkeyPatch,
     assert cache.cache_folder() == tmp_path / ".cache" / "pica" / "basis"
 
 
-def test_the_command_shows_and_empties_it(folder: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture
+def made(tmp_path: Path) -> BasisFile:
+    """A basis of 24 kB that no weight can tell."""
+    layer = LayerRows(torch.linalg.qr(torch.randn(128, 40)).Q.T.contiguous(), torch.ones(40), torch.ones(64))
+    return write_basis(tmp_path / "made", {"block.0.q": layer}, About("activation", 40, "a model"))
+
+
+def test_bases_from_data_are_bounded_with_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch, made: BasisFile):
+    keep("a" * 64, made)
+    cached_solve_basis(weight(0), 16)
+    size = made.path.stat().st_size
+    assert cache.cache_use() == cache.CacheUse(
+        folder.parent, entry(folder).stat().st_size, 1, size, 1, cache.DEFAULT_LIMIT
+    )
+    (shared,) = (folder.parent / "shared").iterdir()
+    os.utime(shared, (1, 1))
+    assert kept("a" * 64) is not None  # used: no longer the oldest
+    os.utime(entry(folder), (2, 2))
+    monkeypatch.setenv("PICA_CACHE_LIMIT", str(int(2.2 * size)))
+    monkeypatch.setattr(cache, "_unscanned", {})
+    keep("b" * 64, made)
+    assert kept("a" * 64) is not None
+    assert kept("b" * 64) is not None
+    assert cache.cache_use().entries == 0, "the solved one was not used for longest"
+    os.utime(shared, (1, 1))
+    cached_solve_basis(weight(0), 16)
+    cached_solve_basis(weight(1), 16)
+    assert kept("a" * 64) is None
+    monkeypatch.setenv("PICA_CACHE_LIMIT", str(size - 1))
+    keep("c" * 64, made)
+    assert kept("c" * 64) is None, "one that is larger than the bound takes nobody else's place"
+
+
+def test_a_use_of_a_basis_from_data_does_not_make_it_another_file(folder: Path, made: BasisFile):
+    keep("a" * 64, made)
+    found = kept("a" * 64)
+    assert found is not None
+    assert kept("a" * 64) is found
+    assert find_basis(None, made.digest, None) is found
+
+
+def test_the_command_shows_and_empties_it(folder: Path, made: BasisFile, capsys: pytest.CaptureFixture[str]):
     cached_solve_basis(weight(), 8)
+    keep("a" * 64, made)
     (folder / "notes.txt").write_text("not ours")
     assert main(["cache"]) == 0
-    assert f"{folder}: 1 bases" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{folder.parent}: 1 solved bases, " in shown
+    assert " and 1 made from data, 0.0 MiB; together of at most 20 GiB" in shown
     assert main(["cache", "--no-cache"]) == 0
     assert "is off" in capsys.readouterr().out
     assert main(["cache", "clear"]) == 0
-    assert "Removed 1 bases" in capsys.readouterr().out
+    assert "Removed 1 solved bases" in capsys.readouterr().out
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert list((folder.parent / "shared").iterdir()) == []

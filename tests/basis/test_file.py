@@ -9,19 +9,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pica.basis.cache import shared_folder
 from pica.basis.file import (
     NAME,
     About,
     BasisFile,
     LayerRows,
     find_basis,
-    keep,
-    kept,
     open_basis,
-    shared_folder,
     weight_sample,
     write_basis,
 )
+from pica.basis.shared import keep, kept
 from pica.errors import ConfigError, OutputError
 
 WEIGHT = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))

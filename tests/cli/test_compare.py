@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.experiments.tiny_vision import write_pictures, write_tiny_vision
+from tests.report.browser import check_page
 
 from pica.experiments.compare.comparison import builtin_comparisons
 
@@ -53,6 +54,30 @@ def test_compare_then_report(pica: Callable, comparison: Path, tmp_path: Path):
     again = pica("report", folder, "-o", page)
     assert again.status == 0, again.err
     assert page.read_text() == (folder / "report.html").read_text()
+
+
+def test_methods_that_begin_with_a_look_at_data(pica: Callable, comparison: Path, tmp_path: Path):
+    content = yaml.safe_load(comparison.read_text())
+    content["methods"] = [
+        {"label": "PiCa r=4, activation", "adapter": {"method": "pica", "r": 4, "projection": "activation"}},
+        {"label": "EVA r=2", "adapter": {"method": "eva", "r": 2}},
+        {"label": "LoRA r=2", "adapter": {"method": "lora", "r": 2}},
+    ]
+    comparison.write_text(yaml.safe_dump(content | {"learning_rates": [0.01]}))
+    outcome = pica("compare", comparison, "-o", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["label"], row["seeds_done"]) for row in rows] == [
+        ("PiCa r=4, activation", 1),
+        ("EVA r=2", 1),
+        ("LoRA r=2", 1),
+    ]
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("*.json")]
+    losses = {cell["recipe"]["adapter"]["method"]: cell["result"]["loss"] for cell in cells}
+    assert losses["eva"] != losses["lora"], "another start than LoRA's"
+    page = (tmp_path / "out" / "report.html").read_text()
+    check_page(page)
+    assert "EVA r=2" in page
 
 
 def test_list_says_what_would_be_done(pica: Callable, comparison: Path, tmp_path: Path):

@@ -34,6 +34,9 @@ VARIANTS: dict[str, tuple[type[Config], dict[str, Any]]] = {
     "PiCa": (PicaConfig, {"r": 8}),
     "PiCa, minor, shared by two": (PicaConfig, {"r": 4, "projection": "minor", "share": 2}),
     "PiCa, random, not shared": (PicaConfig, {"r": 4, "projection": "random", "share": "none"}),
+    "PiCa, activation": (PicaConfig, {"r": 8, "projection": "activation"}),
+    "PiCa, weighted, not shared": (PicaConfig, {"r": 4, "projection": "weighted", "share": "none"}),
+    "PiCa, principal from a file": (PicaConfig, {"r": 8, "projection": "principal"}),
     "SVFT": (SvftConfig, {}),
     "SVFT, narrow band": (SvftConfig, {"pattern": "banded", "off_diagonals": 1}),
     "SVFT, random, shared": (SvftConfig, {"pattern": "random", "off_diagonals": 2, "share": "role"}),
@@ -41,10 +44,26 @@ VARIANTS: dict[str, tuple[type[Config], dict[str, Any]]] = {
     "SVFT, top_k, shared": (SvftConfig, {"pattern": "top_k", "off_diagonals": 2, "share": "role"}),
 }
 BOTH = ["PiCa", "SVFT"]
+FROM_FILES = ["PiCa, activation", "PiCa, weighted, not shared", "PiCa, principal from a file"]
+BASES: dict[str, str] = {}
+"""Folders of the basis files of these, by projection."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bases(tiny_llama, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Basis files of the model that the tests adapt, of more directions than they use."""
+    read = [{"input_ids": torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(7))} for _ in range(3)]
+    for projection in ("activation", "weighted", "principal"):
+        folder = tmp_path_factory.mktemp("bases") / projection
+        given = read if projection != "principal" else None
+        pica.make_basis(tiny_llama(), folder, PicaConfig(r=16, projection=projection), data=given)
+        BASES[projection] = str(folder)
 
 
 def config(variant: str, **settings: Any) -> Config:
     method, own = VARIANTS[variant]
+    if variant in FROM_FILES:
+        own = own | {"basis_from": BASES[own["projection"]]}
     return method(**{"init_weights": False, "task_type": "CAUSAL_LM", **own, **settings})
 
 
@@ -106,6 +125,10 @@ def test_every_loader_gives_the_same_model(tiny_llama, base_folder: Path, tmp_pa
         ("PiCa", {"bias": "all"}, {"attention_bias": True}),
         ("PiCa", {"bias": "pica_only"}, {"attention_bias": True}),
         ("PiCa", {"rank_pattern": {"q_proj": 4}, "share": 2}, {}),
+        ("PiCa, activation", {"layers_to_transform": [0, 2]}, {}),
+        ("PiCa, activation", {"rank_pattern": {"q_proj": 4}, "share": 2}, {}),
+        ("PiCa, weighted, not shared", {}, {}),
+        ("PiCa, principal from a file", {}, {}),
         ("SVFT", {"modules_to_save": ["lm_head"]}, {}),
         ("SVFT", {"trainable_token_indices": [1, 5, 9]}, {"tie_word_embeddings": True}),
         ("SVFT", {"bias": "all"}, {"attention_bias": True}),
@@ -164,6 +187,8 @@ def test_averaged_state_dicts_load(tiny_llama, variant, dtype):
     ("variant", "settings", "rank"),
     [
         ("PiCa", {}, 8),
+        ("PiCa, activation", {}, 8),
+        ("PiCa, weighted, not shared", {}, 4),
         ("SVFT, narrow band", {"target_modules": ["q_proj", "down_proj", "up_proj"]}, 64),
     ],
 )
@@ -185,6 +210,8 @@ def test_lora_conversion_is_exact_to_rounding(tiny_llama, variant, settings, ran
         ("PiCa", [{"r": 16}, {"projection": "minor"}]),
         ("PiCa", [{"projection": "random", "r": 16}]),
         ("PiCa, random, not shared", [{"share": "role"}]),
+        ("PiCa, activation", [{"r": 16}, {"projection": "principal", "basis_from": None}]),
+        ("PiCa, weighted, not shared", [{"share": "role"}]),
         ("SVFT", [{"pattern": "banded", "off_diagonals": 2}]),
         ("SVFT, top_k, shared", [{"share": "none"}]),
     ],
@@ -276,7 +303,7 @@ def test_unmerging_after_a_change_of_precision(tiny_llama, variant):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-@pytest.mark.parametrize("variant", ["PiCa", "SVFT", "SVFT, narrow band", "SVFT, top_k"])
+@pytest.mark.parametrize("variant", ["PiCa", "PiCa, activation", "SVFT", "SVFT, narrow band", "SVFT, top_k"])
 def test_half_precision_bases(tiny_llama, dtype, autocast_adapter_dtype, variant):
     model = get_peft_model(tiny_llama(dtype=dtype), config(variant), autocast_adapter_dtype=autocast_adapter_dtype)
     expected = torch.float32 if autocast_adapter_dtype else dtype
@@ -300,7 +327,7 @@ def test_autocast(tiny_llama, variant):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("variant", ["PiCa", "SVFT, random, shared"])
+@pytest.mark.parametrize("variant", ["PiCa", "PiCa, activation", "SVFT, random, shared"])
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama, use_reentrant, variant):
     model = get_peft_model(tiny_llama(), config(variant)).train()
     plain = gradients(model)

@@ -6,7 +6,8 @@ whoever finds it may use it. It is one safetensors file with `projector`, `gains
 held against the weight (`_proof`), so that a file that somebody else has put there is found out. Whatever goes wrong with
 the cache costs a decomposition and a note in the log, never the load.
 
-`PICA_CACHE_DIR` moves the cache (set to nothing, it is off); `PICA_CACHE_LIMIT` bounds it, in bytes.
+`PICA_CACHE_DIR` moves the cache (set to nothing, it is off); `PICA_CACHE_LIMIT` bounds it, in bytes, together with the bases
+that were made from data, which lie beside the solved ones (`pica.basis.shared`).
 """
 
 from __future__ import annotations
@@ -53,21 +54,32 @@ SMALLEST_ELEMENTS = 96 * 96
 DEFAULT_LIMIT = 20 * 2**30
 """Bytes that the entries may take together."""
 
+_USE_SECONDS = 600.0  # a use is noted at most so often
 _STALE_SECONDS = 3600.0  # a temporary file this old belongs to a process that was killed
 _SUFFIX, _PARTIAL = ".safetensors", ".partial"
+_SOLVED, _SHARED = "basis", "shared"
 
 _enabled = True
 _noted: set[str] = set()
-_unscanned: dict[Path, int] = {}  # bytes that this process wrote to a folder since it last measured it
+_unscanned: dict[Path, int] = {}  # bytes that this process wrote since it last measured, by the folder of all caches
 
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What the cache takes: its folder (None: it is off), bytes, number of entries, and its bound in bytes."""
+    """What the cache takes.
+
+    Attributes:
+        folder: Of all of it; None where it is off.
+        bytes, entries: Of solved bases.
+        shared_bytes, shared_entries: Of bases that were made from data.
+        limit: Bound of both together, in bytes.
+    """
 
     folder: Path | None
     bytes: int
     entries: int
+    shared_bytes: int
+    shared_entries: int
     limit: int
 
 
@@ -80,7 +92,13 @@ def use_basis_cache(enabled: bool) -> None:
 def cache_folder() -> Path | None:
     """Where entries are kept, `basis` in `PICA_CACHE_DIR` or in the user's cache folder; None where the cache is off."""
     off = not _enabled or os.environ.get("PICA_CACHE_DIR") == ""
-    return None if off else cache_home(os.environ) / "basis"
+    return None if off else cache_home(os.environ) / _SOLVED
+
+
+def shared_folder() -> Path | None:
+    """Where bases that were made from data are kept, beside the solved ones; None where the cache is off."""
+    folder = cache_folder()
+    return None if folder is None else folder.parent / _SHARED
 
 
 def cache_home(environment: Mapping[str, str]) -> Path:
@@ -109,18 +127,34 @@ def cache_limit() -> int:
 def cache_use() -> CacheUse:
     """What the cache takes now."""
     folder = cache_folder()
-    found = [] if folder is None else _files(folder)
-    entries = sum(path.suffix == _SUFFIX for path, _, _ in found)
-    return CacheUse(folder, sum(size for _, size, _ in found), entries, cache_limit())
+    if folder is None:
+        return CacheUse(None, 0, 0, 0, 0, cache_limit())
+    solved, shared = _counted(folder), _counted(folder.parent / _SHARED)
+    return CacheUse(folder.parent, *solved, *shared, cache_limit())
+
+
+def _counted(folder: Path) -> tuple[int, int]:
+    """Bytes, and number of entries."""
+    found = _files(folder)
+    return sum(size for _, size, _ in found), sum(path.suffix == _SUFFIX for path, _, _ in found)
 
 
 def clear_cache() -> CacheUse:
-    """Remove every entry (and nothing else that may be in the folder); returns what the cache took before."""
+    """Remove every entry (and nothing else that may be in the folders); returns what the cache took before."""
     before = cache_use()
     if before.folder is not None:
-        for path, _, _ in _files(before.folder):
+        for path, _, _ in _all_files(before.folder):
             path.unlink(missing_ok=True)
     return before
+
+
+def note_use(path: Path) -> None:
+    """Note that an entry is used now, if the path is one: those that were not used for longest go first."""
+    if path.parent in (cache_folder(), shared_folder()):
+        with suppress(OSError):
+            # not each time: who has read a whole basis knows by this time whether the file is still the same
+            if time.time() - path.stat().st_mtime > _USE_SECONDS:
+                os.utime(path)
 
 
 def cached_solve_basis(
@@ -230,8 +264,7 @@ def _read(path: Path, key: str, weight: Tensor, rank: int, projection: str, side
         return None
     if (found := flaw(weight, projector, gains, used, projection)) is not None:
         return _discard(path, f"it is not this weight's basis: {found}")
-    with suppress(OSError):
-        os.utime(path)  # least recently used entries go first
+    note_use(path)
     # copies, so that nothing refers to the file and the rows that were not asked for take no memory
     kept, lengths = projector[:rank].clone(), gains[:rank].clone()
     clear = clear_count(weight, lengths) if projection == "principal" else None
@@ -265,7 +298,7 @@ def _write(path: Path, key: str, basis: Basis, rank: int, limit: int) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         save_file({"projector": projector, "gains": gains}, partial, metadata)
         os.replace(partial, path)
-        _shrink(path.parent, size, limit)
+        make_room(path.parent.parent, size, limit)
     except (OSError, SafetensorError) as error:
         _note_once(f"Nothing can be stored in the basis cache {str(path.parent)!r} ({error}); going on without it.")
         with suppress(OSError):
@@ -331,18 +364,28 @@ def _files(folder: Path) -> list[tuple[Path, int, float]]:
     return found
 
 
-def _shrink(folder: Path, written: int, limit: int) -> None:
+def _all_files(home: Path) -> list[tuple[Path, int, float]]:
+    """As `_files`, of solved bases and of those that were made from data."""
+    return [*_files(home / _SOLVED), *_files(home / _SHARED)]
+
+
+def make_room(home: Path, written: int, limit: int) -> None:
     """Remove the entries that were not used for longest, until the rest is within `limit` bytes.
 
-    To measure the folder after each write would take longer than to solve, once it holds many entries. So a process
-    measures it at its first write and after each 1/64 of the limit, and then leaves that much room.
+    To measure the folders after each write would take longer than to solve, once it holds many entries. So a process
+    measures them at its first write and after each 1/64 of the limit, and then leaves that much room.
+
+    Args:
+        home: The folder of all caches.
+        written: Bytes that were added.
+        limit: Bytes that there may be.
     """
     slack = limit // 64
-    _unscanned[folder] = _unscanned.get(folder, slack) + written
-    if _unscanned[folder] < slack:
+    _unscanned[home] = _unscanned.get(home, slack) + written
+    if _unscanned[home] < slack:
         return
-    _unscanned[folder] = 0
-    found = sorted(_files(folder), key=lambda item: item[2])
+    _unscanned[home] = 0
+    found = sorted(_all_files(home), key=lambda item: item[2])
     total = sum(size for _, size, _ in found)
     now = time.time()
     for path, size, used in found:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pica.basis.cache import cache_folder
+from pica.basis.cache import note_use, shared_folder
 from pica.basis.checkpoint import is_hub_name
 from pica.basis.fingerprint import splitmix64
 from pica.errors import ConfigError, OutputError
@@ -284,6 +283,7 @@ def find_basis(source: str | None, digest: str | None, beside: str | None) -> Ba
     """
     others: list[str] = []
     for place in _places(source, digest, beside):
+        note_use(place)
         found = open_basis(place)
         if digest is None or found.digest == digest:
             return found
@@ -321,39 +321,6 @@ def _from_hub(name: str) -> Path | None:
     except Exception as error:  # the hub client's errors have no common base
         logger.info("No %s from %r on the hub: %s", NAME, name, first_line(error))
         return None
-
-
-def shared_folder() -> Path | None:
-    """Where bases that runs have made are kept, beside the cache of solved ones; None where the cache is off."""
-    folder = cache_folder()
-    return None if folder is None else folder.parent / "shared"
-
-
-def kept(key: str) -> BasisFile | None:
-    """A basis that was made before from the same model, text and settings, which `key` is a digest of."""
-    folder = shared_folder()
-    for path in sorted(folder.glob(f"{key[:32]}-*.safetensors")) if folder is not None else ():
-        try:
-            return open_basis(path)
-        except (ConfigError, OSError) as error:
-            logger.warning("%s in the cache cannot be used (%s); the basis is made again", path, first_line(error))
-    return None
-
-
-def keep(key: str, basis: BasisFile) -> None:
-    """Put a copy of a basis into the cache, where `kept` finds it; a cache that cannot be written to is noted."""
-    folder = shared_folder()
-    if folder is None:
-        return
-    path = folder / f"{key[:32]}-{basis.digest[:32]}.safetensors"
-    partial = path.with_suffix(f".{hashlib.sha256(str(basis.path).encode()).hexdigest()[:8]}.partial")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.copyfile(basis.path, partial)
-        partial.replace(path)
-    except OSError as error:
-        logger.warning("Basis %s cannot be kept in the cache (%s)", basis.path, error)
-        partial.unlink(missing_ok=True)
 
 
 def _digest_of(path: Path) -> str:

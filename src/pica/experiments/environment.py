@@ -32,9 +32,9 @@ def environment() -> dict[str, Any]:
 def _caches() -> dict[str, Path | None]:
     from huggingface_hub import constants
 
-    from pica.basis.cache import cache_folder
+    from pica.basis.cache import cache_folder, shared_folder
 
-    found = {"hub": Path(constants.HF_HUB_CACHE), "bases": cache_folder()}
+    found = {"hub": Path(constants.HF_HUB_CACHE), "bases": cache_folder(), "bases from data": shared_folder()}
     if importlib.util.find_spec("datasets"):  # of the commands' packages, which may be absent
         from datasets import config as datasets_config
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pica.basis.file import open_basis
@@ -75,6 +76,35 @@ def test_an_interrupted_run_goes_on_with_its_own_basis(
     resume(tmp_path / "out", reporter=Silent())
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["basis_digest"] == digest
+
+
+def test_eva_starts_where_activation_directions_are(recipe: Callable[..., Recipe], tmp_path: Path):
+    """At a rate that moves nothing, A of the baseline spans the leading directions of what its layers are given."""
+    for method in ("eva", "lora"):
+        made = recipe(
+            output=str(tmp_path / method),
+            adapter__projection="activation",
+            adapter__r=8,
+            trainer__learning_rate=1e-9,
+            baseline__method=method,
+            baseline__r=2,
+            baseline__learning_rates=[1e-9],
+        )
+        result = start(made, reporter=Silent())
+        assert result.metrics.trained["baseline"].title == f"{method} r=2"
+        assert (tmp_path / method / "baseline" / "adapter_config.json").is_file()
+    basis = open_basis(tmp_path / "eva" / "basis")
+    held = {}
+    for method in ("eva", "lora"):
+        tensors = load_file(tmp_path / method / "baseline" / "adapter_model.safetensors")
+        shares = []
+        for path in basis.layers:
+            a = tensors[f"base_model.model.{path}.lora_A.weight"]
+            rows = basis.rows(path, 8, a.shape[1])
+            shares.append(float((a @ rows.T).square().sum() / a.square().sum()))
+        held[method] = min(shares)
+    assert held["eva"] > 0.9
+    assert held["lora"] < 0.7
 
 
 @pytest.mark.usefixtures("cache")

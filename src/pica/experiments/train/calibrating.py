@@ -14,7 +14,8 @@ import torch
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 
 from pica.basis import CALIBRATED
-from pica.basis.file import NAME, holds_basis, keep, kept, open_basis
+from pica.basis.file import NAME, holds_basis, open_basis
+from pica.basis.shared import keep, kept
 from pica.calibration.making import make_basis
 from pica.calibration.texts import Calibration, calibration
 from pica.experiments.adapters import peft_config
