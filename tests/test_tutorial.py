@@ -17,7 +17,7 @@ def words(text: str) -> str:
 @pytest.mark.slow
 def test_the_outputs_are_those_of_the_commands(tmp_path: Path):
     page = run_tutorial.PAGE.read_text(encoding="utf-8")
-    assert len(run_tutorial.BLOCK.findall(page)) == 4
+    assert len(run_tutorial.BLOCK.findall(page)) == 5
     again = run_tutorial.run(page, tmp_path)
     assert words(again) == words(page), "run python tools/run_tutorial.py"
     reached = [float(re.findall(r"pica r=16 .* (\d+\.\d)% ±", text)[0]) for text in (page, again)]

@@ -16,6 +16,11 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
+def in_words(name: str) -> str:
+    """A measure's name, as it is read: "reward_accuracy" is the reward accuracy."""
+    return name.replace("_", " ")
+
+
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Write rows as CSV.
 

@@ -131,6 +131,18 @@ def test_init_asks_three_questions(output: Run, chats: Path, tmp_path: Path, mon
     assert load_recipe(str(target)).task.name == "chat"
 
 
+@pytest.mark.parametrize(
+    ("goal", "more"),
+    [("preference", "preference.beta"), ("reward", "reward.num_generations"), ("reward", "task.subset")],
+)
+def test_init_knows_preferences_and_rewards(output: Run, goal: str, more: str, tmp_path: Path):
+    target = tmp_path / "mine.yaml"
+    output("init", "--model", "embedded", "--data", "embedded", "--goal", goal, "-o", str(target))
+    section, _, name = more.partition(".")
+    assert name in yaml.safe_load(target.read_text())[section]
+    assert load_recipe(str(target)).task.name == goal
+
+
 def test_init_says_which_data_is_missing(output: Run, tmp_path: Path):
     (tmp_path / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
     target = tmp_path / "math.yaml"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from pica import cli
 from pica.errors import ConfigError, DataError
@@ -21,6 +23,7 @@ from pica.experiments.train.run import resume, start
 from pica.tasks.base import Example
 from tests.experiments.preference.test_preferences import measured, same_results
 from tests.experiments.train.test_training import InterruptAt
+from tests.report.browser import check_page
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +143,67 @@ def test_what_does_not_go_with_rewards_is_said(reward: Callable[..., Recipe]):
             reward(**changes)
     with pytest.raises(ConfigError, match="pissa: it changes the frozen weights"):
         start(reward(adapter__method="pissa", reward__beta=0.1), reporter=Silent())
+
+
+def test_the_recipe_runs_in_miniature_on_what_a_run_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The two lines at the head of the recipe, with little of everything."""
+    few = ["--data.train_limit", "8", "--data.test_limit", "2", "--trainer.max_steps", "2", "--trainer.threads", "1"]
+    sums, merged, rewarded = (str(tmp_path / name) for name in ("sums", "sums-merged", "rewarded"))
+    assert cli.main(["train", "arithmetic-tiny", "--baseline.method", "null", "-o", sums, *few]) == 0
+    assert cli.main(["merge", sums, "-o", merged]) == 0
+    assert cli.main(["train", "reward-tiny", "-o", rewarded]) == 2
+    assert "model.path is not set" in capsys.readouterr().err
+    given = ["reward-tiny", "--model.path", merged, "--trainer.batch_size", "16", "--task.max_new_tokens", "4", *few]
+    assert cli.main(["train", *given, "-o", rewarded]) == 0
+    printed = capsys.readouterr().out
+    assert "mean reward: " in printed
+    assert "accuracy ± standard error" in printed
+    assert cli.main(["train", *given, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 problems, whose answers task arithmetic scores" in printed
+    assert "step      16 answers, 8 to each of 2 problems" in printed
+    assert "held out  2 to be measured on" in printed
+
+
+def test_what_would_be_asked_is_shown(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = json.loads((problems / "train.json").read_text())
+    rows += [rows[0], {**rows[1], "instruction": "Say " + "x" * 3000}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "test.json").write_text(json.dumps(rows[2:4]))
+    data = ["data", str(tmp_path / "train.json"), "--model", "embedded", "--test", str(tmp_path / "test.json")]
+    assert cli.main([*data, "--task", "reward", "--subset", "arithmetic", "--page", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "read         26 problems, whose answers task arithmetic scores" in printed
+    assert "left out     1 longer than" in printed
+    assert "duplicates   1 there before" in printed
+    assert re.search(r"in the test  2 are test problems too: \S*train.json, line 1, ", printed)
+    assert "line 1, right: 1\nQuestion: Say 0.\nAnswer:\n" in printed
+    assert "learns from answers of its own" in (tmp_path / "page.html").read_text()
+    for more, said in (
+        (["--task", "reward"], "task.subset is not set: task reward is several tasks; choose one of arithmetic"),
+        (["--task", "reward", "--subset", "arithmetic", "--system", "x"], "task.system is for tasks chat, preference"),
+        (["--subset", "math"], "task.subset = 'math': unknown subset: task chat has none"),
+        (["--overflow", "split", "--task", "preference"], "a pair cannot be split"),
+    ):
+        assert cli.main([*data, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_rewards_are_compared(reward: Callable[..., Recipe], problems: Path, tmp_path: Path):
+    base = {
+        "data": {"train": str(problems)},
+        "task": {"name": "reward", "subset": "arithmetic", "max_new_tokens": 4},
+        "trainer": {"max_steps": 2, "batch_size": 8, "threads": 1},
+    }
+    methods = [
+        {"label": "PiCa", "adapter": {"method": "pica", "r": 4}, "learning_rates": [0.01, 0.02]},
+        {"label": "LoRA", "adapter": {"method": "lora", "r": 1}, "learning_rates": [0.01]},
+    ]
+    file, folder = tmp_path / "both.yaml", tmp_path / "compared"
+    file.write_text(yaml.safe_dump({"name": "both", "seeds": [0, 1], "base": base, "methods": methods}))
+    assert cli.main(["compare", str(file), "-o", str(folder)]) == 0
+    found = json.loads((folder / "results.json").read_text())
+    assert [row["seeds_done"] for row in found["rows"]] == [2, 2]
+    cell = json.loads(next((folder / "cells").glob("*.json")).read_text())
+    assert cell["result"]["mean_reward_stderr"] >= 0
+    check_page((folder / "report.html").read_text())

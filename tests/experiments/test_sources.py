@@ -1,8 +1,9 @@
-"""Several sources of conversations with weights: what is held out, how often each is learnt from, and what is refused."""
+"""Several sources with weights: what is held out, how often each is learnt from, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import yaml
 
 from pica.errors import ConfigError
-from pica.experiments.data import load_splits, mixed
+from pica.experiments.data import load_splits
+from pica.experiments.mixing import described_sources, mixed
+from pica.experiments.pipelines import make_pipeline
 from pica.experiments.recipes.parsing import dump_recipe, load_recipe
 from pica.experiments.recipes.recipe import Recipe, with_absolute_paths
 from pica.experiments.train.origins import examples_digest
 from pica.tasks import get_task
-from pica.tasks.chat import Conversation, described_sources
+from pica.tasks.chat import Conversation, described
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def test_each_source_is_learnt_from_as_its_weight_says_and_never_from_what_is_he
     assert times["sums.csv"] == [1] * round(kept["sums.csv"] / 2)
     assert times["orders.json"] == [1] * kept["orders.json"]
     assert splits.train != sorted(splits.train, key=lambda one: one.source), "in random order"
-    said = described_sources(splits.train)
+    said = described_sources(splits.train, described)
     assert [line.split(":")[0] for line in sorted(said)] == ["chats.jsonl", "orders.json", "sums.csv"]
     assert (
         f"{kept['chats.jsonl']} conversations, `messages`, one turn each; {sum(times['chats.jsonl'])} in one pass"
@@ -119,6 +122,42 @@ def test_bad_weights_are_refused(recipe: Callable, train: object, said: str):
         recipe(train)
 
 
-def test_other_tasks_have_one_source(recipe: Callable):
-    with pytest.raises(ConfigError, match="several sources, which is for task chat, and the task is math; name one"):
-        recipe(["chats.jsonl"], task__name="math", data__test="sums.csv")
+@pytest.mark.parametrize(
+    ("task", "changes", "said"),
+    [
+        ("preference", {"task__chat_template": "plain"}, "`prompt/chosen/rejected as text`"),
+        ("reward", {"task__subset": "arithmetic", "data__test": "test.json"}, "problems"),
+        ("arithmetic", {"data__test": "test.json"}, "problems"),
+    ],
+)
+def test_what_else_a_model_writes_is_learnt_from_several_sources_alike(
+    recipe: Callable, task: str, changes: dict[str, object], said: str
+):
+    for name, count in (("few.json", 8), ("many.json", 24), ("test.json", 2)):
+        rows = [
+            {"prompt": f"{name} {n}", "chosen": "Yes.", "rejected": "No."}
+            if task == "preference"
+            else {"instruction": f"{name} {n}", "output": "The answer is 1.", "answer": "1"}
+            for n in range(count)
+        ]
+        Path(name).write_text(json.dumps(rows))
+    made = recipe({"few.json": 3, "many.json": 0.5}, task__name=task, data__columns={}, **changes)
+    splits = load_splits(made, get_task(task))
+    found = {name: [one for one in splits.train if one.source == name] for name in ("few.json", "many.json")}
+    held = Counter(one.source for one in splits.test) if task == "preference" else Counter[str]()
+    assert len(found["few.json"]) == 3 * (8 - held["few.json"])
+    assert len(found["many.json"]) == round((24 - held["many.json"]) / 2)
+    assert not {one.identity for one in splits.test} & {one.identity for one in splits.train}
+    lines = make_pipeline(made).describe(splits.train)
+    assert re.search(rf"few.json: \d+ (pairs, )?{said}; \d+ in one pass, \d+% of them all", "\n".join(lines))
+    assert load_splits(made, get_task(task)) == splits
+
+
+def test_several_sources_need_a_test_where_none_is_held_out(recipe: Callable):
+    with pytest.raises(ConfigError, match="data.test is required when data.train is a file, names several sources or"):
+        recipe({"orders.json": 1, "embedded": 2}, task__name="reward", task__subset="arithmetic", data__columns={})
+
+
+def test_classifiers_have_one_source(recipe: Callable):
+    with pytest.raises(ConfigError, match="names several sources, and task sentiment learns from one; name one"):
+        recipe(["chats.jsonl"], task__name="sentiment", data__test="sums.csv")

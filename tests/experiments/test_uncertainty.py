@@ -203,7 +203,7 @@ def test_token_accuracy_is_held_against_another_conversation_by_conversation():
     assert found.differences["before"].paired
     assert found.differences["before"].value == pytest.approx(0.1)
     assert found.statement().startswith(
-        "Highest token_accuracy: after (55.0%), ahead of every other method. 95% paired "
+        "Highest token accuracy: after (55.0%), ahead of every other method. 95% paired "
     )
     assert "4 test conversations" in found.statement()
     other = Outcomes.read("token_accuracy", KeptOutcomes(predicted=[1, 2, 3, 4], gold=[10, 40, 30, 21]))

@@ -237,10 +237,21 @@ def test_each_training_is_a_wandb_run_of_its_own(
 ):
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.delenv("WANDB_DIR", raising=False)
+    for name in ("WANDB_DIR", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
     start(recipe(trainer__report_to=["wandb"], trainer__learning_rates=[0.01, 0.02]), reporter=Silent())
-    monkeypatch.delenv("WANDB_DIR")  # set by the run
+    assert not {"WANDB_DIR", "WANDB_PROJECT"} & os.environ.keys(), "as it was before"
     assert len(list((tmp_path / "out" / "logs" / "wandb").glob("offline-run-*"))) == 2
+
+
+@pytest.mark.parametrize(("given", "project"), [("run", "out"), ("sums", "sums")])
+def test_trackio_has_each_training_in_the_project_of_the_run(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, project: str
+):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    start(recipe(name=given, trainer__report_to=["trackio"], trainer__learning_rates=[0.01, 0.02]), reporter=Silent())
+    assert sorted(run.name for run in trackio.Api().runs(project)) == ["out-adapter-lr0.01", "out-adapter-lr0.02"]
 
 
 def test_tensorboard_gets_both_curves(recipe: Callable[..., Recipe], tmp_path: Path):

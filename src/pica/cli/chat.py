@@ -126,6 +126,8 @@ def run(arguments: Sequence[str]) -> int:
         sampling = Sampling(given.temperature, given.top_p, given.seed, given.max_new_tokens)
         check_sampling(sampling)
     talker = load_named(given)
+    if talker.note is not None:
+        shown.say(talker.note)
     speaking = talker.adapters[0] if talker.adapters else BASE
     system = given.system if given.system is not None else talker.system
     if listening is not None:

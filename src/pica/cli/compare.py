@@ -12,6 +12,7 @@ from pica.cli.options import Words, add_trust, split_words
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
+from pica.text import in_words
 
 if TYPE_CHECKING:
     from pica.experiments.compare.cells import Cell
@@ -232,7 +233,7 @@ def print_summary(summary: "Summary", folder: Path, page: Path | None = None) ->
 
     title = summary.title + (", one seed" if summary.one_seed else "")
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for column in ("", "trainable", "rate", summary.metric, "", "s/\ntraining", "peak\nMiB"):
+    for column in ("", "trainable", "rate", in_words(summary.metric), "", "s/\ntraining", "peak\nMiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in summary.rows:
         if not row.done:

@@ -1,9 +1,9 @@
-"""`pica data`: what a model would see of a file of conversations or of preferences, before any training."""
+"""`pica data`: what a model would see of conversations, preferences or problems with a reward, before any training."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,17 @@ from pica.errors import ConfigError
 if TYPE_CHECKING:
     from pica.experiments.chat.preview import Preview
     from pica.experiments.preference.preview import PairPreview
+    from pica.experiments.reward.preview import PromptPreview
 
+    AnyPreview = Preview | PairPreview | PromptPreview
+
+SEEN = ("chat", "preference", "reward")
+"""Tasks whose data can be looked at."""
 EPILOG = """examples:
   pica data chats.jsonl --model ./SmolLM2-135M-Instruct
   pica data chats.jsonl --model ./SmolLM2-135M-Instruct --examples 10 --page chats.html
   pica data pairs.jsonl --model ./SmolLM2-135M-Instruct
+  pica data train.json --task reward --subset arithmetic --model ./SmolLM2-135M-Instruct
   pica data recipe.yaml
 
 What is learnt is green on a terminal, and between « and » elsewhere.
@@ -30,8 +36,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     made = argparse.ArgumentParser(
         prog="pica data",
-        description="Show what a model would see of conversations, or of preferences (chosen and rejected answers): "
-        "examples with the words that are learnt, lengths, what is cut or left out, duplicates, and what is in the test.",
+        description="Show what a model would see of conversations, of preferences (chosen and rejected answers), or of "
+        "problems whose right answers are rewarded: examples with the words that are learnt, lengths, what is cut or left "
+        "out, duplicates, and what is in the test.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,10 +46,16 @@ def parser() -> argparse.ArgumentParser:
         "source",
         nargs="+",
         metavar="FILE|RECIPE",
-        help="conversations or preferences, or a recipe for task chat or preference",
+        help=f"what is learnt from, or a recipe for task {', '.join(SEEN)}",
+    )
+    made.add_argument(
+        "--task", choices=SEEN, help="what it is for (default: preference for chosen and rejected, else chat)"
+    )
+    made.add_argument(
+        "--subset", metavar="TASK", help="reward: the task that scores the answers, for instance arithmetic"
     )
     made.add_argument("--model", metavar="MODEL", help="the model that would learn (its tokenizer and chat template)")
-    made.add_argument("--test", metavar="FILE", help="test conversations, to be held against these")
+    made.add_argument("--test", metavar="FILE", help="what is measured on, to be held against these")
     made.add_argument(
         "--chat-template", metavar="NAME|FILE", help="alpaca, chatml or plain, or a file; the model's own if unset"
     )
@@ -88,35 +101,57 @@ def run(arguments: Sequence[str]) -> int:
 
 def look(
     recipe: Any, train: Sequence[Any], test: Sequence[Any], *, examples: int
-) -> tuple["Preview | PairPreview", dict[str, str]]:
-    """What a model would see of a recipe's conversations or pairs, and what can be said of them in numbers."""
+) -> tuple["AnyPreview", dict[str, str]]:
+    """What a model would see of a recipe's training data, and what can be said of it in numbers."""
+    from pica.experiments.mixing import described_sources
+
+    looks: dict[str, Callable[..., tuple[AnyPreview, Callable[[Sequence[Any]], str]]]] = {"reward": _look_at_problems}
+    found, described = looks.get(recipe.task.name, _look_at_talk)(recipe, train, test, examples)
+    lines = enumerate(described_sources(train, described), start=1)
+    sources = {f"source {number}": line for number, line in lines}
+    return found, {"read": described(train), **sources, **found.facts(recipe.trainer.max_length)}
+
+
+def _look_at_problems(
+    recipe: Any, train: Sequence[Any], test: Sequence[Any], examples: int
+) -> tuple["AnyPreview", Callable[[Sequence[Any]], str]]:
+    from pica.experiments.reward.preview import preview_prompts
+    from pica.tasks.base import described_problems
+
+    def described(some: Sequence[Any]) -> str:
+        return f"{described_problems(some)}, whose answers task {recipe.task.subset} scores"
+
+    return preview_prompts(recipe, train, test, examples=examples), described
+
+
+def _look_at_talk(
+    recipe: Any, train: Sequence[Any], test: Sequence[Any], examples: int
+) -> tuple["AnyPreview", Callable[[Sequence[Any]], str]]:
     from pica.experiments.chat.preview import preview
     from pica.experiments.chat.rendering import Renderer
     from pica.experiments.chat.templates import set_template
     from pica.experiments.models import load_tokenizer
     from pica.experiments.preference.preview import preview_pairs
-    from pica.tasks.chat import described, described_sources
+    from pica.tasks.chat import described
     from pica.tasks.preference import described_pairs
 
     tokenizer = load_tokenizer(recipe.model)
     set_template(tokenizer, recipe.task.chat_template)
-    length, pairs = recipe.trainer.max_length, recipe.task.name == "preference"
+    pairs = recipe.task.name == "preference"
     found = (preview_pairs if pairs else preview)(
         Renderer(tokenizer, recipe.task.loss),
         train,
         test,
         system=recipe.task.system,
-        max_length=length,
+        max_length=recipe.trainer.max_length,
         overflow=recipe.trainer.overflow,
         examples=examples,
     )
-    if pairs:
-        return found, {"read": described_pairs(train), **found.facts(length)}
-    sources = {f"source {number}": line for number, line in enumerate(described_sources(train), start=1)}
-    return found, {"read": described(train), **sources, **found.facts(length)}
+    return found, described_pairs if pairs else described
 
 
 def _recipe(given: argparse.Namespace) -> Any:
+    from pica.experiments.recipes.checks import task_problems
     from pica.experiments.recipes.parsing import builtin_recipes, load_recipe
     from pica.experiments.recipes.recipe import DataSection, ModelSection, Recipe, TaskSection
 
@@ -127,14 +162,14 @@ def _recipe(given: argparse.Namespace) -> Any:
         recipe = load_recipe(recipes[0], [("model.path", given.model)] if given.model else [])
     else:
         files = given.source[0] if len(given.source) == 1 else given.source
-        recipe = Recipe(task=TaskSection(name=_task_of(given.source)), data=DataSection(train=files))
-    if recipe.task.name not in ("chat", "preference"):
+        task = TaskSection(name=given.task or _task_of(given.source[0]), subset=given.subset)
+        recipe = Recipe(task=task, data=DataSection(train=files))
+    if recipe.task.name not in SEEN:
         raise ConfigError(
-            f"{recipes[0]!r} is a recipe for task {recipe.task.name}; pica data is for tasks chat and preference."
+            f"{recipes[0]!r} is a recipe for task {recipe.task.name}; pica data is for {', '.join(SEEN)}."
         )
-    if recipe.task.name == "preference" and (given.loss or given.overflow == "split"):
-        option = "--loss" if given.loss else "--overflow split"
-        raise ConfigError(f"{option} is for conversations, and {given.source[0]!r} holds preferences; leave it out.")
+    if recipes and (given.task or given.subset):
+        raise ConfigError(f"{recipes[0]!r} is a recipe, which names its task itself; leave out --task and --subset.")
     if given.model is not None:
         recipe.model = ModelSection(path=given.model)
     elif not recipes:
@@ -149,23 +184,21 @@ def _recipe(given: argparse.Namespace) -> Any:
     ):
         if value is not None:
             setattr(section, name, value)
+    if wrong := [*task_problems(recipe)]:
+        raise ConfigError(wrong[0])
     return recipe
 
 
-def _task_of(files: Sequence[str]) -> str:
+def _task_of(file: str) -> str:
     """Preference where the first row has a chosen and a rejected answer, else chat."""
     from pica.tasks.preference import looks_like_preferences
     from pica.tasks.rows import read_rows
 
-    first = next(iter(read_rows(files[0])), None)
-    if first is None or not looks_like_preferences(first.fields):
-        return "chat"
-    if len(files) > 1:
-        raise ConfigError(f"{files[0]!r} holds preferences, which are read from one file; leave the other names out.")
-    return "preference"
+    first = next(iter(read_rows(file)), None)
+    return "chat" if first is None or not looks_like_preferences(first.fields) else "preference"
 
 
-def print_preview(found: "Preview | PairPreview", facts: dict[str, str]) -> None:
+def print_preview(found: "AnyPreview", facts: dict[str, str]) -> None:
     """The numbers, then the examples with what is learnt of them."""
     from rich.text import Text
 
@@ -187,7 +220,7 @@ def print_preview(found: "Preview | PairPreview", facts: dict[str, str]) -> None
         console.print(text)
 
 
-def _write_page(path: Path, recipe: Any, found: "Preview | PairPreview", facts: dict[str, str]) -> None:
+def _write_page(path: Path, recipe: Any, found: "AnyPreview", facts: dict[str, str]) -> None:
     from markupsafe import Markup
 
     from pica.experiments.recipes.recipe import weights_of
@@ -196,7 +229,9 @@ def _write_page(path: Path, recipe: Any, found: "Preview | PairPreview", facts: 
 
     page = Page(
         "What the model would see",
-        "Words with a green background are learnt; the model is given all others and no loss is taken on them.",
+        "The model is given these prompts, and learns from answers of its own."
+        if recipe.task.name == "reward"
+        else "Words with a green background are learnt; the model is given all others and no loss is taken on them.",
         {"model": recipe.model.path, "data": ", ".join(weights_of(recipe.data.train)), **facts},
     )
     blocks = []

@@ -8,6 +8,7 @@ from typing import Any
 
 from pica.cli.options import add_trust, positive
 from pica.cli.show import show
+from pica.text import in_words
 
 EPILOG = """examples:
   pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
@@ -83,16 +84,27 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     result = found.result
     show(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
+    lines: dict[str, str] = {}
     for name, value in result.metrics.items():
-        error = _uncertainty(result) if name == result.metric else ""
-        show(f"{name:<15}{_shown(name, value)}{error}")
+        if name.endswith("_stderr"):
+            continue
+        own = result.metrics.get(f"{name}_stderr")
+        error = _uncertainty(result) if name == result.metric else _error(name, own)
+        lines[in_words(name)] = f"{_shown(name, value)}{error}"
     for name, group in result.groups.items():
-        show(f"  {name:<14} {group.accuracy:.2%} ± {group.stderr:.2%} of {group.examples}")
+        lines[f"  {name}"] = f"{group.accuracy:.2%} ± {group.stderr:.2%} of {group.examples}"
     unit = f"nats a token over {result.tokens} tokens" if result.tokens is not None else "an example"
-    show(f"held-out loss  {result.loss:.4f} {unit}")
+    lines["held-out loss"] = f"{result.loss:.4f} {unit}{_error('loss', result.metrics.get('loss_stderr'))}"
     if given.output is not None:
-        show(f"predictions    {given.output}")
+        lines["predictions"] = str(given.output)
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        show(f"{name:<{width}}  {text}")
     return 0
+
+
+def _error(metric: str, stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {_shown(metric, stderr)} (standard error)"
 
 
 def _uncertainty(result: Any) -> str:
@@ -102,7 +114,7 @@ def _uncertainty(result: Any) -> str:
     if near_the_end(result.metric, result.score, result.examples):
         interval = score_interval(result.metric, result.score, result.stderr, result.examples)
         return f" ({shown_interval(result.metric, interval)}, 95% interval)"
-    return f" ± {_shown(result.metric, result.stderr)} (standard error)"
+    return _error(result.metric, result.stderr)
 
 
 def _shown(metric: str, value: float) -> str:

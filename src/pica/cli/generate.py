@@ -58,6 +58,8 @@ def run(arguments: Sequence[str]) -> int:
 
         prompts = read_prompts(given.prompts, given.adapter_column) if given.prompts else []
     talker = load_named(given)
+    if talker.note is not None:
+        shown.say(talker.note)
     system = given.system if given.system is not None else talker.system
     if given.prompt is not None:
         messages = [{"role": "user", "content": given.prompt}]

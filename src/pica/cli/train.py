@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pica.cli.data import SEEN
 from pica.cli.options import Words, add_trust, split_words
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
-from pica.text import shortened
+from pica.text import in_words, shortened
 
 if TYPE_CHECKING:
     from pica.cli.console import ConsoleReporter
@@ -76,8 +77,10 @@ def run(arguments: Sequence[str]) -> int:
     if trusted and resumed is None:
         overrides.append(("model.trust_remote_code", True))
     recipe = None if folder else load_recipe(reference, [*overrides, *_task_of_data(reference, overrides)])
-    if dry_run and recipe is not None and recipe.task.name not in ("chat", "preference"):
-        raise ConfigError(f"--dry-run shows conversations, which task {recipe.task.name} has not; leave it out.")
+    if dry_run and recipe is not None and recipe.task.name not in SEEN:
+        raise ConfigError(
+            f"--dry-run is for tasks {', '.join(SEEN)}, and the task is {recipe.task.name}; leave it out."
+        )
 
     from pica.cli.console import loading
 
@@ -145,7 +148,7 @@ def _followed(go: "Callable[[Reporter], RunResult]", shown: "ConsoleReporter", *
 
 
 def _look(recipe: "Recipe", splits: "Splits") -> None:
-    """Show what a model would see of a recipe's conversations, without what is held out of them."""
+    """Show what a model would see of a recipe's training data, without what is held out of it."""
     from pica.cli.data import look, print_preview
 
     found, facts = look(recipe, splits.train, splits.test, examples=3)
@@ -161,14 +164,15 @@ def _task_of_data(reference: str | None, overrides: Sequence[tuple[str, Any]]) -
     if reference is not None or "task.name" in given or "data.train" not in given:
         return []
     from pica.experiments.recipes.parsing import read_field
-    from pica.experiments.recipes.recipe import columns_of
+    from pica.experiments.recipes.recipe import columns_of, weights_of
     from pica.experiments.recipes.starting import talking_task
 
     train = read_field("data.train", given["data.train"])
-    if not isinstance(train, str):  # which only chat takes
-        return [("task.name", "chat")]
     # What is wrong with a place is said where the recipe is checked.
-    found = talking_task(train, columns_of(read_field("data.columns", given.get("data.columns", {})), "train", train))
+    first = next(iter(weights_of(train)), "embedded")
+    found = talking_task(first, columns_of(read_field("data.columns", given.get("data.columns", {})), "train", first))
+    if found is None and not isinstance(train, str):
+        found = "chat"
     return [("task.name", found)] if found else []
 
 
@@ -223,7 +227,7 @@ def parser(topics: Sequence[str] = (), *, everything: bool = False) -> argparse.
     made.add_argument("--resume", metavar="DIR", nargs="?", help="go on with the interrupted run in DIR")
     add_trust(made)
     made.add_argument("--page", action="store_true", help="write DIR/report.html as the run goes, to be watched")
-    made.add_argument("--dry-run", action="store_true", help="chat, preference: only show what is learnt")
+    made.add_argument("--dry-run", action="store_true", help="only show what a model would see of the data")
     made.add_argument("--help-all", action="store_true", help="show every field of a recipe")
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     add_fields(made, sections=topics, everything=everything)
@@ -244,7 +248,7 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     title = f"{metrics.name}: {metrics.problems.test} {kind}, one seed"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
     adapter, metric = metrics.adapter, metrics.adapter.metric
-    for column in ("", "trainable", "rate", metric, "loss", "ms/step", "peak\nMiB"):
+    for column in ("", "trainable", "rate", in_words(metric), "loss", "ms/step", "peak\nMiB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     if metrics.base is not None:
         table.add_row("base model", "", "", *_scores(metrics.base), "", "")
@@ -263,7 +267,7 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     unit = "loss on the gold answers in nats a token" if adapter.tokens is not None else f"loss on the {kind}"
     for name in ("chosen_likelier", "reward_margin", "mean_reward"):
         if name in adapter.scores:
-            console.print(f"{name}: {_change(metrics, name)}", markup=False)
+            console.print(f"{in_words(name)}: {_change(metrics, name)}", markup=False)
     if metrics.standing is not None:
         console.print(metrics.standing.statement, markup=False)
     if metrics.task == "chat" and metrics.base is not None:
@@ -272,7 +276,7 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
 
         told = read_predictions(result.output, metrics)
         console.print(loss_change(told["base"], told["adapter"]), markup=False)
-    console.print(f"{metric} ± standard error{_brackets(metrics)}; {unit}; times are medians")
+    console.print(f"{in_words(metric)} ± standard error{_brackets(metrics)}; {unit}; times are medians")
     if head := adapter.parameters.head:
         console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")
     console.print()

@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pica.errors import DataError
+from pica.experiments.mixing import mixed
 from pica.experiments.recipes.recipe import Recipe, columns_of, weights_of, with_absolute_paths
 from pica.tasks import AnyExample, ClassificationTask, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.base import TALKING, Bar, LeftOut
@@ -164,27 +165,6 @@ def load_texts(recipe: Recipe) -> Splits | None:
     return None if "image" in task.kind else load_splits(with_absolute_paths(recipe), task)
 
 
-def mixed(examples: Sequence[Any], weights: Mapping[str, float], *, seed: int) -> list[Any]:
-    """Mix the examples of several sources.
-
-    Args:
-        examples: Each with the `source` that it is of.
-        weights: By source. With 2.5, each example is there twice, and a random half of them a third time; at least one of
-            each source is taken.
-        seed: Decides which ones, and their order.
-    Returns:
-        Examples in random order, each as often as its source's weight says.
-    """
-    generator, taken = random.Random(seed), list[Any]()
-    for source, weight in weights.items():
-        found = [example for example in examples if example.source == source]
-        whole, part = divmod(weight, 1)
-        count = round(part * len(found)) if whole else max(1, round(part * len(found)))
-        taken += int(whole) * found + generator.sample(found, min(count, len(found)))
-    generator.shuffle(taken)
-    return taken
-
-
 def held_out(recipe: Recipe, task: Task) -> bool:
     """Whether the test problems are taken out of the training ones, since there are no others."""
     own = recipe.data.test is not None or recipe.data.train == "embedded" or _in_folder(recipe, task, "test")
@@ -239,7 +219,8 @@ def _read(
     several = split == "train" and not isinstance(recipe.data.train, str)
     places = weights_of(recipe.data.train) if several else [None]
     sources = [source(recipe, split, limit=limit, place=place, bar=bar, left_out=left_out) for place in places]
-    return [example for each in sources for example in task.load(split, each)]
+    found: list[tuple[Source, Any]] = [(each, one) for each in sources for one in task.load(split, each)]
+    return [dataclasses.replace(one, source=each.location) if several else one for each, one in found]
 
 
 def _subject_splits(recipe: Recipe, task: Task, bar: Bar | None) -> Splits:

@@ -25,6 +25,7 @@ from scipy.special import stdtrit
 from pica.experiments.outcomes import POOLED, Outcomes, resampled, scores_of
 from pica.experiments.results.standing import Behind, Placed, StandingResult
 from pica.tasks.base import ANSWER_METRICS
+from pica.text import in_words
 
 LEVEL = 0.95  # of every interval here
 
@@ -160,7 +161,7 @@ class Standing:
 
     def statement(self, what: str = "") -> str:
         """The result in one sentence, and how far it is to be trusted in another; `what` is compared, the metric if ""."""
-        what = what or self.metric
+        what = what or in_words(self.metric)
         names = [f"{one.label} ({shown(self.metric, one.score)})" for one in self.top]
         if len(self.contenders) == 1:
             return f"{what.capitalize()}: {names[0]}."

@@ -34,6 +34,7 @@ class Watch:
         logged: Is told the trainer's log, each time there is something new in it.
         logs: Folder for the files of `trainer.report_to`.
         name: What the training is called there.
+        project: What it belongs to there: trainings that are looked at together.
     """
 
     measure: Callable[[Any], "HeldOut"] | None = None
@@ -42,6 +43,7 @@ class Watch:
     logged: Callable[[list[dict[str, Any]]], None] | None = None
     logs: Path | None = None
     name: str = "run"
+    project: str = "pica"
 
 
 class Watching(TrainerCallback):
@@ -187,7 +189,7 @@ def add_reports(trainer: Trainer, names: Sequence[str], watch: Watch) -> None:
     from transformers.integrations import TensorBoardCallback
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-    trainer.args.run_name = watch.name
+    trainer.args.run_name, trainer.args.project = watch.name, watch.project  # the latter is Trackio's
     for kind in get_reporting_integration_callbacks(list(names)):
         if kind is TensorBoardCallback and watch.logs is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -196,16 +198,25 @@ def add_reports(trainer: Trainer, names: Sequence[str], watch: Watch) -> None:
         else:
             trainer.add_callback(kind())
     if "wandb" in names:
+        places = {"WANDB_PROJECT": watch.project}
         if watch.logs is not None:
             watch.logs.mkdir(parents=True, exist_ok=True)
-            os.environ.setdefault("WANDB_DIR", str(watch.logs.parent))
-        trainer.add_callback(_EndOfRun())
+            places["WANDB_DIR"] = str(watch.logs.parent)
+        trainer.add_callback(_WandbRun(places))
 
 
-class _EndOfRun(TrainerCallback):
-    """Ends a Weights & Biases run with its training: transformers leaves it open, and the next training would go into it."""
+class _WandbRun(TrainerCallback):
+    """Says where a Weights & Biases run goes, and ends it with its training: transformers leaves it open, and the next
+    training would go into it."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        """`places`: variables of the environment by which transformers is told; those that the user has set stay."""
+        self._places = {name: value for name, value in places.items() if name not in os.environ}
+        os.environ.update(self._places)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
         wandb.finish()
+        for name in self._places:
+            os.environ.pop(name, None)

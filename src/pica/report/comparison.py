@@ -24,6 +24,7 @@ from pica.report.summary import (
     shown_row,
     summarise,
 )
+from pica.text import in_words
 
 PAGE, TABLE = "report.html", "results.csv"
 
@@ -123,9 +124,9 @@ def _result(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[
             looks,
             summary.metric,
             [("trained parameters", lambda row: row.parameters)],
-            caption=f"{summary.metric.capitalize()} on the test problems against the number of trained parameters. "
-            f"Bars are {_bars(summary)}. Up and to the left is better. Markers that would hide each other stand side by "
-            "side.",
+            caption=f"{in_words(summary.metric).capitalize()} on the test problems against the number of trained "
+            f"parameters. Bars are {_bars(summary)}. Up and to the left is better. Markers that would hide each other stand "
+            "side by side.",
         )
     )
     return blocks
@@ -143,8 +144,8 @@ def _costs(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
         ("adapter file, bytes", lambda row: float(row.file_bytes)),
     ]
     caption = (
-        f"{summary.metric.capitalize()} against what it costs; bars are {_bars(summary)}. Time and memory depend on the "
-        "machine; see the end."
+        f"{in_words(summary.metric).capitalize()} against what it costs; bars are {_bars(summary)}. Time and memory "
+        "depend on the machine; see the end."
     )
     return [against_figure("costs", rows, looks, summary.metric, axes, caption=caption)]
 
@@ -200,7 +201,7 @@ def _rates(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
         Column("label", "method", numeric=False),
         Column("rate", "learning rate", lower_first=True),
         Column("loss", "validation loss", lower_first=True),
-        Column("score", f"validation {summary.metric}"),
+        Column("score", f"validation {in_words(summary.metric)}"),
         Column("chosen", "", numeric=False),
     ]
     if all(line["score"] is None for line in lines):
@@ -216,7 +217,7 @@ def _table(summary: Summary) -> list[Markup | str]:
     columns = [
         Column("label", "method", numeric=False),
         Column("place", "best", help="The highest score, and those not told apart from it.", numeric=False),
-        Column("score", summary.metric, help="Mean ± standard deviation over seeds, on the test problems."),
+        Column("score", in_words(summary.metric), help="Mean ± standard deviation over seeds, on the test problems."),
         Column("interval", "95% interval", help="Of the score, over test problems and seeds; Wilson's for a share."),
         Column("loss", "test loss", help="Mean over seeds; lower is better.", lower_first=True),
         Column(

@@ -15,6 +15,7 @@ from pica.experiments.results.run import Candidate
 from pica.experiments.uncertainty import SHARES
 from pica.report.figures import CARD, GRID, INK, MARKERS, MUTED, SERIES, Sheet, figure, log_axis, quantity
 from pica.report.summary import RowSummary, shown_row
+from pica.text import in_words
 
 _MARKER = 8.0  # points that a marker takes
 _FAMILIES = ("PiCa", "LoRA", "SVFT", "LoRA from singular vectors", "orthogonal", "shared random bases", "other", "full")
@@ -84,12 +85,12 @@ def against_figure(
                     capsize=2.5,
                     **looks.marker(row.label),
                 )
-                tip = f"{row.label}: {metric} {shown_row(metric, row)}, {title} {quantity(x)}"
+                tip = f"{row.label}: {in_words(metric)} {shown_row(metric, row)}, {title} {quantity(x)}"
                 sheet.tip(line.lines[0], tip)
                 drawn.append((x, row.score.mean, line.get_children()))
             panel.set_xlabel(title)
             if sheet.narrow or panel is panels[0]:
-                panel.set_ylabel(metric)
+                panel.set_ylabel(in_words(metric))
             metric_axis(panel, metric)
             log_axis(panel.xaxis)
             side_by_side(panel, drawn)
@@ -101,7 +102,8 @@ def against_figure(
         name,
         draw,
         caption=caption,
-        alt=f"{metric} of {len(rows)} methods against {' and '.join(title for title, _ in axes)}; numbers are in the table.",
+        alt=f"{in_words(metric)} of {len(rows)} methods against {' and '.join(title for title, _ in axes)}; "
+        "numbers are in the table.",
         height=max(4.4, 0.22 * len(rows) + 0.4) if len(axes) == 1 else 4.0 + 0.2 * math.ceil(len(rows) / 4),
         narrow_height=2.9 * len(axes) + names + 0.5,
     )
@@ -133,7 +135,7 @@ def ablation_figure(groups: Sequence[tuple[str, Sequence[RowSummary]]], looks: L
             panel.set_ylim(-0.6, len(members) - 0.4 + 0.2 * sheet.narrow)
             panel.set_title(title)
             panel.grid(axis="y", visible=False)
-        panels[-1].set_xlabel(metric)
+        panels[-1].set_xlabel(in_words(metric))
         metric_axis(panels[-1], metric, axis="x")
 
     return figure(
@@ -141,7 +143,7 @@ def ablation_figure(groups: Sequence[tuple[str, Sequence[RowSummary]]], looks: L
         draw,
         caption="Strokes are seeds, markers their means, lines 95% intervals of test problems and seeds; in brackets the "
         "trained parameters.",
-        alt=f"{metric} of the methods of {len(groups)} ablations; the numbers are listed below.",
+        alt=f"{in_words(metric)} of the methods of {len(groups)} ablations; the numbers are listed below.",
         height=0.75 * len(groups) + 0.32 * total + 0.5,
         narrow_height=0.75 * len(groups) + 0.42 * total + 0.5,
     )

@@ -36,6 +36,7 @@ class Example:
         choices: The answers to choose from, where there is a list of them; the completion then ends in the gold one.
         group: Which of several data sets it belongs to; results are then given for each, and the mean of them counts.
         place: Where it stands ("train.jsonl, line 7"), for messages.
+        source: The data location that it is of, where there are several.
     """
 
     prompt: str
@@ -44,11 +45,17 @@ class Example:
     choices: tuple[str, ...] = ()
     group: str = ""
     place: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
 
     @property
     def identity(self) -> str:
         """What makes two examples the same problem."""
         return self.prompt
+
+
+def described_problems(examples: Sequence[Example]) -> str:
+    """How many there are, in words."""
+    return f"{len(examples):,} problem{'s' if len(examples) != 1 else ''}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -39,7 +38,7 @@ class Conversation:
             belongs to a `prompt`.
         place: Where it stands ("chats.jsonl, line 7"), for messages.
         form: What the form of its file is called.
-        source: The data location that it is of.
+        source: The data location that it is of, where there are several.
     """
 
     messages: tuple[Message, ...] = ()
@@ -92,7 +91,7 @@ class ChatTask:
         records = read_records(source.location, split, names=names)[: source.limit]
         records = [under_our_names(record, source.columns) for record in records]
         form = form_of(records)
-        return [replace(form.read(record), form=form.name, source=source.location) for record in records]
+        return [replace(form.read(record), form=form.name) for record in records]
 
 
 def form_of(records: Sequence[Record]) -> Form:
@@ -140,30 +139,6 @@ def described(conversations: Sequence[Conversation]) -> str:
         if share := sum(map(has, conversations)) / count:
             parts.append(f"{share:.0%} with {what}")
     return ", ".join(parts)
-
-
-def described_sources(conversations: Sequence[Conversation]) -> list[str]:
-    """Say what each of several sources brings.
-
-    A conversation that is there twice counts twice, so that the shares are those of what is learnt from.
-
-    Returns:
-        A line each; none where there is one source only.
-    """
-    by_source: dict[str, list[Conversation]] = {}
-    for one in conversations:
-        by_source.setdefault(one.source, []).append(one)
-    if len(by_source) < 2:
-        return []
-    lines = []
-    for source, found in by_source.items():
-        name = source if source.startswith("hub:") else Path(source).name
-        single = {id(one): one for one in found}
-        again = "" if len(single) == len(found) else f"; {len(found):,} in one pass"
-        lines.append(
-            f"{name}: {described([*single.values()])}{again}, {len(found) / len(conversations):.0%} of them all"
-        )
-    return lines
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:

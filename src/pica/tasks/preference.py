@@ -41,6 +41,7 @@ class Pair:
         tools: Descriptions of functions that the assistant may call, as templates take them.
         place: Where it stands ("pairs.jsonl, line 7"), for messages.
         form: What the form of its file is called.
+        source: The data location that it is of, where there are several.
     """
 
     prompt: tuple[Message, ...] | str
@@ -49,6 +50,7 @@ class Pair:
     tools: tuple[Any, ...] = ()
     place: str = field(default="", compare=False)
     form: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
 
     @property
     def identity(self) -> str:
@@ -115,7 +117,8 @@ def looks_like_preferences(fields: Mapping[str, Any]) -> bool:
 def described_pairs(pairs: Sequence[Pair]) -> str:
     """What was read, in one line."""
     count = len(pairs)
-    parts = [f"{count:,} pair{'s' if count != 1 else ''}", f"`{pairs[0].form}`"]
+    forms = "`, `".join(dict.fromkeys(pair.form for pair in pairs))
+    parts = [f"{count:,} pair{'s' if count != 1 else ''}", f"`{forms}`"]
     asked = [pair.prompt for pair in pairs if not isinstance(pair.prompt, str)]
     turns = [sum(message["role"] == "user" for message in prompt) for prompt in asked]
     if turns and set(turns) != {1}:

@@ -17,6 +17,9 @@ from pica.cli.chat import Conversation
 from pica.errors import PicaError
 from pica.experiments.chat.loading import Talker, load_talker
 from pica.experiments.chat.talking import Sampling
+from pica.experiments.encoding import encode, prompt_ids
+from pica.tasks import chat
+from pica.tasks.base import make_example
 from tests import results
 
 QUESTIONS = ("Tom has 3 apples.", "How many in all?", "Ann buys 5 pens.", "What is left?")
@@ -104,6 +107,39 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_on_nothing_that_it_learnt(
         assert found["examples"] == (2 if limit else 3)
         assert found["data"] == f"held out of {run.parent / 'chats.jsonl'}"
         assert limit or found["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"), [(None, "Question: ...\\nAnswer:"), ("plain", "...\\n"), ("alpaca", "Below")]
+)
+def test_a_run_on_problems_is_asked_as_it_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str | None, shown: str
+):
+    sums = str(tmp_path / "sums")
+    few = ["--data.train_limit", "8", "--data.test_limit", "1", "--trainer.max_steps", "2", "--trainer.threads", "1"]
+    few += ["--evaluate_base", "false", "--baseline.method", "null", "--task.max_new_tokens", "2"]
+    few += ["--task.template", template] if template else []
+    assert cli.main(["train", "arithmetic-tiny", "-o", sums, *few]) == 0
+    talker = load_talker([sums])
+    question, earlier = "Tom has 3 apples. How many?", [{"role": "user", "content": "1?"}]
+    earlier += [{"role": "assistant", "content": "The answer is 1."}]
+    example = make_example(template or "question", question, "The answer is 3.", answer="3")
+    asked = [*earlier, {"role": "user", "content": f" {question}\n"}]
+    renderer = talker.speaker.renderer
+    assert renderer.prompt(asked) == prompt_ids([example], talker.speaker.tokenizer)[0], "by itself"
+    ids, labels = renderer.tokens(
+        chat.Conversation((*asked, {"role": "assistant", "content": "The answer is 3."}))  # pyright: ignore[reportArgumentType]
+    )
+    expected = encode([example], talker.speaker.tokenizer)[0]
+    assert (ids, labels) == (expected["input_ids"], expected["labels"])
+    assert shown in (talker.note or "")
+    capsys.readouterr()
+    assert cli.main(["generate", sums, "-p", question, "--max-new-tokens", "4"]) == 0
+    assert "No chat template: each question is asked by itself, as in training" in capsys.readouterr().err
+    assert cli.main(["generate", sums, "-p", question, "--system", "Be kind."]) == 2
+    assert "it was trained on questions alone, without a system prompt" in capsys.readouterr().err
+    assert cli.main(["generate", sums, "-p", question, "--chat-template", "plain", "--max-new-tokens", "1"]) == 0
+    assert "No chat template" not in capsys.readouterr().err
 
 
 def test_the_same_run_gives_the_same_adapter(run: Path, tmp_path: Path):
@@ -263,4 +299,4 @@ def test_a_dry_run_shows_what_would_be_learnt_of_several_files_and_writes_nothin
     assert "held out  4 to be measured on" in printed
     assert [path.name for path in tmp_path.iterdir()] == [other.name]
     assert cli.main(["train", "--dry-run"]) == 2
-    assert "--dry-run shows conversations, which task arithmetic has not" in capsys.readouterr().err
+    assert "--dry-run is for tasks chat, preference, reward, and the task is arithmetic" in capsys.readouterr().err

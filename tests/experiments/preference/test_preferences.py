@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pica.experiments.measuring import PeakMemory
 from pica.experiments.models import load_tokenizer
 from pica.experiments.pipelines import make_pipeline
 from pica.experiments.preference.encoding import PairCollator, as_pair_dataset, pair_rows
-from pica.experiments.preference.measuring import Judged, judge
+from pica.experiments.preference.measuring import Judge, Judged
 from pica.experiments.recipes.parsing import load_recipe
 from pica.experiments.recipes.recipe import ModelSection, PreferenceSection, Recipe, TrainerSection
 from pica.experiments.reporting import Silent
@@ -31,6 +32,7 @@ from pica.experiments.train.trainers import Steps
 from pica.tasks.base import Source
 from pica.tasks.preference import Pair, PreferenceTask
 from tests.experiments.train.test_run import Recorder
+from tests.report.browser import check_page
 
 Make = Callable[..., Recipe]
 PAIRS = [
@@ -91,7 +93,7 @@ def adapted(preference: Make) -> tuple[Recipe, Any]:
 
 def test_rewards_margins_and_losses_are_those_of_the_formula(preference: Make, renderer: Renderer):
     _, model = adapted(preference)
-    found = judge(model, pair_rows(renderer, PAIRS), 0, beta=0.3, batch_size=2)
+    found = Judge(beta=0.3, batch_size=2)(model, pair_rows(renderer, PAIRS), 0)
     for pair, one in zip(PAIRS, found):
         prompt = f"User: {pair.prompt[0]['content']}\nAssistant: "  # pyright: ignore[reportArgumentType, reportIndexIssue]
         texts = [each[0]["content"] for each in (pair.chosen, pair.rejected)]  # pyright: ignore[reportArgumentType, reportIndexIssue]
@@ -104,10 +106,36 @@ def test_rewards_margins_and_losses_are_those_of_the_formula(preference: Make, r
         assert one.right == float(margin > 0)
         assert abs(margin) > 0.01
     with model.disable_adapter():
-        plain = judge(model, pair_rows(renderer, PAIRS), 0, beta=0.3, batch_size=2)
+        plain = Judge(beta=0.3, batch_size=2)(model, pair_rows(renderer, PAIRS), 0)
     assert {(one.right, one.margin) for one in plain} == {(0.5, 0.0)}, "its own reference"
     far = Judged(-1e4, 0.0, 0.0, 0.0, 1.0)
     assert (far.loss, far.right) == (1e4, 0.0)
+
+
+def test_the_reference_is_asked_once_for_each_set_of_rows(preference: Make, renderer: Renderer):
+    _, model = adapted(preference)
+    rows, some, calls = pair_rows(renderer, PAIRS), pair_rows(renderer, PAIRS[:2]), list[bool]()
+    model.register_forward_pre_hook(lambda *_: calls.append(True))
+    judge, told = Judge(beta=0.3, batch_size=2), list[int]()
+    for step, (chosen, passes) in enumerate([(rows, 6), (rows, 3), (some, 4), (rows, 3), (some, 2)]):
+        calls.clear()
+        told.clear()
+        expected = judge.sequences(model, chosen)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1 + step)
+        found = judge(model, chosen, 0, told.append)
+        assert (len(calls), sum(told)) == (passes, expected)
+        assert found == Judge(beta=0.3, batch_size=2)(model, chosen, 0)
+    switched = Judge(beta=0.3, batch_size=2)
+    with model.disable_adapter():
+        plain = switched(model, rows, 0)
+        assert all(layer.disable_adapters for layer in model.modules() if hasattr(layer, "disable_adapters"))
+    calls.clear()
+    assert switched.sequences(model, rows) == 6
+    assert [one.reference_chosen for one in switched(model, rows, 0)] == [one.chosen for one in plain]
+    assert len(calls) == 3, "the model alone is its own reference"
 
 
 def test_trl_trains_on_that_loss_with_the_adapter_switched_off_as_the_reference(
@@ -115,7 +143,7 @@ def test_trl_trains_on_that_loss_with_the_adapter_switched_off_as_the_reference(
 ):
     recipe, model = adapted(preference)
     rows = pair_rows(renderer, PAIRS)
-    expected = judge(model, rows, 0, beta=0.3, batch_size=8)
+    expected = Judge(beta=0.3, batch_size=8)(model, rows, 0)
     dataset = as_pair_dataset(rows)
     trainer = preference_trainer(
         model,
@@ -311,6 +339,33 @@ def test_the_recipe_runs_in_miniature(tmp_path: Path):
     metrics = measured(start(load_recipe("preference-tiny", list(small.items())), reporter=Silent()))
     assert metrics["base"]["chosen_likelier"] > 0.5  # what the template makes of a pair is what the model knows
     assert metrics["adapter"]["loss"] != metrics["base"]["loss"]
+
+
+def test_preferences_are_compared(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base = {
+        "model": {"path": str(model_folder)},
+        "data": {"train": "embedded", "train_limit": 16, "test_limit": 6, "validation_limit": 4},
+        "task": {"name": "preference", "chat_template": "plain", "answers": 0},
+        "trainer": {"max_steps": 2, "batch_size": 4, "threads": 1},
+    }
+    methods = [
+        {"label": "PiCa", "adapter": {"method": "pica", "r": 2}, "learning_rates": [0.01, 0.02]},
+        {"label": "LoRA", "adapter": {"method": "lora", "r": 1}, "learning_rates": [0.01]},
+        {"label": "PiSSA", "adapter": {"method": "pissa", "r": 1}, "learning_rates": [0.01]},
+    ]
+    file, folder = tmp_path / "both.yaml", tmp_path / "compared"
+    file.write_text(json.dumps({"name": "both", "seeds": [0, 1], "base": base, "methods": methods}))
+    assert cli.main(["compare", str(file), "-o", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "reward accuracy" in printed
+    assert "reward_accuracy" not in printed
+    assert "PiSSA: 2 failed: adapter.method = pissa: it changes the frozen weights" in printed
+    found = json.loads((folder / "results.json").read_text())
+    assert [row["seeds_done"] for row in found["rows"]] == [2, 2, 0]
+    assert found["base"]["reward_accuracy"] == 0.5
+    page = (folder / "report.html").read_text()
+    check_page(page)
+    assert "reward_accuracy" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
 
 def test_what_does_not_go_with_preferences_is_said(preference: Make):

@@ -75,8 +75,8 @@ _TWINS = {
     "gemma-7b-commonsense",
     *(f"deberta-v3-base-{name}" for name in ("cola", "sst2", "qnli", "qqp", "rte")),
 }
-# In test_dreambooth.py and test_preferences.py.
-_ELSEWHERE = {"dreambooth-sd15", "dreambooth-tiny", "preference-tiny"}
+# In test_dreambooth.py, test_preferences.py and test_rewards.py.
+_ELSEWHERE = {"dreambooth-sd15", "dreambooth-tiny", "preference-tiny", "reward-tiny"}
 
 
 def placeholders(name: str, folder: Path) -> list[tuple[str, Any]]:

@@ -8,10 +8,12 @@ from typing import Any
 from pica.errors import ConfigError
 from pica.experiments.chat.rendering import Renderer
 from pica.experiments.chat.talking import Speaker
-from pica.experiments.chat.templates import set_template
+from pica.experiments.chat.templates import asked_alone, set_template
 from pica.experiments.evaluate.assessing import find_adapter, run_of
 from pica.experiments.models import base_of, device, load_adapter, load_model, load_tokenizer
-from pica.experiments.recipes.recipe import ModelSection
+from pica.experiments.recipes.recipe import ModelSection, Recipe
+from pica.tasks import TEMPLATES, Template, get_task
+from pica.tasks.reward import scored_task
 
 BASE = "base"
 """What the model without an adapter is called."""
@@ -26,12 +28,14 @@ class Talker:
         adapters: Their names, in the order in which they were given.
         model: What the model is called.
         system: The system prompt that the first adapter was trained with.
+        note: What is to be known of how they are asked, in a line; None for the usual.
     """
 
     speaker: Speaker
     adapters: list[str]
     model: str
     system: str | None
+    note: str | None = None
 
     def check(self, name: str) -> None:
         """Raise `ConfigError` where there is no adapter of that name."""
@@ -94,7 +98,10 @@ def load_talker(
     if run is not None:
         section.quantization = run.model.quantization
     tokenizer = load_tokenizer(section, beside=found[0] if found else None)
-    set_template(tokenizer, template or (run.task.chat_template if run else None), found[0] if found else None)
+    own = None if run is None else prompts_of(run)
+    otherwise = None if own is None else asked_alone(own, tokenizer)
+    named = template or (run.task.chat_template if run else None)
+    used = set_template(tokenizer, named, found[0] if found else None, otherwise)
     model: Any = load_model(section)
     names = []
     for adapter in found:
@@ -105,7 +112,19 @@ def load_talker(
             model.load_adapter(str(adapter), adapter_name=name)
         names.append(name)
     speaker = Speaker(model.to(device()), tokenizer, Renderer(tokenizer))
-    return Talker(speaker, names, where, run.task.system if run else None)
+    note = None
+    if own is not None and used == otherwise:
+        asked = own.text.format(question="...").replace("\n", "\\n")
+        note = f'No chat template: each question is asked by itself, as in training, "{asked}".'
+    return Talker(speaker, names, where, run.task.system if run else None, note)
+
+
+def prompts_of(run: Recipe) -> Template | None:
+    """The template of the prompts that a run was trained on; None for a run on conversations."""
+    task: Any = get_task(run.task.name)
+    if task.kind == "reward":
+        task = scored_task(run.task.subset)
+    return TEMPLATES[run.task.template or task.default_template] if task.kind == "generation" else None
 
 
 def _name_of(adapter: Path, taken: list[str]) -> str:

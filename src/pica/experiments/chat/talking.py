@@ -92,7 +92,7 @@ class Speaker:
         return texts
 
     def stream(self, messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Iterator[str]:
-        """The answer in pieces, as it is written. Closing the iterator (as Ctrl-C does) stops the writing."""
+        """The answer in pieces, as it is written, from its first word on; closing the iterator stops the writing."""
         question = self._batch([self.renderer.prompt(messages, tools)])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         stopped, failed = _Stopped(), list[BaseException]()
@@ -114,7 +114,12 @@ class Speaker:
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         try:
-            yield from streamer
+            begun = False
+            for piece in streamer:
+                piece = piece if begun else piece.lstrip()
+                if piece:
+                    begun = True
+                    yield piece
         finally:
             stopped.asked.set()
             writer.join()

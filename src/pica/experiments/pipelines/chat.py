@@ -18,13 +18,14 @@ from pica.experiments.chat.templates import FILE, set_template
 from pica.experiments.encoding import IGNORED, special_ids
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens, fit_padding, longest, planned_limits
+from pica.experiments.mixing import described_sources
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter, Silent
 from pica.experiments.train.trainers import Steps, generation_trainer
 from pica.files.output import write_text
-from pica.tasks.chat import Conversation, described, described_sources, with_system
+from pica.tasks.chat import Conversation, described, with_system
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class ChatPipeline(Pipeline):
         share = f"{learnt / total:.0%} of their tokens are learnt"
         return [
             f"Training data: {described(examples)}, {total / len(tokens):,.0f} tokens on average; {share}",
-            *described_sources(examples),
+            *described_sources(examples, described),
         ]
 
     def accompany(self, folder: Path) -> None:

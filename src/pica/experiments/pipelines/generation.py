@@ -13,12 +13,14 @@ from pica.experiments.adapters import attach
 from pica.experiments.encoding import encode
 from pica.experiments.evaluate.evaluation import Evaluation, evaluate, held_out_loss
 from pica.experiments.limits import fit_padding, longest, planned_limits
+from pica.experiments.mixing import described_sources
 from pica.experiments.models import load_adapter, load_model, load_tokenizer
 from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter
 from pica.experiments.train.trainers import Steps, generation_trainer
 from pica.tasks import Example, GenerationTask
+from pica.tasks.base import described_problems
 
 
 class GenerationPipeline(Pipeline):
@@ -81,6 +83,10 @@ class GenerationPipeline(Pipeline):
             label=label,
             by_likelihood=self._recipe.task.scoring == "likelihood",
         )
+
+    def describe(self, examples: Sequence[Example]) -> list[str]:
+        """What each of several sources brings."""
+        return described_sources(examples, described_problems)
 
     def held_out(self, model: Any, examples: Sequence[Example]) -> HeldOut:
         """The loss on the gold answers."""

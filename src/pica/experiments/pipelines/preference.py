@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, Trainer
 from pica.experiments.encoding import special_ids
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.limits import check_tokens
+from pica.experiments.mixing import described_sources
 from pica.experiments.pipelines.base import HeldOut, Pipeline
 from pica.experiments.pipelines.chat import ChatPipeline
 from pica.experiments.preference.encoding import PairRows, as_pair_dataset, lost_pairs, pair_rows
-from pica.experiments.preference.measuring import Judged, judge, mean_and_error, sequences_of
+from pica.experiments.preference.measuring import Judge, Judged, mean_and_error
 from pica.experiments.recipes.recipe import AdapterSection, Recipe
 from pica.experiments.reporting import Reporter
 from pica.experiments.train.trainers import Steps
@@ -33,6 +34,7 @@ class PreferencePipeline(Pipeline):
     def __init__(self, recipe: Recipe, task: Any) -> None:
         """As `ChatPipeline`, whose tokens and templates these are."""
         self._recipe, self._chat = recipe, ChatPipeline(recipe, task)
+        self._judge = Judge(beta=recipe.preference.beta, batch_size=recipe.trainer.eval_batch_size)
 
     def load_base(self) -> PreTrainedModel:
         """See `Pipeline.load_base`."""
@@ -71,10 +73,9 @@ class PreferencePipeline(Pipeline):
     def evaluate(self, model: Any, examples: Sequence[Pair], *, reporter: Reporter, label: str) -> Evaluation:
         """Reward accuracy, margin and loss of all pairs, and answers to the prompts of a few."""
         rows = self._rows(examples)
-        # The answers come first: what switches an adapter off within `judge` leaves it switched on.
         said = self._chat.answers(model, self._asked(examples), rows.owners, reporter, label)
-        with reporter.bar(label, sequences_of(model, rows)) as advance:
-            judged = self._judge(model, rows, advance)
+        with reporter.bar(label, self._judge.sequences(model, rows)) as advance:
+            judged = self._judge(model, rows, self._padding, advance)
         accuracy, stderr = mean_and_error([one.right for one in judged])
         margin, margin_stderr = mean_and_error([one.margin for one in judged])
         loss, loss_stderr = mean_and_error([one.loss for one in judged])
@@ -99,7 +100,7 @@ class PreferencePipeline(Pipeline):
 
     def held_out(self, model: Any, examples: Sequence[Pair]) -> HeldOut:
         """The loss that is trained on."""
-        judged = self._judge(model, self._rows(examples))
+        judged = self._judge(model, self._rows(examples), self._padding)
         return HeldOut(mean_and_error([one.loss for one in judged])[0])
 
     def samples(self, model: Any, examples: Sequence[Pair]) -> list[tuple[str, str]]:
@@ -108,7 +109,7 @@ class PreferencePipeline(Pipeline):
 
     def describe(self, examples: Sequence[Pair]) -> list[str]:
         """What the pairs are like."""
-        return [f"Training data: {described_pairs(examples)}"]
+        return [f"Training data: {described_pairs(examples)}", *described_sources(examples, described_pairs)]
 
     def accompany(self, folder: Path) -> None:
         """Put the chat template beside an adapter, so that it is spoken to as it was trained."""
@@ -131,10 +132,9 @@ class PreferencePipeline(Pipeline):
             check_tokens([ids for ids, _ in sequences], places, self._chat.tokenizer, self._chat.limits)
         return rows
 
-    def _judge(self, model: Any, rows: PairRows, advance: Any = None) -> list[Judged]:
-        _, padding = special_ids(self._chat.tokenizer)
-        beta, batch = self._recipe.preference.beta, self._recipe.trainer.eval_batch_size
-        return judge(model, rows, padding, beta=beta, batch_size=batch, advance=advance)
+    @property
+    def _padding(self) -> int:
+        return special_ids(self._chat.tokenizer)[1]
 
 
 def _prediction(pair: Pair, judged: Judged, answer: str | None) -> dict[str, Any]:

@@ -55,11 +55,18 @@ class RewardPipeline(Pipeline):
         """See `Pipeline.read`; a tokenizer beside the adapter is used from now on."""
         return self._plain.read(folder)
 
+    @property
+    def room(self) -> int:
+        """The longest prompt, in tokens, that leaves room for an answer."""
+        return self._plain.max_length - self._plain.max_new_tokens
+
+    def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Tokens of each prompt."""
+        return [len(ids) for ids in prompt_ids(examples, self._plain.tokenizer, self._plain.limits)]
+
     def encode(self, examples: Sequence[Example]) -> datasets.Dataset:
         """Columns `prompt`, and `answer` and `choices` to score by; prompts without room for an answer are left out."""
-        most = self._plain.max_length - self._plain.max_new_tokens
-        lengths = map(len, prompt_ids(examples, self._plain.tokenizer, self._plain.limits))
-        kept = [example for example, length in zip(examples, lengths) if length <= most]
+        kept = [example for example, length in zip(examples, self.prompt_lengths(examples)) if length <= self.room]
         limit = (
             f"trainer.max_length = {self._plain.max_length} tokens, task.max_new_tokens = {self._plain.max_new_tokens} of "
             "them for the answer"
@@ -134,7 +141,8 @@ class RewardPipeline(Pipeline):
         section = self._recipe.reward
         return [
             f"Each problem is answered {section.num_generations} times at temperature {section.temperature:g}; task "
-            f"{self._scored.name} says which answers are right"
+            f"{self._scored.name} says which answers are right",
+            *self._plain.describe(examples),
         ]
 
     def _texts(

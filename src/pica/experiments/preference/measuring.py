@@ -5,13 +5,16 @@ margin of a pair the chosen answer's reward less the rejected one's, and the los
 2023, arXiv:2305.18290, equation 7). The reference is the model without its adapter, for which every margin is 0.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 
 from pica.experiments.batches import guesses
 from pica.experiments.preference.encoding import PairRows, Sequences
@@ -69,35 +72,56 @@ class Judged:
         return float(self.chosen > self.rejected)
 
 
-def judge(
-    model: Any, rows: PairRows, padding: int, *, beta: float, batch_size: int, advance: Advance | None = None
-) -> list[Judged]:
-    """Hold the two answers of each row against each other.
+class Judge:
+    """Holds the two answers of pairs against each other.
 
-    Args:
-        model: Causal language model, on the device to use. Its reference is itself without its adapter; that of a model
-            without one is the model.
-        rows: Of `pair_rows`.
-        padding: Id that shorter sequences are filled up with.
-        beta: What rewards are scaled by.
-        batch_size: Sequences in one forward pass.
-        advance: Is told the sequences that are done, `sequences_of` in all.
-
-    Returns:
-        One for each row.
+    What the reference makes of them is the same at every measurement of a run, and is found out once for each set of rows.
     """
-    both: list[Sequences] = [*rows.chosen, *rows.rejected]
-    own = reference = _log_probs(model, both, padding, batch_size, advance)
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            reference = _log_probs(model, both, padding, batch_size, advance)
-    count = len(rows.owners)
-    return [Judged(own[at], own[at + count], reference[at], reference[at + count], beta) for at in range(count)]
+
+    def __init__(self, *, beta: float, batch_size: int) -> None:
+        """Args: beta: what rewards are scaled by; batch_size: sequences in one forward pass."""
+        self._beta, self._batch_size = beta, batch_size
+        self._references: dict[bytes, list[float]] = {}
+
+    def sequences(self, model: Any, rows: PairRows) -> int:
+        """How many sequences the next call with these runs through the model."""
+        passes = 1 if not _adapted(model) or _digest(rows) in self._references else 2
+        return 2 * len(rows.owners) * passes
+
+    def __call__(self, model: Any, rows: PairRows, padding: int, advance: Advance | None = None) -> list[Judged]:
+        """Judge each row.
+
+        Args:
+            model: Causal language model, on the device to use. The reference is this model without its adapter; all models
+                that one object judges have the same.
+            rows: Of `pair_rows`.
+            padding: Id that shorter sequences are filled up with.
+            advance: Is told the sequences that are done, `sequences` in all.
+
+        Returns:
+            One for each row.
+        """
+        both: list[Sequences] = [*rows.chosen, *rows.rejected]
+        own, digest = _log_probs(model, both, padding, self._batch_size, advance), _digest(rows)
+        if not _adapted(model):
+            self._references[digest] = own
+        elif digest not in self._references:
+            with model.disable_adapter():
+                self._references[digest] = _log_probs(model, both, padding, self._batch_size, advance)
+        reference, count = self._references[digest], len(rows.owners)
+        return [
+            Judged(own[at], own[at + count], reference[at], reference[at + count], self._beta) for at in range(count)
+        ]
 
 
-def sequences_of(model: Any, rows: PairRows) -> int:
-    """How many sequences `judge` runs through the model."""
-    return 2 * len(rows.owners) * (2 if isinstance(model, PeftModel) else 1)
+def _adapted(model: Any) -> bool:
+    """Whether the model has an adapter that is switched on."""
+    layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return not all(layer.disable_adapters for layer in layers)
+
+
+def _digest(rows: PairRows) -> bytes:
+    return hashlib.sha256(json.dumps([rows.chosen, rows.rejected]).encode()).digest()
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -77,8 +77,8 @@ def preview_pairs(
     whole = cut_pairs(tokens)
     tested = {pair.identity for pair in test}
     shown = [
-        (f"{pair.place}, {name}", stretches(renderer, with_system(conversation, system)))
-        for pair in train[:examples]
+        (f"{pair.place or f'pair {number}'}, {name}", stretches(renderer, with_system(conversation, system)))
+        for number, pair in enumerate(train[:examples], start=1)
         for name, conversation in zip(("chosen", "rejected"), pair.conversations)
     ]
     return PairPreview(

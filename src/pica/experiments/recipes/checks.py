@@ -38,7 +38,7 @@ _POSITIVE_INTEGERS = {
     "baseline": ("r",),
 }
 _DEFAULT = AdapterSection()
-_MOST_OFTEN = 1000  # times that a conversation is learnt from in one pass
+_MOST_OFTEN = 1000  # times that a problem is learnt from in one pass
 _MOST = 2**31 - 1  # what the libraries' whole numbers hold
 _SEEDS = ("trainer.seed", "data.seed", "adapter.projection_seed", "adapter.pattern_seed")  # of their own range
 # Has a sentence of its own below, or means something.
@@ -62,7 +62,7 @@ REQUIRED = "REQUIRED"
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything that is wrong with the recipe, one sentence each: ranges, unknown names, missing files."""
-    checks = (_absurdities, _ranges, _watching, _names, _places, policy_problems)
+    checks = (_absurdities, _ranges, _watching, _names, _places)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -186,7 +186,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
     if recipe.task.name not in TASKS:
         yield f"task.name = {recipe.task.name!r}: unknown task{_near(recipe.task.name, TASKS)}"
     else:
-        yield from _task_fields(recipe)
+        yield from task_problems(recipe)
     if recipe.task.template is not None and recipe.task.template not in TEMPLATES:
         yield f"task.template = {recipe.task.template!r}: unknown template{_near(recipe.task.template, TEMPLATES)}"
     for section, method in (("adapter", recipe.adapter.method), ("baseline", recipe.baseline.method)):
@@ -235,23 +235,25 @@ def _places(recipe: Recipe) -> Iterator[str]:
         several = () if isinstance(recipe.data.train, str) else recipe.data.train
         if not isinstance(columns, str) and name not in ("train", "validation", "test", *several):
             yield f"data.columns: {name!r} has names below it, and is no split; those are train, validation and test."
+    one = recipe.data.train if isinstance(recipe.data.train, str) else None
     if (
-        isinstance(recipe.data.train, str)
-        and recipe.data.train not in ("embedded", REQUIRED)
-        and recipe.data.test is None
+        recipe.data.test is None
+        and one not in ("embedded", REQUIRED)
         and not draws
         and not (task is not None and task.kind in TALKING)  # some of the training conversations are held out
-        and not has_split(task, recipe.data.train, "test")
+        and (one is None or not has_split(task, one, "test"))
     ):
         yield (
-            "data.test is required when data.train is a file or has no test file in it: results are never reported on "
-            "training problems."
+            "data.test is required when data.train is a file, names several sources or has no test file in it: results are "
+            "never reported on training problems."
         )
     if draws and recipe.data.train == "embedded":
         yield "data.train is not set: give a folder of pictures of one subject with --data.train."
     elif task is not None and task.kind == "chat" and "embedded" in weights_of(recipe.data.train):
         yield "data.train is not set: task chat learns from conversations of yours; name a file with --data.train."
-    elif task is not None and not task.has_embedded and "embedded" in (recipe.data.train, recipe.data.test):
+    elif (
+        task is not None and not task.has_embedded and "embedded" in (*weights_of(recipe.data.train), recipe.data.test)
+    ):
         yield f"task {task.name} has no embedded problems: set data.train and data.test to files, folders or hub names."
 
 
@@ -260,8 +262,8 @@ def _weights(recipe: Recipe) -> Iterator[str]:
     train, task = recipe.data.train, TASKS.get(recipe.task.name)
     if isinstance(train, str):
         return
-    if task is not None and task.kind != "chat":
-        yield f"data.train names several sources, which is for task chat, and the task is {task.name}; name one."
+    if task is not None and task.kind not in WRITING:
+        yield f"data.train names several sources, and task {task.name} learns from one; name one."
     if not train:
         yield "data.train names no source; give one, a list of them, or each with its weight, {chats.jsonl: 2}."
     if isinstance(train, list):
@@ -271,13 +273,13 @@ def _weights(recipe: Recipe) -> Iterator[str]:
     for place, weight in weights_of(train).items():
         if not 0 < weight <= _MOST_OFTEN:
             yield (
-                f"data.train: {place!r} has weight {weight:g}; a weight says how often each of its conversations is learnt "
+                f"data.train: {place!r} has weight {weight:g}; a weight says how often each of its problems is learnt "
                 f"from in one pass, above 0 and at most {_MOST_OFTEN:,} (0.5: half of them)."
             )
 
 
-def _task_fields(recipe: Recipe) -> Iterator[str]:
-    """Fields that only some tasks have."""
+def task_problems(recipe: Recipe) -> Iterator[str]:
+    """What the recipe's task, a known one, lacks and has no use for, one sentence each."""
     given, task = recipe.task, TASKS[recipe.task.name]
     if task.subsets and given.subset is None:
         yield f"task.subset is not set: task {task.name} is several tasks; choose one of {', '.join(task.subsets)}."
@@ -291,6 +293,7 @@ def _task_fields(recipe: Recipe) -> Iterator[str]:
     if task.kind in ("image-classification", "text-to-image") and recipe.trainer.group_by_length:
         yield "trainer.group_by_length is for texts: all pictures are the same size to a model; leave it out."
     yield from fields_of_others(recipe)
+    yield from policy_problems(recipe)
     if task.kind not in WRITING and recipe.model.quantization is not None:
         yield (
             f"model.quantization is for tasks that generate text, and {task.name} is none (a classifier's new head would be "

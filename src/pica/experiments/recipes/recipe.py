@@ -34,8 +34,8 @@ class DataSection:
     """
 
     train: dict[str, float] | list[str] | str = "embedded"
-    """Source of the training problems. chat: also several, [a.jsonl, b.jsonl], or each with its weight, for instance
-    {a.jsonl: 1, b.jsonl: 0.5}: how often each of its conversations is learnt from in one pass."""
+    """Source of the training problems. Tasks that write text: also several, [a.jsonl, b.jsonl], or each with its weight,
+    {a.jsonl: 1, b.jsonl: 0.5}: how often each of its problems is learnt from in one pass."""
     validation: str | None = None
     """Source of the problems that choose between learning rates; if unset, the folder's, or out of the training ones."""
     test: str | None = None

@@ -14,6 +14,7 @@ from pica.experiments.recipes.parsing import field_help
 GOALS = {
     "chat": "to answer as the conversations or instructions in a file do",
     "preference": "to prefer one of two answers, as the pairs in a file do",
+    "reward": "to find right answers by itself; those of the data are only what it is held against",
     "math": "to solve mathematics problems; answers are compared by value",
     "arithmetic": "to solve word problems whose answer is a number",
     "commonsense": "to choose among several answers",
@@ -26,6 +27,13 @@ GOALS = {
 _FIELDS: dict[str, dict[str, Any]] = {
     "chat": {"trainer.epochs": 3.0, "trainer.batch_size": 4, "trainer.max_length": 1024},
     "preference": {"preference.beta": 0.1, "trainer.batch_size": 4, "trainer.max_length": 1024},
+    "reward": {
+        "task.subset": "arithmetic",
+        "reward.num_generations": 8,
+        "trainer.max_steps": 100,
+        "trainer.accumulation": 8,
+        "trainer.learning_rate": 2e-4,
+    },
     "images": {"trainer.epochs": 10.0},
     "dreambooth": {
         "dreambooth.instance_prompt": "a photo of sks dog",

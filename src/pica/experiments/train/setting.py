@@ -102,7 +102,8 @@ class Setting:
             sampled=(lambda rows, new: self.log.sampled(key, rows, new)) if asks else None,
             logged=lambda history: self.log.logged(key, rate, history),
             logs=self.folder / LOGS / key,
-            name=f"{self.recipe.name}-{key}",
+            name=f"{self.target.name}-{key}",
+            project=self.target.name if self.recipe.name == Recipe().name else self.recipe.name,
         )
 
 

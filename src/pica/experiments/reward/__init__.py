@@ -1,0 +1,1 @@
+"""Learning from rewards: what a model would be asked."""
