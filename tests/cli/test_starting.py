@@ -115,7 +115,10 @@ def test_init_writes_a_recipe_that_trains(output: Run, chats: Path, tmp_path: Pa
     assert all(
         above.startswith("  # ") for above, line in zip(lines, lines[1:]) if line.startswith("  ") and "#" not in line
     )
-    assert "exists" in output("init", "--model", "m", "--data", "d", "--goal", "chat", "-o", str(target), status=2)
+    given = ["init", "--model", "m", "--data", "d", "--goal", "chat", "-o"]
+    assert "is there already" in output(*given, str(target), status=2)
+    assert "is a folder" in output(*given, str(tmp_path), status=2)
+    assert "is a file; name another" in output(*given, str(target / "deeper.yaml"), status=2)
     assert load_recipe(str(target)) == recipe
 
 

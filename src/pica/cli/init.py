@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from pica.cli.show import say, show
-from pica.errors import ConfigError, OutputError
+from pica.errors import ConfigError
+from pica.files.output import check_file, write_text
 
 EPILOG = """examples:
   pica init
@@ -40,13 +41,11 @@ def run(arguments: Sequence[str]) -> int:
     """Ask for what was not given, and write the recipe."""
     given = parser().parse_args(arguments)
     output = given.output.expanduser()
-    if output.exists() and not given.overwrite:
-        raise OutputError(f"{str(output)!r} exists; choose another name with -o, or give --overwrite.")
+    check_file(output, overwrite=given.overwrite)
     if None in (given.model, given.data, given.goal) and not (sys.stdin and sys.stdin.isatty()):
         raise ConfigError("Without a terminal to ask at, pica init needs --model, --data and --goal.")
 
     from pica.experiments.recipes.starting import GOALS, likely_goal, starting_recipe
-    from pica.files.output import write_text
 
     model = given.model or _ask(_MODEL, "embedded")
     data = given.data or _ask(_DATA, "embedded")
