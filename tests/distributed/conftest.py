@@ -74,5 +74,6 @@ def results(folder: Path) -> Results:
             worker.tiny_model().save_pretrained(folder / "base")
             worker.tiny_mixture().save_pretrained(folder / "mixture")
             write_tiny_llama(folder / "model")
+            worker.write_basis(folder / "basis")
             done.write_text(json.dumps(run_jobs(all_jobs(folder), folder)))
         return json.loads(done.read_text())

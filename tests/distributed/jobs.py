@@ -9,6 +9,8 @@ from tests.distributed import worker
 
 FSDP1, FSDP2 = worker.fsdp(1), worker.fsdp(2)
 
+FROM_FILE = {"projection": "activation", "basis_from": "basis"}
+
 # ---- trainings that must give what one process gives ---------------------------------------------------------------
 ALIKE: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -25,11 +27,13 @@ ALIKE: dict[str, dict[str, Any]] = {
     },
     "ddp, mixture": {"mixture": "mixture"},
     "ddp, svft": {"adapter": {"method": "svft"}},
+    "ddp, basis from a file": {"adapter": FROM_FILE},
     "fsdp2": FSDP2,
     "fsdp2, accumulation, checkpointing": {**FSDP2, "accumulation": 2, "reentrant": False},
     "fsdp2, reentrant": {**FSDP2, "reentrant": True},
     "fsdp2, mixture": {**FSDP2, "mixture": "mixture"},
     "fsdp2, svft": {**FSDP2, "adapter": {"method": "svft"}},
+    "fsdp2, basis from a file": {**FSDP2, "adapter": FROM_FILE},
     "fsdp2, weights in the first process": {
         **worker.fsdp(2, cpu_ram_efficient_loading=True),
         "efficient": True,
@@ -79,8 +83,11 @@ def recipe(folder: Path, output: Path, **overrides: Any) -> dict[str, Any]:
 
 
 def placed(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`arguments` of `fit` with base models' names as paths."""
-    return arguments | {key: str(folder / arguments[key]) for key in ("base", "mixture") if key in arguments}
+    """`arguments` of `fit` with base models' and bases' names as paths."""
+    places: dict[str, Any] = {key: str(folder / arguments[key]) for key in ("base", "mixture") if key in arguments}
+    if "basis_from" in (adapter := arguments.get("adapter", {})):
+        places["adapter"] = adapter | {"basis_from": str(folder / adapter["basis_from"])}
+    return arguments | places
 
 
 def all_jobs(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -114,6 +114,12 @@ def adapted(model: Any = None, method: str = "pica", **settings: Any) -> peft.Pe
     return found
 
 
+def write_basis(folder: Path) -> None:
+    """Directions of what the layers of `tiny_model` are given while it reads `rows`."""
+    config = pica.PicaConfig(r=8, projection="activation", target_modules=TARGETS)
+    pica.make_basis(tiny_model(), folder, config, data=[collate(rows())])
+
+
 def rows() -> list[dict[str, list[int]]]:
     """Twelve sequences of five lengths."""
     generator = torch.Generator().manual_seed(1)
