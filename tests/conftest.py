@@ -19,7 +19,7 @@ import signal  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -27,6 +27,20 @@ import pytest  # noqa: E402
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give tests to workers one by one, but those of two processes to one: another would have their jobs done again."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "distributed" if nodeid.startswith("tests/distributed/") else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests import processes
 from torch import Tensor
 
 from pica.basis import BasisRequest, cache, cached_solve_basis, solve_basis, solve_many, spectral
+from pica.basis._proof import flaw
 from pica.basis.file import About, BasisFile, LayerRows, find_basis, write_basis
 from pica.basis.shared import keep, kept
 from pica.basis.spectral import Basis
@@ -305,6 +307,31 @@ def test_a_folder_that_others_may_write_to_is_told_once(folder: Path, caplog):
     cached_solve_basis(weight(), 12)
     cached_solve_basis(weight(1), 12)
     assert caplog.text.count("everybody may write to the folder") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives a folder to another group")
+def test_a_group_of_others_is_told_and_ones_own_is_not(folder: Path, caplog):
+    import grp
+
+    cached_solve_basis(weight(), 12)
+    folder.chmod(0o770)
+    cached_solve_basis(weight(1), 12)
+    assert "Basis cache" not in caplog.text
+    other = next(group for group in grp.getgrall() if group.gr_gid != os.getegid())
+    os.chown(folder, -1, other.gr_gid)
+    cached_solve_basis(weight(2), 12)
+    assert f"the group {other.gr_name} may write to the folder" in caplog.text
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_one_wrong_direction_is_found_whatever_is_drawn(side: Literal["in", "out"]):
+    u, spectrum, vt = torch.linalg.svd(weight(), full_matrices=False)
+    rows = (vt if side == "in" else u.T / spectrum.unsqueeze(1))[:12].contiguous()
+    assert flaw(weight(), rows, spectrum[:12], side, "principal") is None
+    wrong = spectrum[:12].clone()
+    wrong[5] *= 1.1
+    for _ in range(20):
+        assert flaw(weight(), rows, wrong, side, "principal") is not None
 
 
 def test_entries_are_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch):
