@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pica
-from pica.cli.console import VisibleConsole
+from pica.cli.console import VisibleConsole, print_sentences
 from pica.cli.show import say, show
 from pica.report.page import Column, Page, table
 from pica.text import csv_text, shortened, visible
@@ -105,3 +105,11 @@ def test_cells_that_a_spreadsheet_would_run():
 )
 def test_a_text_is_shortened_to_a_line(text: str, shown: str):
     assert shortened(text, 10) == shown
+
+
+@pytest.mark.parametrize(("terminal", "lines"), [(True, ["Four conversations", "were held out."]), (False, None)])
+def test_sentences_are_broken_between_words_and_only_on_a_terminal(terminal: bool, lines: list[str] | None):
+    said = "Four conversations were held out."
+    file = io.StringIO()
+    print_sentences(VisibleConsole(file=file, force_terminal=terminal, width=20, soft_wrap=True), said)
+    assert [line.rstrip() for line in file.getvalue().splitlines()] == (lines or [said])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import basis, gpu, harness, many_adapters, methods, models, run, step_time
+from benchmarks import basis, gpu, harness, many_adapters, methods, models, packing, run, step_time
 from pica.tuners.pica.layer import PicaLinear
 
 TINY = LlamaConfig(
@@ -128,3 +128,14 @@ def test_the_page_takes_each_table_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for _ in range(2):
         assert run.write_page() == ["two"]
         assert page.read_text().startswith("a\n<!-- results of one -->\nnew\n<!-- end of one -->\nb\n")
+
+
+def test_packing_times_the_same_tokens_for_all(tmp_path: Path):
+    assert packing.main(["--conversations", "6", "--length", "256", "--rounds", "1"]) == 0
+    found = json.loads((tmp_path / "packing.json").read_text())
+    assert list(found["ratios"]) == list(found["parameters"])
+    assert len(found["ratios"]) == 6
+    assert found["ratios"][packing.REFERENCE]["ratio"] == 1
+    assert found["parameters"][packing.PICA] == found["parameters"][f"{packing.PICA}, packed"] == 22_528
+    assert 0 < found["trained_tokens"] < found["tokens"] <= 6 * 256
+    assert (tmp_path / "packing.md").read_text().count("\n| ") == 7

@@ -228,7 +228,7 @@ def print_summary(summary: "Summary", folder: Path, page: Path | None = None) ->
     from rich.table import Table
     from rich.text import Text
 
-    from pica.cli.console import table_console
+    from pica.cli.console import print_sentences, table_console
     from pica.report.summary import SPREADS, shown_row
 
     title = summary.title + (", one seed" if summary.one_seed else "")
@@ -246,11 +246,11 @@ def print_summary(summary: "Summary", folder: Path, page: Path | None = None) ->
     console = table_console()
     console.print(table)
     if summary.standing:
-        console.print(summary.standing.statement(), markup=False)
-    console.print(f"{SPREADS}; * the best rate is at the edge of its grid\n")
+        print_sentences(console, summary.standing.statement())
+    print_sentences(console, f"{SPREADS}; * the best rate is at the edge of its grid\n")
     for row in summary.rows:
         if row.failures:
-            console.print(f"{row.label}: {len(row.failures)} failed: {row.failures[0]}", markup=False)
+            print_sentences(console, f"{row.label}: {len(row.failures)} failed: {row.failures[0]}")
     console.print(f"Report:  {page or folder / 'report.html'}", markup=False)
     console.print(f"Numbers: {folder / 'results.csv'}, {folder / 'results.json'}", markup=False)
 

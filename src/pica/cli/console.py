@@ -39,6 +39,11 @@ def table_console() -> Console:
     return VisibleConsole(highlight=False, soft_wrap=True, width=None if terminal else WIDE)
 
 
+def print_sentences(console: Console, text: str) -> None:
+    """Print text as it is; on a terminal, which would break its lines anywhere, they are broken between words."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+
+
 class _Bar(Progress):
     """A bar with its note below, where there is room for all of it."""
 
@@ -58,7 +63,7 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         """Print lines that stay."""
-        self.console.print(text, markup=False)
+        print_sentences(self.console, text)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Advance]:

@@ -240,7 +240,7 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pica.cli.console import table_console
+    from pica.cli.console import print_sentences, table_console
     from pica.experiments.results.run import CURVE, METRICS
 
     metrics = result.metrics
@@ -269,14 +269,14 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
         if name in adapter.scores:
             console.print(f"{in_words(name)}: {_change(metrics, name)}", markup=False)
     if metrics.standing is not None:
-        console.print(metrics.standing.statement, markup=False)
+        print_sentences(console, metrics.standing.statement)
     if metrics.task == "chat" and metrics.base is not None:
         from pica.experiments.uncertainty import loss_change
         from pica.report.run_files import read_predictions
 
         told = read_predictions(result.output, metrics)
-        console.print(loss_change(told["base"], told["adapter"]), markup=False)
-    console.print(f"{in_words(metric)} ± standard error{_brackets(metrics)}; {unit}; times are medians")
+        print_sentences(console, loss_change(told["base"], told["adapter"]))
+    print_sentences(console, f"{in_words(metric)} ± standard error{_brackets(metrics)}; {unit}; times are medians")
     if head := adapter.parameters.head:
         console.print(f"trainable: the adapter; beside it {head:,} parameters of the new head are trained")
     console.print()

@@ -19,6 +19,7 @@ from pica.experiments.train.phases import Phases
 from pica.experiments.train.progress import RunLog
 from pica.experiments.watching import Watch
 from pica.files import output as files
+from pica.text import in_words
 
 CHECKPOINTS = "checkpoints"
 """Folder inside the output folder that holds what an unfinished run needs to go on."""
@@ -79,7 +80,7 @@ class Setting:
         files.write_jsonl(self.folder / file, found.rows())
         score = shown_score(found.metric, found.score, found.stderr, found.examples)
         self.reporter.say(
-            f"{title}: {found.metric} {score} on {found.examples} {self.pipeline.measured} loss {found.loss:.4f}"
+            f"{title}: {in_words(found.metric)} {score} on {found.examples} {self.pipeline.measured} loss {found.loss:.4f}"
         )
         if found.pictures:
             from pica.experiments.pipelines.diffusion.drawing import write_picture
