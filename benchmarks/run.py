@@ -27,7 +27,7 @@ QUANTISED = PAGE.with_name("quantised.md")
 """Has the table of benchmarks.quantised, which needs a real model."""
 RESULTS_PAGE = PAGE.with_name("results.md")
 """Has the tables of benchmarks.comparisons, which need real models and data."""
-SCRIPTS = ["basis", "step_time", "many_adapters"]
+SCRIPTS = ["basis", "step_time", "many_adapters", "mixed_batches"]
 BEGIN, END = "<!-- results of {} -->", "<!-- end of {} -->"
 
 

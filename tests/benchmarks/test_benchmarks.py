@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import basis, gpu, harness, many_adapters, methods, models, packing, run, step_time
+from benchmarks import basis, gpu, harness, many_adapters, methods, mixed_batches, models, packing, run, step_time
 from pica.tuners.pica.layer import PicaLinear
 
 TINY = LlamaConfig(
@@ -99,6 +99,22 @@ def test_basis_and_many_adapters_write_their_tables(
     command = ["--loading-of", "PiCa r=32", "--model", "tiny", "--dtype", "float32", "--most", "4"]
     assert many_adapters.main(command) == 0  # as the whole benchmark calls itself
     assert set(json.loads(capsys.readouterr().out)) == set(found["PiCa r=32"]["loading"])
+
+
+def test_mixed_batches_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(mixed_batches, "CASES", [(4, 4), (6, 2), (99, 99)])
+    monkeypatch.setattr(mixed_batches, "PREFILL", [(4, 4)])
+    monkeypatch.setattr(mixed_batches, "STREAM", 2**20)
+    monkeypatch.setattr(mixed_batches, "RANK", 8)
+    assert mixed_batches.main(["--quick", "--model", "tiny", "--dtype", "float32", "--name", "x"]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())["float32"]
+    four, six = found["decode"]
+    widths = 32 + 16 + 16 + 48 + 32
+    assert four["bytes_read"] == 2 * 4 * 8 * widths * 4  # layers, adapters, rank, float32
+    assert six["bytes_read"] == four["bytes_read"] / 2
+    assert four["over_base"]["limit"]["ratio"] > 1
+    assert [case["samples"] for case in found["prefill"]] == [4]
+    assert (tmp_path / "x.md").read_text().count("\n| float32") == 2
 
 
 def test_the_accelerator_benchmark_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -56,6 +56,9 @@ def add_product(
         return torch.baddbmm(y.mT, matrix.expand(len(y), -1, -1), h.mT).mT  # lies as y does
     if torch.jit.is_tracing():  # no token count may become a constant of the graph
         return y + F.linear(h, matrix)
+    if in_place and not torch.is_grad_enabled():
+        _rows(y).addmm_(_rows(h), matrix.T)
+        return y
     if in_place:
         return _AddProductInPlace.apply(y, h, matrix)  # pyright: ignore[reportReturnType] - untyped in torch
     return torch.addmm(_rows(y), _rows(h), matrix.T).view_as(y)

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
+from pica.tuners.base.layouts import Layouts
+from pica.tuners.base.matrix_stack import MatrixStacks
+from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.protocols import AdaptedLayer, Tuner
 
 BANK_NAME = "pica_M"
@@ -76,6 +79,7 @@ class SharedMatrices(nn.ParameterDict):
         fingerprint: uint8 buffer, stored with the matrices; None or all zeros until the adapter's bases exist, or until
             the one that a file holds is read into it.
         layers: The adapter's layers by path. A plain dict: they are not children of the bank.
+        mixes: Whether samples of a batch with other adapters can have it.
         provenance: How its bases are known to be the right ones.
         arrival: What an adapter that a loader has yet to fill is held against; None once it has been.
         shapes: Of each matrix as a whole: a sharding framework may leave less of it in this process.
@@ -90,6 +94,7 @@ class SharedMatrices(nn.ParameterDict):
         super().__init__()
         self.register_buffer("fingerprint", None)
         self.layers: dict[str, AdaptedLayer] = {}
+        self.mixes = True
         self.provenance = Provenance.AWAITED
         self.arrival: Arrival | None = None
         self.shapes: dict[str, torch.Size] = {}
@@ -223,6 +228,8 @@ class PicaBank(nn.ModuleDict):
         unverified: Whether some slot may be; layers look at it in each forward pass, so it is one flag for all of them.
         tuner: Who added the last adapter, in a tuple, so that it is no child of the bank: for taking one out again.
         verifier: Holds what a loader wrote into the bank against its fingerprint; given by whoever adds adapters.
+        batch: The mixed batch of the call that is under way, if it is one.
+        layouts, stacks: What mixed batches found out about adapters and made of their matrices, kept for the next one.
     """
 
     def __init__(self) -> None:
@@ -230,7 +237,25 @@ class PicaBank(nn.ModuleDict):
         self.unverified = False
         self.tuner: tuple[Tuner, ...] = ()
         self.verifier: Callable[[PicaBank], None] | None = None
+        self.batch: MixedBatch | None = None
+        self.layouts, self.stacks = Layouts(), MatrixStacks()
         self._activated: tuple[tuple[str, ...], bool, set[str]] | None = None
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.layouts.forget(key)
+        self.stacks.forget(key)
+
+    def train(self, mode: bool = True) -> Self:
+        """Torch's; what is kept for mixed batches goes: there are none in training, and matrices are about to change."""
+        if mode:
+            self.stacks.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Torch's, of moves and casts."""
+        self.stacks.clear()
+        return super()._apply(*args, **kwargs)
 
     def matrices(self, adapter_name: str) -> SharedMatrices:
         return cast(SharedMatrices, self[adapter_name])

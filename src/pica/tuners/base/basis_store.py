@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pica.basis import Basis, Side, full_precision
+from pica.tuners.base.layouts import Observed
 from pica.tuners.base.part import Part
 
 
@@ -60,10 +61,13 @@ class BasisStore(Part):
         """Of `layer`, whose buffers are to be called `rows` + key and `left` + key."""
         super().__init__(layer)
         self._rows, self._left = rows, left
-        self._made: dict[str, tuple[Side, str, int]] = {}  # side, solver, clear
+        self._made: dict[str, tuple[Side, str, int]] = Observed.by(self._basis_changed)  # side, solver, clear
         self.forgotten = False
-        self.key_of: dict[str, str] = {}
+        self.key_of: dict[str, str] = Observed.by(layer.place_changed)
         self.requests: dict[str, Any] = {}
+
+    def _basis_changed(self, _: str) -> None:
+        self.layer.bank.layouts.clear()  # of all adapters that use it
 
     # ---- reading -----------------------------------------------------------------------------------------------
 

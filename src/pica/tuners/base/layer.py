@@ -17,6 +17,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from pica.tuners.base.bank import PicaBank, verify_loaded
 from pica.tuners.base.basis_store import BasisStore
 from pica.tuners.base.frozen_weight import FrozenWeight
+from pica.tuners.base.layouts import Observed
 from pica.tuners.base.method import Method
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.pointwise import as_images, as_positions, is_pointwise, read_positions
@@ -47,7 +48,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self._bank = (bank,)  # in a tuple, so that it is not registered a second time
         self.path = path
-        self.group_of: dict[str, str] = {}
+        self.group_of: dict[str, str] = Observed.by(self.place_changed)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
@@ -64,17 +65,17 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         Args:
             x: (..., in).
             *args: The base layer's.
-            **kwargs: Likewise; and `adapter_names` (one a sample, "__base__" for none), put in by the model's forward hook.
+            **kwargs: Likewise.
         Returns:
             (..., out).
         """
-        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
-        if self._bank[0].unverified:
-            verify_loaded(self._bank[0])
+        bank = self._bank[0]
+        if bank.unverified:
+            verify_loaded(bank)
         if self.disable_adapters:
             return self._forward_disabled(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        if bank.batch is not None:
+            return self._forward_mixed(x, bank.batch.of(len(x)), *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.group_of]
         if self.merged or not names:
@@ -91,19 +92,13 @@ class SharedLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         return self.base_layer(x, *args, **kwargs)
 
-    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample of the batch with its own adapter."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
         y = self.base_layer(x, *args, **kwargs)
-        batch = adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
         if not self.frozen.kernel_dims:
             return self.method.add_mixed(x, y, batch, in_place=self._may_overwrite(y))
         places, found = self._as_positions(x, y)
@@ -146,7 +141,13 @@ class SharedLayer(nn.Module, BaseTunerLayer):
     def attach(self, adapter_name: str, group: str) -> None:
         """Let adapter `adapter_name` use the matrix of `group` here; the method is told apart what else it needs."""
         self.group_of[adapter_name] = group
-        self.bank.matrices(adapter_name).layers[self.path] = self
+        slot = self.bank.matrices(adapter_name)
+        slot.layers[self.path] = self
+        slot.mixes = slot.mixes and self.mixes
+
+    def place_changed(self, adapter_name: str) -> None:
+        """Something has changed that mixed batches know of an adapter in this layer."""
+        self.bank.layouts.forget(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; their matrices are trained unless `inference_mode`, all others are not."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
@@ -343,14 +344,17 @@ class BankedModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {n for m in self._layers() for n in m.group_of}
-        if any(n in m.group_of for m in self._layers() if not m.mixes for n in adapter_names):
+        bank, names = get_bank(self.model, self.bank_name), set(adapter_names) - {"__base__"}
+        if unknown := {name for name in names if bank is None or name not in bank}:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        if bank is not None and not all(bank.matrices(name).mixes for name in names):
             raise ValueError(
                 "Adapters with target_parameters cannot be mixed in a batch: run each by itself (set_adapter)."
             )
-        if unknown := {n for n in adapter_names if n != "__base__"} - known:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        with handed_out(self.model, self.layer_class, adapter_names, kwargs):
+        wrappers: list[nn.Module] = []
+        if any(further_modules(config) for config in self.peft_config.values()):
+            wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        with handed_out([] if bank is None else [bank], wrappers, adapter_names, kwargs):
             yield
 
     @property

@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_precision, solve_basis
 from pica.basis.alignment import Alignment, align
@@ -16,6 +16,7 @@ from pica.basis.fingerprint import LayerPrint, Mode, take_print
 from pica.tuners.base.bank import PicaBank
 from pica.tuners.base.basis_store import Projector
 from pica.tuners.base.layer import SharedLayer
+from pica.tuners.base.layouts import Observed, Place
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.part import Part
 from pica.tuners.pica.from_file import FROM_FILE, basis_from_file
@@ -39,8 +40,8 @@ class PicaMethod(Part):
 
     def __init__(self, layer: SharedLayer) -> None:
         super().__init__(layer)
-        self.rank_of: dict[str, int] = {}
-        self.usable_of: dict[str, int] = {}
+        self.rank_of: dict[str, int] = Observed.by(layer.place_changed)
+        self.usable_of: dict[str, int] = Observed.by(layer.place_changed)
 
     def key_of(self, name: str) -> str:
         """Key of the projector that adapter `name` uses, in the layer's store."""
@@ -63,24 +64,25 @@ class PicaMethod(Part):
         for name in names:
             key = self.key_of(name)
             ranks[key] = max(ranks.get(key, 0), self.usable_rank(name))
-        base = self.layer.get_base_layer()
-        of_key = {}
-        for key, rank in ranks.items():
-            projector = self.require(key)
-            if rank < projector.shape[0]:
-                projector = projector[:rank]
-            if self.layer.bases.side(key) == "in" and isinstance(base, nn.Embedding):
-                scale = getattr(base, "embed_scale", 1.0)  # of embeddings that multiply what they look up
-                of_key[key] = (F.embedding(x, projector.T) * scale).to(y.dtype)
-            elif self.layer.bases.side(key) == "in":
-                if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
-                    x = x.to(y.dtype)  # base layers that cast their input themselves
-                of_key[key] = coordinates(x, projector)
-            else:
-                bias = getattr(base, "bias", None)
-                shift = None if bias is None else projector @ bias.to(projector.dtype)  # (r,)
-                of_key[key] = coordinates(y, projector, shift)
-        return of_key
+        return {key: self._coordinates_of(x, y, key, rank) for key, rank in ranks.items()}
+
+    def _coordinates_of(self, x: Tensor, y: Tensor, key: str, rank: int) -> Tensor:
+        """h (..., rank), or fewer where the projector has no more rows."""
+        projector = self.require(key)
+        if rank < projector.shape[0]:
+            projector = projector[:rank]
+        if self.layer.bases.side(key) == "out":
+            bias = getattr(self.layer.get_base_layer(), "bias", None)
+            shift = None if bias is None else projector @ bias.to(projector.dtype)  # (r,)
+            return coordinates(y, projector, shift)
+        if not x.is_floating_point():  # what an embedding is given
+            scale = getattr(
+                self.layer.get_base_layer(), "embed_scale", 1.0
+            )  # of embeddings that multiply what they look up
+            return (F.embedding(x, projector.T) * scale).to(y.dtype)
+        if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(y.dtype)  # base layers that cast their input themselves
+        return coordinates(x, projector)
 
     def add(self, y: Tensor, h: Tensor, name: str, *, in_place: bool) -> Tensor:
         """y + M h."""
@@ -91,16 +93,26 @@ class PicaMethod(Part):
 
     def add_mixed(self, x: Tensor, y: Tensor, batch: MixedBatch, *, in_place: bool) -> Tensor:
         """h is computed once for the whole batch; see `MixedBatch` for what its layers share."""
-        parts = batch.parts(self)
+        parts = batch.parts(self.layer)
         if not parts:
             return y
-        h_of = self._coordinates(x, y, [name for part in parts for name in part.rows])
+        ranks: dict[str, int] = {}
+        for part in parts:
+            ranks[part.key] = max(ranks.get(part.key, 0), part.rank)
+        h_of = {key: self._coordinates_of(x, y, key, rank) for key, rank in ranks.items()}  # before y changes
         # in place on our own copy at least: an output that nobody else holds needs none
         if torch.is_grad_enabled() or not in_place:
             y = y.clone(memory_format=torch.contiguous_format)
         for part in parts:
-            batch.add(self, part, y, h_of[part.key])
+            h = h_of[part.key]
+            batch.add(self.layer, part, y, h if h.shape[-1] == part.rank else h[..., : part.rank])
         return y
+
+    def place_of(self, name: str) -> Place:
+        """Where adapter `name` is in this layer, for mixed batches; solves what they need."""
+        if not self.layer.frozen.is_deferred():
+            self.require(self.key_of(name))
+        return Place(self.key_of(name), self.layer.group_of[name], self.usable_rank(name))
 
     # ---- the factors of the change of W ------------------------------------------------------------------------
 

@@ -110,10 +110,8 @@ class SvftMethod(Part):
 
     def add_mixed(self, x: Tensor, y: Tensor, batch: MixedBatch, *, in_place: bool) -> Tensor:
         """h = V^T x is computed once for the whole batch, the rest adapter by adapter."""
-        rows_of: dict[str, list[int]] = {}
-        for row, name in enumerate(batch):
-            if name in self.layer.group_of:  # neither "__base__" nor an adapter that leaves this layer alone
-                rows_of.setdefault(name, []).append(row)
+        # neither "__base__" nor an adapter that leaves this layer alone
+        rows_of = {name: rows for name, rows in batch.rows.items() if name in self.layer.group_of}
         if not rows_of:
             return y
         h_of = self.coordinates(x, y, list(rows_of))
