@@ -374,12 +374,22 @@ def test_layouts_are_those_of_the_layers_whatever_happens(model: PeftModel, tmp_
     agree()
 
 
-def test_compiled_mixed_batches_are_right_and_compiled_once_for_a_batch(monkeypatch: pytest.MonkeyPatch):
+def test_compiled_mixed_batches_are_right_and_compiled_once_for_a_batch():
     torch._dynamo.reset()
     model, _ = grown()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, given: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
     names = ["a0", "a1", "a2", "a3", "a4", "a5"]
+    compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
-        expected = model(X[:6], adapter_names=names)
-        compiled = torch.compile(model, backend="aot_eager")
-        torch.testing.assert_close(compiled(X[:6], adapter_names=names), expected)
+        for batch in (names, names[::-1]):
+            expected = model(X[:6], adapter_names=batch)
+            torch.testing.assert_close(compiled(X[:6], adapter_names=batch), expected)
+            made = len(graphs)
+            torch.testing.assert_close(compiled(X[:6], adapter_names=batch), expected)
+            assert len(graphs) == made > 0
     torch._dynamo.reset()
