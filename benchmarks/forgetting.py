@@ -11,8 +11,8 @@ another seed; of SmolLM2 the calibration text inside the package, and sentences 
 Forgetting is the loss after training minus the loss before, on the same texts, in nats a token. Intervals are a bootstrap
 over seeds and, within each, texts. A method forgets less than another if the interval of their difference leaves out zero.
 
-A larger rate learns and forgets more, so the method with the larger best rate looks the worse in that table. The second table
-has every rate with one seed: there methods can be held against each other where they have learnt about as much.
+A larger rate learns and forgets more, so the method with the larger best rate looks the worse in that table. The second
+table has every rate with one seed: there methods can be held against each other where they have learnt about as much.
 """
 
 from __future__ import annotations
