@@ -43,6 +43,7 @@ from torch.nn.functional import linear
 import pica
 from benchmarks import harness
 from benchmarks.short_runs import (
+    TRAININGS,
     Losses,
     Records,
     Row,
@@ -53,6 +54,7 @@ from benchmarks.short_runs import (
     losses,
     mean,
     paired_difference,
+    places,
     train,
 )
 from pica.calibration.making import directions, target_layers
@@ -337,28 +339,12 @@ def put_on(model: nn.Module, made: Mapping[str, LowRank]) -> None:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "embedded": {
-        "fields": {
-            "model.dtype": "float32",
-            "data.train_limit": 1500,
-            "data.validation_limit": 100,
-            "data.test_limit": 200,
-        },
-        "steps": 60,
-        "batch": 16,
+        **TRAININGS["embedded"],
         "seeds": [0, 1, 2, 3],
         "rates": {"": [3e-3, 1e-2, 3e-2], "LoRA r=1": [1e-2, 3e-2, 1e-1]},
     },
     "smollm2": {
-        "fields": {
-            "model.dtype": "bfloat16",
-            "task.template": "alpaca",
-            "data.train_limit": 1000,
-            "data.validation_limit": 24,
-            "data.test_limit": 64,
-            "trainer.max_length": 192,
-        },
-        "steps": 24,
-        "batch": 4,
+        **TRAININGS["smollm2"],
         "seeds": [0, 1],
         "rates": {"": [1e-3, 3e-3, 1e-2], "LoRA r=1": [3e-3, 1e-2, 3e-2]},
     },
@@ -469,8 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.setting == "smollm2":
         if given.model is None or given.data is None:
             parser.error("--setting smollm2 needs --model and --data")
-        fields |= {"model.path": given.model, "data.train": str(given.data / "train.json")}
-        fields |= {"data.test": str(given.data / "AddSub.json")}
+        fields |= places(given.model, given.data)
     torch.set_num_threads(1)
     records = Records(given.work / f"candidates-{given.setting}.jsonl")
     task = load_task(fields, steps=setting["steps"], batch=setting["batch"])

@@ -30,6 +30,7 @@ from tools.tiny_corpus import corpus
 from benchmarks import harness
 from benchmarks.candidates import TARGETS
 from benchmarks.short_runs import (
+    TRAININGS,
     Losses,
     Records,
     Row,
@@ -39,6 +40,7 @@ from benchmarks.short_runs import (
     losses,
     mean,
     paired_difference,
+    places,
     train,
 )
 from pica.calibration.texts import embedded_text
@@ -52,14 +54,7 @@ UNSEEN = 20_261  # of texts of the embedded model's kind; it was pre-trained wit
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "embedded": {
-        "fields": {
-            "model.dtype": "float32",
-            "data.train_limit": 1500,
-            "data.validation_limit": 100,
-            "data.test_limit": 200,
-        },
-        "steps": 60,
-        "batch": 16,
+        **TRAININGS["embedded"],
         "methods": {
             "PiCa r=13": ({"method": "pica", "r": 13}, [3e-3, 1e-2, 3e-2]),
             "LoRA r=1": ({"method": "lora", "r": 1}, [1e-2, 3e-2, 1e-1]),
@@ -68,16 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "smollm2": {
-        "fields": {
-            "model.dtype": "bfloat16",
-            "task.template": "alpaca",
-            "data.train_limit": 1000,
-            "data.validation_limit": 24,
-            "data.test_limit": 64,
-            "trainer.max_length": 192,
-        },
-        "steps": 24,
-        "batch": 4,
+        **TRAININGS["smollm2"],
         "methods": {
             "PiCa r=67": ({"method": "pica", "r": 67}, [1e-3, 3e-3, 1e-2]),
             "LoRA r=1": ({"method": "lora", "r": 1}, [3e-3, 1e-2, 3e-2]),
@@ -216,9 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.setting == "smollm2":
         if given.model is None or given.data is None:
             parser.error("--setting smollm2 needs --model and --data")
-        problems = given.data / "arithmetic"
-        fields |= {"model.path": given.model, "data.train": str(problems / "train.json")}
-        fields |= {"data.test": str(problems / "AddSub.json")}
+        fields |= places(given.model, given.data / "arithmetic")
     torch.set_num_threads(1)
     records = Records(given.work / f"forgetting-{given.setting}.jsonl")
     task = load_task(fields, steps=setting["steps"], batch=setting["batch"])

@@ -33,6 +33,32 @@ STEP = 3.0
 MOST_STEPS_OUT = 3
 """How often a grid goes on beyond its edge."""
 
+TRAININGS: dict[str, dict[str, Any]] = {
+    "embedded": {
+        "fields": {
+            "model.dtype": "float32",
+            "data.train_limit": 1500,
+            "data.validation_limit": 100,
+            "data.test_limit": 200,
+        },
+        "steps": 60,
+        "batch": 16,
+    },
+    "smollm2": {
+        "fields": {
+            "model.dtype": "bfloat16",
+            "task.template": "alpaca",
+            "data.train_limit": 1000,
+            "data.validation_limit": 24,
+            "data.test_limit": 64,
+            "trainer.max_length": 192,
+        },
+        "steps": 24,
+        "batch": 4,
+    },
+}
+"""Fields of a recipe, steps and batch of each setting, the same for all that is screened in it."""
+
 Row = Mapping[str, list[int]]
 Losses = list[tuple[float, int]]
 """Of each problem: summed nats, and tokens."""
@@ -60,6 +86,15 @@ class Task:
     def fresh(self) -> Any:
         """A copy of the model to adapt."""
         return copy.deepcopy(self.model)
+
+
+def places(model: str, problems: Path) -> dict[str, str]:
+    """The fields that say where SmolLM2 and its problems are: a folder with train.json and AddSub.json."""
+    return {
+        "model.path": model,
+        "data.train": str(problems / "train.json"),
+        "data.test": str(problems / "AddSub.json"),
+    }
 
 
 def load_task(overrides: Mapping[str, Any], *, steps: int, batch: int) -> Task:
