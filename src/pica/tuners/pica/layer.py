@@ -76,9 +76,8 @@ class PicaMethod(Part):
             shift = None if bias is None else projector @ bias.to(projector.dtype)  # (r,)
             return coordinates(y, projector, shift)
         if not x.is_floating_point():  # what an embedding is given
-            scale = getattr(
-                self.layer.get_base_layer(), "embed_scale", 1.0
-            )  # of embeddings that multiply what they look up
+            # some embeddings multiply what they look up
+            scale = getattr(self.layer.get_base_layer(), "embed_scale", 1.0)
             return (F.embedding(x, projector.T) * scale).to(y.dtype)
         if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(y.dtype)  # base layers that cast their input themselves
