@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 
 from pica.basis.cache import cache_limit, make_room, note_use, shared_folder
 from pica.basis.file import BasisFile, open_basis
 from pica.errors import ConfigError
+from pica.files.folders import atomic_file
 from pica.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,10 @@ def keep(key: str, basis: BasisFile) -> None:
     if folder is None or (size := basis.path.stat().st_size) > limit:
         return
     path = folder / f"{key[:32]}-{basis.digest[:32]}.safetensors"
-    partial = path.with_suffix(f".{hashlib.sha256(str(basis.path).encode()).hexdigest()[:8]}.partial")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.copyfile(basis.path, partial)
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            shutil.copyfile(basis.path, partial)
         make_room(folder.parent, size, limit)
     except OSError as error:
         logger.warning("Basis %s cannot be kept in the cache (%s)", basis.path, error)
-        partial.unlink(missing_ok=True)
