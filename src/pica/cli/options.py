@@ -126,7 +126,5 @@ def add_screen(parser: argparse._ActionsContainer) -> None:
 
 def check_screen(screen: str | None, calibration: str | None) -> None:
     """Raise `ConfigError` where there is calibration text and nothing to screen."""
-    from pica.errors import ConfigError
-
     if calibration is not None and screen is None:
         raise ConfigError("--calibration is for --screen; name the text that the gradient is of with --screen.")
