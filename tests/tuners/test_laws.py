@@ -1,12 +1,14 @@
 """What holds for every PEFT method of the package, however it shares its matrices and whatever it projects onto.
 
-Files, several adapters, merging, precisions, compilation: what users of PEFT do with any method.
+Configurations, layers, files, several adapters, merging, precisions, compilation: what users of PEFT do with any method.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,10 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
     PeftModel,
+    PeftType,
     convert_to_lora,
     get_base_model_state_dict,
     get_peft_model,
@@ -22,11 +27,13 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import pica
 from pica import PicaConfig, SvftConfig
-from pica.errors import AdapterFileError, ConfigError
-from tests.shared import IDS, Logits, logits
+from pica.errors import AdapterFileError, BasisError, ConfigError, TargetError
+from pica.tuners.base.bank import find_banks
+from tests.shared import IDS, Blocks, Logits, layers_of, logits
 
 Config = PicaConfig | SvftConfig
 
@@ -76,6 +83,193 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(IDS, labels=IDS).loss.backward()
     return {n: cast(torch.Tensor, p.grad).clone() for n, p in matrices(model).items()}
+
+
+# ---- the configuration -----------------------------------------------------------------------------------------------
+
+METHODS = {"PICA": PicaConfig, "SVFT": SvftConfig}
+BY_METHOD = pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=METHODS)
+
+
+@BY_METHOD
+def test_registration_extends_the_enum_once(name, method):
+    pica.register()
+    pica.register()
+    assert [m for m in PeftType if m.value == name] == [PeftType(name)]
+    assert PeftType[name].name == name
+    assert hash(PeftType(name)) == hash(name)
+    assert method().peft_type is PeftType(name)
+
+
+INHERITED = {f.name for f in dataclasses.fields(PeftConfig)}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        pytest.param(field, id=f"{name}, {field.name}")
+        for name, method in METHODS.items()
+        for field in dataclasses.fields(method)
+        if field.name not in INHERITED
+    ],
+)
+def test_every_field_is_described_in_whole_sentences(field):
+    assert field.metadata["help"].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        (PicaConfig, {"target_modules": "("}, r"target_modules='\(' is not a regular expression"),
+        (SvftConfig, {"target_modules": "("}, r"target_modules='\(' is not a regular expression"),
+        (PicaConfig, {"target_modules": ".*q_proj", "layers_to_transform": [1]}, "layers_to_transform"),
+        (SvftConfig, {"target_modules": ".*q_proj", "layers_to_transform": [1]}, "layers_to_transform"),
+        (PicaConfig, {"layers_pattern": "layers"}, "layers_pattern"),
+        (SvftConfig, {"layers_pattern": "layers"}, "layers_pattern"),
+    ],
+)
+def test_targets_that_say_nothing_are_told_before_anything_is_matched(method, settings, expected):
+    with pytest.raises(ConfigError, match=f"^{method.__name__}: .*{expected}"):
+        method(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("PICA", {"r": 7, "projection": "random", "projection_seed": 5, "rank_pattern": {"v_proj": 3}}),
+        ("SVFT", {"pattern": "random", "off_diagonals": 3, "pattern_seed": 5}),
+    ],
+)
+def test_a_config_survives_its_file(tmp_path: Path, name: str, settings: dict[str, Any]):
+    method = METHODS[name]
+    given = method(target_modules=["v_proj", "q_proj"], share={"q_proj": "queries"}, **settings)
+    given.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["peft_type"] == name
+    assert stored["target_modules"] == ["q_proj", "v_proj"]  # sorted: the same config gives the same file
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(loaded, method)
+    assert loaded == dataclasses.replace(given, basis_format=1)  # stored, so a file may be expected to follow
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "depth": 3}))
+    with pytest.raises(AdapterFileError, match="does not know: 'depth'"):
+        method.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("method", "field"), [(PicaConfig, "share"), (SvftConfig, "share"), (PicaConfig, "rank_pattern")]
+)
+def test_a_mapping_keeps_its_order_in_the_file(tmp_path: Path, method, field):
+    """The first expression that matches counts, and PEFT writes mappings sorted."""
+    entries: Any = {"layers.0.q_proj": 2, ".*q_proj": 3, ".*": 4}
+    if field == "share":
+        entries = {key: f"group{number}" for key, number in entries.items()}
+    settings: Any = {field: entries}
+    method(**settings).save_pretrained(str(tmp_path))
+    again = getattr(method.from_pretrained(str(tmp_path)), field)
+    assert list(again.items()) == list(entries.items())
+    settings[field] = dict(sorted(entries.items()))
+    assert method(**settings).to_dict()[field] == settings[field]
+
+
+# ---- the layer by itself ---------------------------------------------------------------------------------------------
+
+
+def adapted(base: nn.Module, variant: str, **settings: Any) -> Any:
+    return get_peft_model(cast(Any, base), config(variant, target_modules=["fc"], task_type=None, **settings))
+
+
+@pytest.mark.parametrize(
+    ("variant", "others", "shapes"),
+    [
+        (
+            "PiCa",
+            [{"r": 9}, {"r": 2}, {"r": 3, "projection": "random"}],
+            {"pica_basis_principal": (9, 32), "pica_basis_random_0": (3, 48)},
+        ),
+        (
+            "SVFT",
+            [{"pattern": "top_k", "off_diagonals": 2}],
+            {"svft_basis_left_w": (32, 32), "svft_basis_right_w": (32, 48)},
+        ),
+    ],
+)
+def test_one_basis_serves_every_adapter_of_its_kind(variant, others, shapes):
+    model = adapted(Blocks(48, 32), variant)
+    for number, settings in enumerate(others):
+        model.add_adapter(str(number), config(variant, target_modules=["fc"], task_type=None, **settings))
+    for layer in layers_of(model):
+        assert {n: tuple(b.shape) for n, b in layer.named_buffers() if "_basis_" in n} == shapes
+    assert not [key for key in model.state_dict() if "_basis_" in key]
+
+
+@pytest.mark.parametrize("variant", BOTH)
+def test_a_weight_that_is_not_finite_is_named_and_the_model_left_as_it_was(variant):
+    base = Blocks(48, 32)
+    base.layers[1]["fc"].weight.data[0, 0] = float("nan")  # pyright: ignore
+    with pytest.raises(BasisError, match=r"layers\.1\.fc: the frozen weight holds NaN"):
+        adapted(base, variant)
+    assert not layers_of(base)
+    assert set(dict(base.named_children())) == {"layers"}
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 0, 24), (2, 3, 4, 24)], ids=str)
+@pytest.mark.parametrize("out", [16, 30])
+@pytest.mark.parametrize("variant", ["PiCa", "SVFT", "SVFT, narrow band", "SVFT, random, shared"])
+def test_any_number_of_leading_dimensions_zero_tokens_included(variant, out, shape):
+    model = adapted(Blocks(24, out, count=1, bias=True), variant)
+    x = torch.randn(shape)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], out)
+    torch.testing.assert_close(y, model.merge_and_unload()(x), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", BOTH)
+def test_a_forward_hook_on_the_base_layer_sees_the_base_output(variant):
+    """The update is added in place only where nobody else holds the output."""
+    model = adapted(Blocks(48, 32, count=1), variant)
+    (layer,) = layers_of(model)
+    seen: list[torch.Tensor] = []
+    layer.get_base_layer().register_forward_hook(lambda m, a, out: seen.append(out))
+    x = torch.randn(5, 48)
+    y = model(x)
+    torch.testing.assert_close(seen[0], x @ layer.base_layer.weight.T)
+    assert (y - seen[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", BOTH)
+def test_a_layer_with_another_methods_adapter_is_refused_by_what_it_is(tiny_llama, variant):
+    base = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).get_base_model()
+    with pytest.raises(
+        TargetError, match=r"q_proj is not supported: it has an adapter of another method \(peft.tuners.lora"
+    ):
+        get_peft_model(cast(Any, base), config(variant, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("variant", ["PiCa", "PiCa, random, not shared", "SVFT, random, shared", "SVFT, top_k, shared"])
+def test_weights_on_the_meta_device_wait_until_they_are_there(tiny_llama, variant):
+    real = tiny_llama()
+    with torch.device("meta"):
+        late = get_peft_model(AutoModelForCausalLM.from_config(real.config), config(variant))
+    with pytest.raises(BasisError, match="meta device"):
+        layers_of(late)[0].frozen.read()
+    inner, early = cast(nn.Module, late.get_base_model()), get_peft_model(tiny_llama(), config(variant))
+    names = {key.replace(".base_layer", ""): key for key in inner.state_dict()}
+    inner.load_state_dict({names[key]: value for key, value in real.state_dict().items()}, assign=True, strict=False)
+    for (_, bank), (_, of_early) in zip(find_banks(late), find_banks(early)):
+        slot = bank.matrices("default")
+        for group, values in of_early.matrices("default").items():
+            slot[group] = nn.Parameter(values.detach().clone())
+    for name, buffer in list(late.named_buffers()):
+        if buffer.is_meta and "positions" not in name:  # rotary tables, which no state dict holds
+            owner = late.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], real.get_buffer(name.removeprefix("base_model.model.")))
+    assert torch.equal(logits(late), logits(early))
+    assert (logits(late) - logits(real)).abs().max() > 0.1
+    bases = [{n: b for n, b in model.named_buffers() if "_basis_" in n} for model in (late, early)]
+    assert bases[1]
+    assert bases[0].keys() == bases[1].keys()
+    assert all(torch.equal(basis, bases[1][name]) for name, basis in bases[0].items())
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -301,13 +495,14 @@ def test_unmerging_after_a_change_of_precision(tiny_llama, variant):
 # ---- precision, checkpointing, compilation, copies -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 @pytest.mark.parametrize("variant", ["PiCa", "PiCa, activation", "SVFT", "SVFT, narrow band", "SVFT, top_k"])
-def test_half_precision_bases(tiny_llama, dtype, autocast_adapter_dtype, variant):
+def test_precisions_of_matrices_and_bases(tiny_llama, dtype, autocast_adapter_dtype, variant):
     model = get_peft_model(tiny_llama(dtype=dtype), config(variant), autocast_adapter_dtype=autocast_adapter_dtype)
-    expected = torch.float32 if autocast_adapter_dtype else dtype
+    expected = torch.promote_types(dtype, torch.float32) if autocast_adapter_dtype else dtype
     assert {p.dtype for p in matrices(model).values()} == {expected}
+    assert {b.dtype for n, b in model.named_buffers() if "_basis_" in n} == {dtype}
     assert logits(model).dtype == dtype
     assert {gradient.dtype for gradient in gradients(model.train()).values()} == {expected}
 

@@ -27,9 +27,8 @@ from pica.basis.fingerprint import decode
 from pica.errors import QuantisationError
 from pica.experiments.models import locate
 from pica.tuners.base.bank import find_banks
-from pica.tuners.pica.layer import PicaLinear
+from tests.shared import IDS, error, layers_of, logits
 
-IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 GROUP = 32
 
 
@@ -96,25 +95,11 @@ def adapted(folder: str, **settings: Any) -> Any:
     return get_peft_model(load(folder), PicaConfig(**{"r": 8, "init_weights": False, **settings})).eval()
 
 
-def layers_of(model: nn.Module) -> list[PicaLinear]:
-    return [m for m in model.modules() if isinstance(m, PicaLinear)]
-
-
-def logits_of(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
-
-
 def test_forward_and_gradients_are_the_formula_on_the_dequantised_weight(folders, kind):
     """y = base(x) + M P x, P from the SVD of the weight; and gradients pass, though the model has run in evaluation."""
     model = adapted(folders[kind])
     plain = load(folders[""])
-    logits_of(model)
+    logits(model)
     for layer in layers_of(model.train())[:7]:
         assert layer.frozen.quantised_as == kind
         weight = layer.frozen.read().double()
@@ -149,13 +134,13 @@ def test_training_goes_on_after_an_evaluation(folders, kind):
         optimiser.step()
         optimiser.zero_grad()
         if step == 4:
-            logits_of(model.eval())
+            logits(model.eval())
     assert losses[-1] < 0.6 * losses[0]
 
 
 def test_a_model_that_has_run_is_refused_for_training(folders, kind):
     model = load(folders[kind])
-    logits_of(model)
+    logits(model)
     with pytest.raises(QuantisationError, match="has run in evaluation, and GPTQModel has repacked it"):
         get_peft_model(model, PicaConfig(r=8))
     get_peft_model(model, PicaConfig(r=8, inference_mode=True))
@@ -163,24 +148,24 @@ def test_a_model_that_has_run_is_refused_for_training(folders, kind):
 
 def test_saved_exported_and_merged_adapters_compute_the_same(folders, kind, tmp_path):
     model = adapted(folders[kind])
-    trained = logits_of(model)
-    assert error(logits_of(load(folders[kind])), trained) > 1e-2
+    trained = logits(model)
+    assert error(logits(load(folders[kind])), trained) > 1e-2
     model.save_pretrained(tmp_path / "adapter")
     (_, bank), *_ = find_banks(model)
     fingerprint: Any = bank.matrices("default").fingerprint
     assert {p.origin for p in decode(fingerprint.numpy().tobytes())[0].values()} == {kind}
-    assert torch.equal(logits_of(PeftModel.from_pretrained(load(folders[kind]), tmp_path / "adapter")), trained)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folders[kind]), tmp_path / "adapter")), trained)
     export_lora(model, tmp_path / "lora")
     # without pica GPTQModel's kernel rounds to bfloat16
     lora = PeftModel.from_pretrained(load(folders[kind]), tmp_path / "lora").eval()
-    assert error(logits_of(lora), trained) < 3e-2
+    assert error(logits(lora), trained) < 3e-2
     with pytest.raises(QuantisationError, match=f"a {kind} layer cannot be merged into. Merge in full precision"):
         model.merge_adapter()
     merged: Any = merge_in_full(model)
     merged.save_pretrained(tmp_path / "merged")
     plain = load(tmp_path / "merged")
     assert not hasattr(plain.config, "quantization_config")
-    assert error(logits_of(plain), trained) < 1e-5
+    assert error(logits(plain), trained) < 1e-5
 
 
 def test_basis_from_the_unquantised_checkpoint(folders, kind, tmp_path):

@@ -29,8 +29,8 @@ from pica.tuners.base.bank import find_banks
 from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.pica.layer import PicaLinear
 from tests.quantising import KINDS, WEIGHT_ONLY, WEIGHT_ONLY_NAMES, load_quantised
+from tests.shared import IDS, error, layers_of, logits
 
-IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"r": 8, "init_weights": False, "task_type": "CAUSAL_LM"}
 
 
@@ -56,20 +56,6 @@ def adapted(folder: str, kind: str | None, **settings: Any) -> Any:
         settings["inference_mode"] = True  # such layers have no backward pass, and training over them is refused
     torch.manual_seed(0)
     return get_peft_model(load(folder, kind), PicaConfig(**{**SETTINGS, **settings})).eval()
-
-
-def layers_of(model: nn.Module) -> list[PicaLinear]:
-    return [m for m in model.modules() if isinstance(m, PicaLinear)]
-
-
-def logits_of(model: Any, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS, **kwargs).logits
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def directions(weight: Tensor, rank: int) -> Tensor:
@@ -123,7 +109,7 @@ def test_no_forward_pass_dequantises_for_the_adapter(folder, kind, monkeypatch):
     for name in ("dequantised", "_by_forward"):
         monkeypatch.setattr(pica.tuners.base.quantised, name, pytest.fail)
     monkeypatch.setattr(FrozenWeight, "read", pytest.fail)
-    logits_of(model)
+    logits(model)
     if not kind.endswith("dynamic"):
         model(IDS, labels=IDS).loss.backward()
 
@@ -143,7 +129,7 @@ def test_training_reaches_what_the_unquantised_model_reaches(folder, kind):
             optimiser.step()
             optimiser.zero_grad()
             if step == 4:
-                logits_of(model.eval())
+                logits(model.eval())
         ends.append((losses[0], losses[-1]))
     (first, last), (quantised_first, quantised_last) = ends
     assert last < 0.6 * first
@@ -156,23 +142,24 @@ def test_half_precision_models_compute_in_their_dtype(folder):
     layer = layers_of(model)[0]
     assert layer.method.require("principal").dtype == torch.bfloat16
     assert layer.matrix("default").dtype == torch.float32
-    assert logits_of(model).dtype == torch.bfloat16
+    assert logits(model).dtype == torch.bfloat16
 
 
 # bnb's int8 mixes the samples of a batch
 @pytest.mark.parametrize("kind", ["bnb nf4", "torchao int4", "torchao int8", "hqq int4"])
 def test_several_adapters_mixed_batches_and_disabling(folder, kind):
-    base = logits_of(load(folder, kind))
+    base = logits(load(folder, kind))
     model = adapted(folder, kind)
     torch.manual_seed(1)
     model.add_adapter("other", PicaConfig(**{**SETTINGS, "r": 5}))
-    alone = {name: (model.set_adapter(name), logits_of(model))[1] for name in ("default", "other")}
-    mixed = logits_of(model, adapter_names=["other", "__base__"])
+    alone = {name: (model.set_adapter(name), logits(model))[1] for name in ("default", "other")}
+    mixed = logits(model, adapter_names=["other", "__base__", "default"])
     assert torch.allclose(mixed[0], alone["other"][0], atol=1e-5)
     assert torch.allclose(mixed[1], base[1], atol=1e-5)
+    assert torch.allclose(mixed[2], alone["default"][2], atol=1e-5)
     assert error(alone["other"], alone["default"]) > 1e-2
     with model.disable_adapter():
-        assert torch.equal(logits_of(model), base)
+        assert torch.equal(logits(model), base)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------
@@ -180,12 +167,12 @@ def test_several_adapters_mixed_batches_and_disabling(folder, kind):
 
 def test_a_saved_adapter_computes_the_same_bit_for_bit(folder, kind, tmp_path):
     model = adapted(folder, kind)
-    trained = logits_of(model)
+    trained = logits(model)
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # the very same base: nothing to be warned of
         loaded = PeftModel.from_pretrained(load(folder, kind), str(tmp_path))
-    assert torch.equal(logits_of(loaded), trained)
+    assert torch.equal(logits(loaded), trained)
 
 
 def test_the_fingerprint_records_whose_weights(folder, kind):
@@ -261,7 +248,7 @@ def test_an_adapter_whose_checkpoint_has_moved(folder, tmp_path):
     for a, b in zip(layers_of(trained), layers_of(on_plain)):
         assert error(a.get_delta_weight("default"), b.get_delta_weight("default")) < 2e-6
     again = PeftModel.from_pretrained(load(folder, "bnb nf4"), str(tmp_path / "stored"))
-    assert torch.equal(logits_of(again), logits_of(stored))
+    assert torch.equal(logits(again), logits(stored))
     with pytest.raises(ConfigError, match=r"There is no model folder .* Set basis_from in the configuration"):
         PeftModel.from_pretrained(load(folder, "bnb nf4"), str(tmp_path / "adapter"))
 
@@ -311,11 +298,11 @@ def test_a_quantised_or_absent_checkpoint_is_refused(folder, tmp_path):
 def test_the_cache_tells_the_sources_apart(folder, tmp_path, monkeypatch):
     """Quantised, named and both once more from the cache: the same numbers as without it."""
     monkeypatch.setattr("pica.basis.cache.SMALLEST_ELEMENTS", 1)
-    wanted = {source: logits_of(adapted(folder, "bnb nf4", basis_from=source)) for source in (None, folder)}
+    wanted = {source: logits(adapted(folder, "bnb nf4", basis_from=source)) for source in (None, folder)}
     assert error(wanted[None], wanted[folder]) > 1e-3
     monkeypatch.setenv("PICA_CACHE_DIR", str(tmp_path))
     for source in (None, folder, None, folder):
-        assert torch.equal(logits_of(adapted(folder, "bnb nf4", basis_from=source)), wanted[source])
+        assert torch.equal(logits(adapted(folder, "bnb nf4", basis_from=source)), wanted[source])
 
 
 # ---- merging ----------------------------------------------------------------------------------------------------------
@@ -328,7 +315,7 @@ def test_merging_quantises_the_sum_and_unmerging_is_exact(folder, kind):
         for bank in [bank for _, bank in find_banks(model)]:
             for matrix in bank.matrices("default").values():
                 matrix *= 0.2
-    before = logits_of(model)
+    before = logits(model)
     sums = [layer.frozen.read() + layer.get_delta_weight("default") for layer in layers_of(model)]
     with pytest.warns(UserWarning, match="quantises the merged weight again"):
         model.merge_adapter()
@@ -339,12 +326,12 @@ def test_merging_quantises_the_sum_and_unmerging_is_exact(folder, kind):
         )
         assert ((merged - wanted).abs() <= step(kind, wanted)).all()
         assert error(merged, wanted) > 1e-4  # it was quantised
-    assert error(logits_of(model), before) < 0.5
+    assert error(logits(model), before) < 0.5
     model.unmerge_adapter()
-    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits(model), before)
     model.merge_adapter(safe_merge=True)
     model.unmerge_adapter()
-    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits(model), before)
 
 
 def step(kind: str, weight: Tensor) -> Tensor:
@@ -379,11 +366,11 @@ def test_merge_and_unload_leaves_a_quantised_model(folder, kind):
     kinds = {type(layer.get_base_layer()) for layer in layers_of(model)}
     with pytest.warns(UserWarning, match="quantises"):
         model.merge_adapter()
-    merged = logits_of(model)
+    merged = logits(model)
     plain = model.merge_and_unload()
     assert not layers_of(plain)
     assert type(plain.model.layers[0].mlp.up_proj) in kinds
-    assert torch.equal(logits_of(plain), merged)
+    assert torch.equal(logits(plain), merged)
 
 
 def test_a_merge_keeps_the_bias_of_an_hqq_layer(tiny_llama, tmp_path):
@@ -397,7 +384,7 @@ def test_a_merge_keeps_the_bias_of_an_hqq_layer(tiny_llama, tmp_path):
     plain.save_pretrained(tmp_path)
     model = adapted(str(tmp_path), "hqq int4")
     biases = {layer.path: layer.get_base_layer().bias for layer in layers_of(model)}
-    before = logits_of(model)
+    before = logits(model)
     with pytest.warns(UserWarning, match="quantises"):
         model.merge_adapter()
     for layer in layers_of(model):
@@ -409,19 +396,19 @@ def test_a_merge_keeps_the_bias_of_an_hqq_layer(tiny_llama, tmp_path):
         wanted = x @ base.dequantize().T + (0 if base.bias is None else base.bias)
         assert error(layer(x), wanted) < 1e-5
     model.unmerge_adapter()
-    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits(model), before)
 
 
 def test_a_merge_that_cannot_be_quantised_leaves_the_layer_alone(folder, monkeypatch):
     model = adapted(folder, "torchao int8")
-    before = logits_of(model)
+    before = logits(model)
     layer = layers_of(model)[0]
     monkeypatch.setattr(layer.quantization_backend, "get_apply_tensor_subclass", lambda: object())
     said = "could not be quantised again as torchao"
     with pytest.raises(QuantisationError, match=said), pytest.warns(UserWarning, match="quantises the merged"):
         layer.merge()
     assert not layer.merged
-    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits(model), before)
 
 
 def test_torchao_layers_quantised_by_hand_adapt_but_do_not_merge(tiny_llama):
@@ -429,7 +416,7 @@ def test_torchao_layers_quantised_by_hand_adapt_but_do_not_merge(tiny_llama):
     base = tiny_llama()
     torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
     model = get_peft_model(base, PicaConfig(**SETTINGS)).eval()
-    logits_of(model)
+    logits(model)
     with pytest.raises(QuantisationError, match="torchao layer cannot be merged into"):
         model.merge_adapter()
 
@@ -442,8 +429,8 @@ def test_the_lora_export_computes_the_same_on_the_quantised_base(folder, kind, t
     model = adapted(folder, kind)
     export_lora(model, tmp_path / "lora")
     lora = PeftModel.from_pretrained(load(folder, kind), str(tmp_path / "lora")).eval()
-    assert error(logits_of(lora), logits_of(model)) < 1e-5
-    assert error(logits_of(load(folder, kind)), logits_of(model)) > 1e-2
+    assert error(logits(lora), logits(model)) < 1e-5
+    assert error(logits(load(folder, kind)), logits(model)) > 1e-2
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------------
@@ -544,8 +531,8 @@ def test_a_checkpoint_that_transformers_dequantises_is_a_plain_model(folder, tmp
     for layer in layers_of(model):
         assert layer.frozen.quantised_as == ""
         assert error(layer.frozen.read(), wanted[layer.path]) < 1e-6
-    before = logits_of(model)
-    assert error(logits_of(model.merge_and_unload()), before) < 1e-5
+    before = logits(model)
+    assert error(logits(model.merge_and_unload()), before) < 1e-5
 
 
 def test_kinds_that_only_run_forward_have_their_weight_from_there(tiny_llama, monkeypatch):
@@ -583,11 +570,11 @@ def test_svft_takes_its_singular_vectors_from_the_dequantised_weight(folder, kin
     torch.manual_seed(0)
     config = SvftConfig(pattern="banded", off_diagonals=1, init_weights=False)
     model: Any = get_peft_model(load(folder, kind), config).eval()
-    trained = logits_of(model)
-    assert error(trained, logits_of(load(folder, kind))) > 1e-2
+    trained = logits(model)
+    assert error(trained, logits(load(folder, kind))) > 1e-2
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(load(folder, kind), str(tmp_path))
-    assert torch.equal(logits_of(loaded), trained)
+    assert torch.equal(logits(loaded), trained)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     x = torch.randn(4, layer.in_features)
     with torch.no_grad():
@@ -609,7 +596,7 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_put_back(folder):
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = True
-    logits_of(model)
+    logits(model)
     packed = model.model.layers[0].mlp.gate_proj
     assert packed.weight.quant_state.packing_format_for_cpu
     tuned = get_peft_model(model, PicaConfig(r=8, init_weights=False))
@@ -620,7 +607,7 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_put_back(folder):
             found = bnb.functional.dequantize_4bit(unpacked.weight.data, unpacked.weight.quant_state)
             expected = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             assert error(found, expected) < 2**-8
-    logits_of(tuned.eval())
+    logits(tuned.eval())
     tuned.train()(IDS, labels=IDS).loss.backward()
     first = next(p for p in tuned.parameters() if p.requires_grad)
     assert first.grad is not None
@@ -642,6 +629,6 @@ def test_one_basis_file_serves_the_quantised_and_the_unquantised_model(folder, k
             assert torch.equal(
                 one.method.first_directions("default").float(), rows.to(one.frozen.device_and_dtype()[1])
             )
-    trained = logits_of(on_quantised)
+    trained = logits(on_quantised)
     on_quantised.save_pretrained(tmp_path / "a")
-    assert torch.equal(logits_of(PeftModel.from_pretrained(load(folder, kind), str(tmp_path / "a"))), trained)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder, kind), str(tmp_path / "a"))), trained)

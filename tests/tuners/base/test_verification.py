@@ -26,8 +26,7 @@ from pica.tuners.base import verification as meaning
 from pica.tuners.base.bank import find_banks
 from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.pica.layer import PicaLinear
-
-IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+from tests.shared import IDS, layers_of, logits
 
 
 @pytest.fixture
@@ -38,15 +37,8 @@ def saved(tiny_llama, tmp_path) -> tuple[LlamaForCausalLM, str, Tensor]:
 
 def save(base: LlamaForCausalLM, folder: str, **settings) -> tuple[LlamaForCausalLM, str, Tensor]:
     model = get_peft_model(copy.deepcopy(base), PicaConfig(**{"r": 8, "init_weights": False, **settings})).eval()
-    with torch.no_grad():
-        logits = model(IDS).logits
     model.save_pretrained(folder)
-    return base, folder, logits
-
-
-def logits_of(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
+    return base, folder, logits(model)
 
 
 def inject(monkeypatch, change: Callable[[Basis, Tensor], Basis]) -> None:
@@ -75,9 +67,9 @@ def test_another_solvers_signs_are_put_right(saved, monkeypatch):
             sorted((n, p) for n, p in model.named_parameters() if p.requires_grad), sorted_matrices(folder)
         ):
             p.data.copy_(value)
-    assert (logits_of(plain) - trained).abs().max() > 1e-2
+    assert (logits(plain) - trained).abs().max() > 1e-2
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    torch.testing.assert_close(logits_of(loaded), trained, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(loaded), trained, atol=2e-5, rtol=0)
 
 
 def sorted_matrices(folder: str) -> list[Tensor]:
@@ -92,7 +84,7 @@ def test_training_goes_on_in_the_trained_orientation_and_saves_it(saved, monkeyp
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
         loaded.save_pretrained(str(tmp_path / "again"))
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "again"))
-    torch.testing.assert_close(logits_of(again), trained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(again), trained, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["load_adapter", "into an existing adapter", "transformers", "AutoPeftModel"])
@@ -115,7 +107,7 @@ def test_every_way_of_loading_puts_signs_right(saved, monkeypatch, tmp_path, how
         config.base_model_name_or_path = str(tmp_path / "base")
         config.save_pretrained(folder)
         model = AutoPeftModelForCausalLM.from_pretrained(folder)
-    torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(model), trained, atol=2e-5, rtol=0)
 
 
 def test_two_adapters_of_opposite_orientation_live_in_one_model(saved, monkeypatch, tmp_path):
@@ -127,7 +119,7 @@ def test_two_adapters_of_opposite_orientation_live_in_one_model(saved, monkeypat
     model.load_adapter(other, "two")
     for name, expected in (("one", trained), ("two", trained_there), ("one", trained)):
         model.set_adapter(name)
-        torch.testing.assert_close(logits_of(model), expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
 
 
 def tie_spectrum(model: LlamaForCausalLM, sizes: int) -> LlamaForCausalLM:
@@ -159,14 +151,14 @@ def test_rotations_inside_clusters_are_put_right_where_the_probes_determine_them
     base, folder, trained = save(tie_spectrum(tiny_llama(), size), str(tmp_path))
     inject(monkeypatch, rotate_inside_clusters(size))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    torch.testing.assert_close(logits_of(loaded), trained, atol=5e-3, rtol=0)
+    torch.testing.assert_close(logits(loaded), trained, atol=5e-3, rtol=0)
 
 
 def test_tied_values_in_another_order_are_put_right(tiny_llama, tmp_path, monkeypatch):
     base, folder, trained = save(tie_spectrum(tiny_llama(), 2), str(tmp_path))
     inject(monkeypatch, lambda b, w: replace(b, projector=b.projector.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    torch.testing.assert_close(logits_of(loaded), trained, atol=5e-3, rtol=0)
+    torch.testing.assert_close(logits(loaded), trained, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("make", ["orthogonal", "identity", "block-repeated"])
@@ -180,7 +172,7 @@ def test_clusters_too_large_for_the_probes_load_exactly_or_not_at_all(tiny_llama
             parameter.data = {"orthogonal": q, "identity": torch.eye(64), "block-repeated": blocks}[make]
     base, folder, trained = save(base, str(tmp_path), r=16)
     torch.testing.assert_close(
-        logits_of(PeftModel.from_pretrained(copy.deepcopy(base), folder)), trained, atol=1e-5, rtol=0
+        logits(PeftModel.from_pretrained(copy.deepcopy(base), folder)), trained, atol=1e-5, rtol=0
     )
     inject(monkeypatch, rotate_inside_clusters(16))
     with pytest.raises(BasisMismatchError):
@@ -204,7 +196,7 @@ def test_a_perturbed_base_gives_a_bounded_difference_a_warning_or_a_refusal(save
             return
     assert error <= 1e-2
     spoke = any("not exactly those of the training" in str(w.message) for w in caught)
-    difference = (logits_of(loaded) - trained).norm() / trained.norm()
+    difference = (logits(loaded) - trained).norm() / trained.norm()
     assert difference < 300 * error + 1e-5
     assert spoke or difference < 0.05
 
@@ -217,7 +209,7 @@ def test_rounded_weights_load_with_a_warning_that_gives_the_deviation(tiny_llama
     loaded = PeftModel.from_pretrained(
         rounded, folder
     )  # half precision, eight times finer than bfloat16: may be silent
-    assert (logits_of(loaded) - trained).norm() / trained.norm() < 0.05
+    assert (logits(loaded) - trained).norm() / trained.norm() < 0.05
     with pytest.warns(UserWarning, match=r"trained on float32 weights, these are bfloat16.*deviates by up to \d"):
         PeftModel.from_pretrained(tiny_llama(hidden_size=128, intermediate_size=256, dtype=torch.bfloat16), folder)
 
@@ -225,21 +217,21 @@ def test_rounded_weights_load_with_a_warning_that_gives_the_deviation(tiny_llama
 def test_another_base_is_refused_and_left_clean(saved, tiny_llama):
     _, folder, _ = saved
     other = tiny_llama(seed=1)
-    before = logits_of(other)
+    before = logits(other)
     with pytest.raises(BasisMismatchError, match=r"15 of 15 layers differ.*another base model or another revision"):
         PeftModel.from_pretrained(other, folder)
     assert not [m for m in other.modules() if isinstance(m, PicaLinear)]
-    assert torch.equal(logits_of(other), before)
+    assert torch.equal(logits(other), before)
 
 
 def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tiny_llama):
     _, folder, _ = saved
     model = get_peft_model(tiny_llama(seed=1), PicaConfig(r=8, init_weights=False), adapter_name="mine")
-    before = logits_of(model)
+    before = logits(model)
     with pytest.raises(BasisMismatchError):
         model.load_adapter(folder, "theirs")
     assert list(model.peft_config) == ["mine"]
-    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits(model), before)
 
 
 def test_a_merged_base_is_refused_by_the_layers_that_changed(saved):
@@ -274,7 +266,7 @@ def test_a_stored_basis_needs_no_solver(tiny_llama, tmp_path, monkeypatch, dtype
     for module in (pica.basis._progress, pica.tuners.pica.layer):
         monkeypatch.setattr(module, "solve_basis", refuse)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    assert torch.equal(logits_of(loaded), trained)
+    assert torch.equal(logits(loaded), trained)
 
 
 def test_a_stored_basis_does_not_excuse_another_base(tiny_llama, tmp_path):
@@ -307,11 +299,11 @@ def test_a_file_that_does_not_fit_is_one_clear_error_and_leaves_no_trace(saved, 
     else:
         tensors[matrix] = tensors[matrix].to(torch.int32)
     save_file(tensors, path)
-    before = logits_of(base)
+    before = logits(base)
     with pytest.raises(AdapterFileError):
         PeftModel.from_pretrained(base, folder)
     assert not [m for m in base.modules() if isinstance(m, PicaLinear)]
-    assert torch.equal(logits_of(base), before)
+    assert torch.equal(logits(base), before)
 
 
 def test_a_config_used_twice_is_no_saved_adapter(tiny_llama):
@@ -326,7 +318,7 @@ def test_a_larger_rank_later_keeps_what_smaller_adapters_were_trained_with(saved
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="small")
     model.add_adapter("large", PicaConfig(r=24))
     model.set_adapter("small")
-    torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(model), trained, atol=2e-5, rtol=0)
     layer = next(m for m in model.modules() if isinstance(m, PicaLinear))
     rows = layer.method.directions("principal", layer.frozen.read())
     torch.testing.assert_close(rows @ rows.T, torch.eye(24), atol=1e-4, rtol=0)
@@ -384,7 +376,7 @@ def test_overlapping_patterns_mean_the_same_after_loading(tiny_llama, tmp_path):
     patterns = {"layers.0.self_attn.q_proj": 2, ".*q_proj": 5}
     groups = {"layers.0.self_attn.q_proj": "first", ".*_proj": "rest"}
     base, folder, trained = save(tiny_llama(), str(tmp_path), rank_pattern=patterns, share=groups)
-    assert torch.equal(logits_of(PeftModel.from_pretrained(copy.deepcopy(base), folder)), trained)
+    assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(base), folder)), trained)
 
 
 def test_other_ranks_than_those_of_the_training_are_refused(tiny_llama, tmp_path):
@@ -402,10 +394,10 @@ def test_a_refused_stored_basis_leaves_the_one_in_use(tiny_llama, tmp_path):
     base, folder, trained = save(tiny_llama(), str(tmp_path / "own"), save_basis=True)
     _, foreign, _ = save(tiny_llama(seed=1), str(tmp_path / "foreign"), save_basis=True)
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    assert torch.equal(logits_of(model), trained)
+    assert torch.equal(logits(model), trained)
     with pytest.raises(BasisMismatchError):
         model.load_adapter(foreign, "default")
-    assert torch.equal(logits_of(model), trained)
+    assert torch.equal(logits(model), trained)
 
 
 def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_path):
@@ -419,7 +411,7 @@ def test_a_stored_basis_does_not_become_that_of_other_adapters(tiny_llama, tmp_p
     save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="stored")
     model.add_adapter("large", PicaConfig(r=24))
-    torch.testing.assert_close(logits_of(model), trained, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=0)
     fresh = get_peft_model(copy.deepcopy(base), PicaConfig(r=24), adapter_name="large")
     for one, other in zip(layers_of(model), layers_of(fresh)):
         assert torch.equal(one.method.require(one.bases.key_of["large"]), other.method.require("principal"))
@@ -438,11 +430,7 @@ def test_adapters_with_the_same_stored_basis_share_it_and_give_it_back(tiny_llam
     model.load_adapter(other, "other")
     model.delete_adapter("other")
     assert [n for n, _ in model.named_buffers() if ".pica_basis_" in n] == held
-    assert torch.equal(logits_of(model), trained)
-
-
-def layers_of(model: torch.nn.Module) -> list[PicaLinear]:
-    return [m for m in model.modules() if isinstance(m, PicaLinear)]
+    assert torch.equal(logits(model), trained)
 
 
 def test_bases_of_equal_singular_values_are_not_mixed(monkeypatch):
@@ -521,7 +509,7 @@ def test_an_adapter_that_was_trained_with_directions_that_rounding_made_keeps_th
     for name in ("old", "again"):
         torch.testing.assert_close(found.get_delta_weight(name), layer.get_delta_weight("default"))
         model.set_adapter(name)
-        torch.testing.assert_close(logits_of(model), logits_of(trained))
+        torch.testing.assert_close(logits(model), logits(trained))
     model.save_pretrained(str(tmp_path / "both"))
     for name, usable in (("new", 3), ("old", 8)):
         again = PeftModel.from_pretrained(base(), str(tmp_path / "both" / name))
@@ -534,7 +522,7 @@ def test_a_state_dict_of_another_base_is_refused_before_the_first_output(tiny_ll
     state = get_peft_model(tiny_llama(), config).state_dict()
     same = get_peft_model(tiny_llama(), config)
     same.load_state_dict(state)
-    logits_of(same)
+    logits(same)
     other = get_peft_model(tiny_llama(seed=1), config)
     other.load_state_dict({k: v for k, v in state.items() if "pica_M" in k}, strict=False)
     with pytest.raises(BasisMismatchError):
@@ -547,7 +535,7 @@ def test_a_state_dict_of_the_other_orientation_is_put_right(saved, monkeypatch):
     inject(monkeypatch, random_signs)
     model = get_peft_model(copy.deepcopy(base), PicaConfig(r=8))
     model.load_state_dict(state)
-    torch.testing.assert_close(logits_of(model), trained, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(model), trained, atol=2e-5, rtol=0)
 
 
 def test_a_basis_that_is_put_right_in_inference_mode_can_be_trained_on(saved, monkeypatch):

@@ -18,8 +18,7 @@ from torch import nn
 import pica
 from pica import PicaConfig, SvftConfig
 from pica.errors import AdapterFileError, BasisMismatchError
-from pica.tuners.svft.layer import SvftLinear
-from tests.shared import IDS, logits
+from tests.shared import IDS, layers_of, logits
 
 PATTERNS = {
     "plain": {},
@@ -37,10 +36,6 @@ def config(**settings) -> SvftConfig:
 
 def entries(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if ".svft_T." in f".{n}"}
-
-
-def layers_of(model: nn.Module) -> list[SvftLinear]:
-    return [m for m in model.modules() if isinstance(m, SvftLinear)]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
