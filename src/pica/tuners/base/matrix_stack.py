@@ -145,6 +145,8 @@ class MatrixStacks(dict[tuple, MatrixStack]):
 
     def begin_call(self) -> None:
         """A call with a mixed batch begins."""
+        if torch.compiler.is_compiling():  # whose graphs use no stack, and would be made anew for each number
+            return
         self.calls += 1
         if self.calls % IDLE_CALLS == 0:
             for stack in self.values():
