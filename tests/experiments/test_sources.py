@@ -161,3 +161,42 @@ def test_several_sources_need_a_test_where_none_is_held_out(recipe: Callable):
 def test_classifiers_have_one_source(recipe: Callable):
     with pytest.raises(ConfigError, match="names several sources, and task sentiment learns from one; name one"):
         recipe(["chats.jsonl"], task__name="sentiment", data__test="sums.csv")
+
+
+@pytest.mark.parametrize("form", ["a mapping", "text"])
+def test_named_test_problems_are_measured_each_and_their_mean_counts(recipe: Callable, form: str):
+    rows = [{"question": f"{n} + {n}?", "answer": f"#### {2 * n}"} for n in range(9)]
+    Path("gsm.jsonl").write_text("\n".join(json.dumps(one) for one in rows[:4]))
+    Path("math.json").write_text(json.dumps([{"problem": f"{n}?", "solution": "\\boxed{x}"} for n in range(5)]))
+    Path("train.json").write_text(json.dumps(rows[4:]))
+    tests: object = (
+        {"gsm": "gsm.jsonl", "own": "math.json"} if form == "a mapping" else "{gsm: gsm.jsonl, own: math.json}"
+    )
+    columns = {"own": {"question": "problem"}}
+    made = recipe("train.json", task__name="math", data__test=tests, data__test_limit=3, data__columns=columns)
+    assert Counter(one.group for one in load_splits(made, get_task("math")).test) == {"gsm": 3, "own": 3}
+    moved = with_absolute_paths(made)
+    assert isinstance(moved.data.test, dict)
+    assert all(Path(place).is_absolute() for place in moved.data.test.values())
+    assert load_recipe(str(_written(dump_recipe(moved)))) == moved
+
+
+def _written(text: str) -> Path:
+    path = Path("again.yaml")
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "tests", "said"),
+    [
+        ("sentiment", {"a": "sums.csv", "b": "sums.csv"}, "task sentiment is measured on one; name one"),
+        ("chat", {"a": "chats.jsonl"}, "task chat is measured on one; name one"),
+        ("math", {}, "data.test names no source"),
+        ("math", {"a": "nowhere.jsonl"}, "data.test: file 'nowhere.jsonl' does not exist"),
+        ("math", "{a: b", "no sources with a name each"),
+    ],
+)
+def test_what_cannot_be_measured_by_name_is_refused(recipe: Callable, task: str, tests: object, said: str):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        recipe("chats.jsonl", task__name=task, data__test=tests, data__columns={})

@@ -111,6 +111,24 @@ def test_page_is_valid_and_tells_everything(folder: Path):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).replace("finance", "")
 
 
+def test_several_test_sets_have_a_table(folder: Path):
+    for seed, right in ((0, 0.25), (1, 0.75)):
+        path = folder / "cells" / f"0-{seed}.json"
+        content = json.loads(path.read_text())
+        content["result"]["groups"] = {
+            "<gsm>": {"accuracy": right, "stderr": 0.1, "examples": 20},
+            "maths": {"accuracy": 0.125, "stderr": 0.1, "examples": 8},
+        }
+        path.write_text(json.dumps(content))
+    assert {name: stat.mean for name, stat in summarise(folder).rows[0].sets.items()} == {"<gsm>": 0.5, "maths": 0.125}
+    write_report(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    check_page(text)
+    assert "&lt;gsm&gt;" in text
+    assert "50.0% ± 35.4%" in text
+    assert "12.5% ± 0.0%" in text
+
+
 def test_the_same_records_give_the_same_page(folder: Path, tmp_path: Path):
     write_report(folder)
     write_report(folder, page=tmp_path / "again.html")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pica.errors import DataError
 from pica.experiments.mixing import mixed
-from pica.experiments.recipes.recipe import Recipe, columns_of, weights_of, with_absolute_paths
+from pica.experiments.recipes.recipe import Recipe, columns_of, places_of, tests_of, weights_of, with_absolute_paths
 from pica.tasks import AnyExample, ClassificationTask, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.base import TALKING, Bar, LeftOut
 from pica.tasks.identity import same_problem
@@ -36,18 +36,31 @@ def source(
     *,
     limit: int | None,
     place: str | None = None,
+    name: str | None = None,
     bar: Bar | None = None,
     left_out: Callable[[LeftOut], None] | None = None,
 ) -> Source:
-    """Where one split of a recipe comes from, of several sources `place`; the training problems' where it has no own."""
-    location = place or getattr(recipe.data, split) or next(iter(weights_of(recipe.data.train)))
+    """Where one split of a recipe comes from; the training problems' first place where it has none of its own.
+
+    Args:
+        recipe: All settings.
+        split: Whose problems.
+        limit: How many of them at most.
+        place: Which of several sources.
+        name: What `data.columns` calls that source, if not by its place.
+        bar: Shows how pictures are decoded.
+        left_out: Is told of what is not used.
+    Returns:
+        What a task reads.
+    """
+    location = place or next(iter(places_of(recipe.data, split) or places_of(recipe.data, "train")))
     task = get_task(recipe.task.name)
     return Source(
         location,
         limit,
         recipe.data.seed,
         recipe.task.template,
-        columns_of(recipe.data.columns, split, place),
+        columns_of(recipe.data.columns, split, name or place),
         recipe.task.subset,
         target_of(recipe, task) if _has_classes(task) else None,  # pyright: ignore[reportArgumentType]
         recipe.data.skip_unreadable,
@@ -195,15 +208,15 @@ def _not_tested(validation: list[Any], test: list[Any], told: Callable[[LeftOut]
     return kept
 
 
-def read_all(recipe: Recipe, split: Split) -> list[Any]:
-    """Read all that the sources of one split hold; nothing is held out.
+def read_all(recipe: Recipe, split: Split, *, bar: Bar | None = None) -> list[Any]:
+    """Read all that the sources of one split hold; nothing is held out. `bar` shows how pictures are decoded.
 
     Returns:
         The examples, each once.
     Raises:
         DataError: A source is missing, empty or malformed.
     """
-    return _read(recipe, get_task(recipe.task.name), split, limit=getattr(recipe.data, f"{split}_limit"))
+    return _read(recipe, get_task(recipe.task.name), split, limit=getattr(recipe.data, f"{split}_limit"), bar=bar)
 
 
 def _read(
@@ -216,11 +229,24 @@ def _read(
     left_out: Callable[[LeftOut], None] | None = None,
 ) -> list[Any]:
     """The examples of a split, of several sources one after the other, of each at most `limit`."""
-    several = split == "train" and not isinstance(recipe.data.train, str)
-    places = weights_of(recipe.data.train) if several else [None]
-    sources = [source(recipe, split, limit=limit, place=place, bar=bar, left_out=left_out) for place in places]
-    found: list[tuple[Source, Any]] = [(each, one) for each in sources for one in task.load(split, each)]
-    return [dataclasses.replace(one, source=each.location) if several else one for each, one in found]
+
+    def load(place: str | None = None, name: str | None = None) -> list[Any]:
+        return list(
+            task.load(split, source(recipe, split, limit=limit, place=place, name=name, bar=bar, left_out=left_out))
+        )
+
+    if split == "train" and not isinstance(recipe.data.train, str):
+        places = weights_of(recipe.data.train)
+        return [dataclasses.replace(one, source=place) for place in places for one in load(place)]
+    if split == "test" and isinstance(recipe.data.test, dict):
+        tests = tests_of(recipe.data.test).items()
+        return [_in_group(one, name) for name, place in tests for one in load(place, name)]
+    return load()
+
+
+def _in_group(example: Any, name: str) -> Any:
+    """The example as one of the named test problems, which may have sets of their own."""
+    return dataclasses.replace(example, group=f"{name}, {example.group}" if example.group else name)
 
 
 def _subject_splits(recipe: Recipe, task: Task, bar: Bar | None) -> Splits:

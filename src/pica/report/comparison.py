@@ -64,6 +64,8 @@ def comparison_page(summary: Summary, csv: str, numbers: str) -> str:
             made.section("Ablations", *groups)
         made.section("Learning rates", *_rates(summary, rows, looks))
         made.section("Loss curves", curves_figure(rows, looks))
+    if sets := _sets(rows):
+        made.section("Sets", sets)
     made.section("Table", *_table(summary))
     made.section("Recipes", *_recipes(summary))
     made.section("How this was measured", *_protocol(summary, rows))
@@ -211,6 +213,21 @@ def _rates(summary: Summary, rows: Sequence[RowSummary], looks: Looks) -> list[M
         html.details("All rates tried", html.table(columns, lines, caption="Every learning rate that was tried."))
     )
     return blocks
+
+
+def _sets(rows: Sequence[RowSummary]) -> Markup | None:
+    """Each method on each of several test sets."""
+    names = list(dict.fromkeys(name for row in rows for name in row.sets))
+    if not names:
+        return None
+    columns = [Column("label", "method", numeric=False), *(Column(f"set {name}", name) for name in names)]
+    lines: list[dict[str, Any]] = [
+        {"label": row.label}
+        | {f"set {name}": Cell(shown_mean("accuracy", stat), stat.mean) for name, stat in row.sets.items()}
+        for row in rows
+    ]
+    caption = "Mean ± standard deviation over seeds of the accuracy on each test set; each counts the same."
+    return html.table(columns, lines, caption=caption)
 
 
 def _table(summary: Summary) -> list[Markup | str]:

@@ -72,6 +72,7 @@ class RowSummary:
         stderr: Mean standard error of the score over the test problems.
         examples: Number of test problems.
         interval: 95% interval of the score, of test problems and seeds.
+        sets: The score of each of several test sets, over seeds, by name.
         loss: On the test problems, over seeds.
         parameters: Trained ones of the method; a new head is not counted.
         head: Trained parameters of a new head.
@@ -93,6 +94,7 @@ class RowSummary:
     stderr: float = math.nan
     examples: int = 0
     interval: tuple[float, float] = (math.nan, math.nan)
+    sets: dict[str, Stat] = field(default_factory=dict)
     loss: Stat = NOTHING
     parameters: int = 0
     head: int = 0
@@ -221,6 +223,10 @@ def summarise_row(label: str, records: Sequence[CellRecord | CellEntry]) -> RowS
     row.interval = score_interval(
         metric, row.score.mean, row.stderr, row.examples, row.score.deviation, row.score.count
     )
+    row.sets = {
+        name: Stat.of([result.groups[name].accuracy for result in results if name in result.groups])
+        for name in results[0].groups
+    }
     row.loss = Stat.of([result.loss for result in results])
     row.head = results[0].parameters.head
     row.parameters = results[0].parameters.trainable - row.head

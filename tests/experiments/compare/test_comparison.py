@@ -127,12 +127,16 @@ def test_equal_work_has_equal_keys(written: Callable[..., str], tmp_path: Path):
     assert make_cell(changed, changed.rows[0], 3, (0.1,)).key != key
 
 
-def test_a_changed_data_file_makes_new_cells(written: Callable[..., str], tmp_path: Path):
-    file = tmp_path / "rows.jsonl"
+@pytest.mark.parametrize("several", [False, True])
+def test_a_changed_data_file_makes_new_cells(written: Callable[..., str], tmp_path: Path, several: bool):
+    file, other = tmp_path / "rows.jsonl", tmp_path / "others.jsonl"
+    other.write_text("{}\n")
+    train = [str(other), str(file)] if several else str(file)
+    test = {"other": str(other), "rows": str(file)} if several else str(file)
     keys = []
     for content in ("{}\n", "{}\n{}\n", "{}\n"):
         file.write_text(content)
-        comparison = load_comparison(written(), overrides=[("data.train", str(file)), ("data.test", str(file))])
+        comparison = load_comparison(written(), overrides=[("data.train", train), ("data.test", test)])
         keys.append(make_cell(comparison, comparison.rows[0], 0, (0.1,)).key)
     assert keys[0] == keys[2] != keys[1]
 

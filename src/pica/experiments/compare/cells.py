@@ -23,7 +23,7 @@ from pica.experiments.compare.comparison import Comparison, Row
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.methods import METHODS
 from pica.experiments.recipes.parsing import dump_recipe
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, columns_of, with_absolute_paths
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, columns_of, places_of, with_absolute_paths
 from pica.experiments.reporting import Advance
 from pica.experiments.results.comparison import CellHead, CellRecord, DoneCell, FailedCell, read_cell, record_path
 from pica.experiments.results.documents import read_result, write_result
@@ -78,7 +78,7 @@ def make_cell(comparison: Comparison, row: Row, seed: int, rates: tuple[float, .
         if content["adapter"][name] == getattr(AdapterSection, name):
             content["adapter"].pop(name)
     content["trainer"].pop("threads")  # a matter of the machine, as is the number of workers that it follows from
-    content["files"] = {name: _data_digest(getattr(recipe.data, name), recipe) for name in SPLITS}
+    content["files"] = {name: _data_digests(places_of(recipe.data, name), recipe) for name in SPLITS}
     earlier = _key(content)
     if Path(recipe.model.path).is_dir():  # elsewhere the name, with the revision, stands for what is there
         content["model"]["files"] = model_digest(recipe.model.path)
@@ -217,10 +217,16 @@ def _curve(run: Path, rate: float) -> list[list[int | float]]:
     return [[int(row["step"]), float(row["loss"])] for row in final if row["loss"]]
 
 
-def _data_digest(place: str | None, recipe: Recipe) -> Any:
+def _data_digests(places: Sequence[str], recipe: Recipe) -> Any:
+    """`_data_digest` of the place of a split, or of each of several; None where there is none."""
+    found = [_data_digest(place, recipe) for place in places]
+    return found if len(found) > 1 else next(iter(found), None)
+
+
+def _data_digest(place: str, recipe: Recipe) -> Any:
     """Of a data file's content, or by name of each file that a folder has for a split; None for other places."""
-    path = Path(place) if place and place != "embedded" else None
-    if place is None or path is None or not path.exists():
+    path = Path(place)
+    if place == "embedded" or not path.exists():
         return None
     if TASKS[recipe.task.name].kind == "image-classification":
         pictures = {file for split in SPLITS for file in files_of(place, split, columns_of(recipe.data.columns, split))}

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pica.errors import AdapterFileError, ConfigError
-from pica.experiments.data import Splits, held_out, load_splits, source, with_classes
+from pica.experiments.data import Splits, held_out, load_splits, read_all, with_classes
 from pica.experiments.evaluate.evaluation import Evaluation
 from pica.experiments.models import base_of, device, load_config, revision_of
 from pica.experiments.pipelines import make_pipeline
 from pica.experiments.pipelines.classification import ClassificationPipeline
 from pica.experiments.recipes.checks import SUBJECT_METRICS
 from pica.experiments.recipes.parsing import recorded_recipe
-from pica.experiments.recipes.recipe import DataSection, ModelSection, Recipe, weights_of
+from pica.experiments.recipes.recipe import DataSection, ModelSection, Recipe, places_of
 from pica.experiments.reporting import Reporter
 from pica.files import output as files
 from pica.tasks import Task, get_task, location_problem
@@ -76,7 +76,7 @@ def _assess(request: Request, reporter: Reporter) -> Assessment:
     adapter = find_adapter(Path(request.model).expanduser())
     recipe = _recipe(request, adapter)
     task = get_task(recipe.task.name)
-    places = [recipe.data.test] if recipe.data.test else list(weights_of(recipe.data.train))
+    places = places_of(recipe.data, "test") or places_of(recipe.data, "train")
     data = ", ".join(places)
     for place in places:
         if problem := location_problem(task, place):
@@ -85,7 +85,7 @@ def _assess(request: Request, reporter: Reporter) -> Assessment:
         data = f"held out of {data}"  # of the run, which has learnt from the others
         examples = load_splits(recipe, task, bar=reporter.bar).test[: request.limit]
     else:
-        examples = list(task.load("test", source(recipe, "test", limit=recipe.data.test_limit, bar=reporter.bar)))
+        examples = read_all(recipe, "test", bar=reporter.bar)
     recipe = _with_labels(recipe, examples, adapter)
     pipeline = make_pipeline(recipe)
     if adapter is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pica.experiments.methods import METHODS, SPECIAL
 from pica.experiments.recipes.owned_fields import fields_of_others
 from pica.experiments.recipes.policy_checks import policy_problems
-from pica.experiments.recipes.recipe import AdapterSection, Recipe, weights_of
+from pica.experiments.recipes.recipe import AdapterSection, Recipe, places_of, tests_of, weights_of
 from pica.tasks import TASKS, TEMPLATES, has_split, location_problem
 from pica.tasks.base import METRICS, TALKING, WRITING
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
@@ -214,7 +214,7 @@ def _places(recipe: Recipe) -> Iterator[str]:
         yield f"model.path: folder {recipe.model.path!r} holds a pipeline of diffusers, which is for task dreambooth."
     files = KINDS_OF_PICTURES if task is not None and task.kind == "image-classification" else KINDS_OF_FILE
     yield from _weights(recipe)
-    locations = [("train", place) for place in weights_of(recipe.data.train)]
+    yield from _test_names(recipe)
     if (
         isinstance(recipe.data.train, str)
         and recipe.data.train[:1] in ("{", "[")
@@ -225,14 +225,15 @@ def _places(recipe: Recipe) -> Iterator[str]:
             "each, {a.jsonl: 1, b.jsonl: 0.5}."
         )
         return
-    for name, location in [*locations, ("validation", recipe.data.validation), ("test", recipe.data.test)]:
+    locations = [(split, place) for split in ("train", "validation", "test") for place in places_of(recipe.data, split)]
+    for name, location in locations:
         if location == REQUIRED:
             given = "a folder of pictures" if draws else f"{files}, a folder or hub:OWNER/NAME"
             yield f"data.{name} is not set: give {given} with --data.{name}."
-        elif location is not None and (problem := location_problem(task, location)):
+        elif problem := location_problem(task, location):
             yield f"data.{name}: {problem}"
     for name, columns in recipe.data.columns.items():
-        several = () if isinstance(recipe.data.train, str) else recipe.data.train
+        several = [*(() if isinstance(recipe.data.train, str) else recipe.data.train), *tests_of(recipe.data.test)]
         if not isinstance(columns, str) and name not in ("train", "validation", "test", *several):
             yield f"data.columns: {name!r} has names below it, and is no split; those are train, validation and test."
     one = recipe.data.train if isinstance(recipe.data.train, str) else None
@@ -251,9 +252,7 @@ def _places(recipe: Recipe) -> Iterator[str]:
         yield "data.train is not set: give a folder of pictures of one subject with --data.train."
     elif task is not None and task.kind == "chat" and "embedded" in weights_of(recipe.data.train):
         yield "data.train is not set: task chat learns from conversations of yours; name a file with --data.train."
-    elif (
-        task is not None and not task.has_embedded and "embedded" in (*weights_of(recipe.data.train), recipe.data.test)
-    ):
+    elif task is not None and not task.has_embedded and "embedded" in [place for _, place in locations]:
         yield f"task {task.name} has no embedded problems: set data.train and data.test to files, folders or hub names."
 
 
@@ -276,6 +275,21 @@ def _weights(recipe: Recipe) -> Iterator[str]:
                 f"data.train: {place!r} has weight {weight:g}; a weight says how often each of its problems is learnt "
                 f"from in one pass, above 0 and at most {_MOST_OFTEN:,} (0.5: half of them)."
             )
+
+
+def _test_names(recipe: Recipe) -> Iterator[str]:
+    """Several sources of test problems."""
+    test, task = recipe.data.test, TASKS.get(recipe.task.name)
+    if isinstance(test, str) and test[:1] == "{" and not Path(test).exists():
+        yield f"data.test = {test!r}: no sources with a name each, {{gsm8k: gsm8k.jsonl, math: math.jsonl}}."
+    if not isinstance(test, dict):
+        return
+    if task is not None and task.kind != "generation":
+        yield f"data.test names several sources, and task {task.name} is measured on one; name one."
+    if not test:
+        yield "data.test names no source; give one, or several with a name each, {gsm8k: gsm8k.jsonl, math: math.jsonl}."
+    if "" in test:
+        yield "data.test: one of its sources has an empty name; results are shown by it."
 
 
 def task_problems(recipe: Recipe) -> Iterator[str]:

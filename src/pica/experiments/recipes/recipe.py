@@ -38,18 +38,21 @@ class DataSection:
     {a.jsonl: 1, b.jsonl: 0.5}: how often each of its problems is learnt from in one pass."""
     validation: str | None = None
     """Source of the problems that choose between learning rates; if unset, the folder's, or out of the training ones."""
-    test: str | None = None
+    test: dict[str, str] | str | None = None
     """Source of the problems that results are reported on, never used to choose anything; required with files, but for
-    chat and preference, which take some of the training ones out."""
+    chat and preference, which take some of the training ones out. Tasks whose answers are scored: also several with names
+    of yours, {gsm8k: gsm8k.jsonl, math: math.jsonl}; each gets its score, and their mean counts."""
     train_limit: int | None = None
     """Use at most this many training problems."""
     validation_limit: int | None = None
     """Use, or take out, this many for validation; if unset, all of a file, or a tenth of the training problems."""
     test_limit: int | None = None
-    """Use at most this many test problems; of classification files the seed draws them, of others they are the first."""
+    """Use at most this many test problems, of several sources of each; of classification files the seed draws them, of
+    others they are the first."""
     columns: dict[str, str | dict[str, str]] = field(default_factory=dict)
     """Names of the task's fields in your files, for instance {question: prompt, solution: target}; of one split below its
-    name: {train: {question: prompt}, test: {question: problem}}; of one of several sources below that."""
+    name: {train: {question: prompt}, test: {question: problem}}; of one of several sources below that, or below the name
+    that data.test gives it."""
     hold_out: bool = False
     """Take validation problems out also where nothing is chosen by them, so that runs which choose learn from the same."""
     refit: bool = False
@@ -308,6 +311,22 @@ def weights_of(train: Mapping[str, float] | Sequence[str] | str) -> dict[str, fl
     return {place: 1.0 for place in ([train] if isinstance(train, str) else train)}
 
 
+def tests_of(test: Mapping[str, str] | str | None) -> dict[str, str]:
+    """The sources of `data.test` by name; one alone has none, ""."""
+    if isinstance(test, str):
+        return {"": test}
+    return dict(test or {})
+
+
+def places_of(data: DataSection, split: str) -> list[str]:
+    """Where the problems of one split are, as the recipe has it: none, one or several places."""
+    if split == "train":
+        return list(weights_of(data.train))
+    if split == "test":
+        return list(tests_of(data.test).values())
+    return [data.validation] if data.validation is not None else []
+
+
 def columns_of(columns: Mapping[str, str | Mapping[str, str]], split: str, place: str | None = None) -> dict[str, str]:
     """Find out what the columns of one split are called.
 
@@ -315,7 +334,7 @@ def columns_of(columns: Mapping[str, str | Mapping[str, str]], split: str, place
         columns: As `data.columns`.
         split: Whose columns they are; validation problems that have no names of their own have those of the training
             problems.
-        place: One of several sources of the split; what is named for that goes before.
+        place: One of several sources of the split, of the test problems its name; what is named for that goes before.
     Returns:
         What is named for all splits, for this one and for the place.
     """
@@ -333,7 +352,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         return str(path.resolve()) if path and place != "embedded" and path.exists() else place
 
     train = recipe.data.train
-    data: dict[str, Any] = {name: absolute(getattr(recipe.data, name)) for name in ("validation", "test")}
+    tests = {name: absolute(place) for name, place in tests_of(recipe.data.test).items()}
+    data: dict[str, Any] = {"validation": absolute(recipe.data.validation), "test": tests.get("", tests or None)}
     if isinstance(train, str):
         data["train"] = absolute(train)
     else:
