@@ -2,6 +2,7 @@
 
     python -m benchmarks.candidates --setting embedded --work /tmp/candidates
     python -m benchmarks.candidates --setting smollm2 --model smollm2-135m --data arithmetic --work /tmp/candidates
+    python -m benchmarks.candidates ... --only "principal, gains;LoRA r=1"     these rows; several may share a folder
     python -m benchmarks.candidates ... --report            what there is so far
 
 The same command goes on where another one was stopped. Every candidate has at most as many trained parameters as LoRA r=1 on
@@ -351,13 +352,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, task: Task, setting: Mapping[str, Any], records: Records) -> None:
-    """Train and measure what is not done yet: every candidate's rate, then its seeds."""
+def run(name: str, task: Task, setting: Mapping[str, Any], records: Records, only: Sequence[str] | None = None) -> None:
+    """Train and measure what is not done yet, of all candidates or some: each one's rate, then its seeds."""
     looked = Looked(task)
     layers = max(len(paths) for paths in looked.roles.values())
     budget = count(lora(looked, 1, 0)[1])
     records.get(f"{name}/base", lambda: losses(task.model, task.test))
     for label, make in candidates(layers).items():
+        if only is not None and label not in only:
+            continue
         r = rank_for(looked, label, make, budget)
         rates = setting["rates"].get(label, setting["rates"][""])
 
@@ -448,6 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder of smollm2-135m")
     parser.add_argument("--data", type=Path, help="folder with train.json and AddSub.json")
     parser.add_argument("--work", type=Path, required=True, help="where finished trainings are noted")
+    parser.add_argument("--only", metavar="LABELS", help='rows, separated by ";"')
     parser.add_argument("--report", action="store_true", help="train nothing")
     given = parser.parse_args(argv)
     setting = SETTINGS[given.setting]
@@ -459,9 +463,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     records = Records(given.work / f"candidates-{given.setting}.jsonl")
     task = load_task(fields, steps=setting["steps"], batch=setting["batch"])
-    if not given.report:
-        run(given.setting, task, setting, records)
     layers = int(task.model.config.num_hidden_layers)
+    only = given.only.split(";") if given.only else None
+    if unknown := set(only or ()) - set(candidates(layers)):
+        parser.error(f"--only: no rows {'; '.join(unknown)}; rows: {'; '.join(candidates(layers))}")
+    if not given.report:
+        run(given.setting, task, setting, records, only)
     numbers, shown = report(given.setting, records, setting, layers)
     problems = {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)}
     about = {"steps": task.steps, "batch": task.batch, "problems": problems, "seeds": setting["seeds"]}
