@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pica.experiments.adapters import attach
 from pica.experiments.chat.measuring import measure_rows, summed_up
-from pica.experiments.chat.packing import PackedCollator, as_dataset, check_packing, packed
+from pica.experiments.chat.packing import as_dataset, packed, packing_collator
 from pica.experiments.chat.rendering import Renderer, Rows
 from pica.experiments.chat.talking import Speaker
 from pica.experiments.chat.templates import FILE, set_template
@@ -90,15 +90,8 @@ class ChatPipeline(Pipeline):
     def trainer(self, model: peft.PeftModel, rows: datasets.Dataset, steps: Steps) -> Trainer:
         """TRL's `SFTTrainer`."""
         _, padding = special_ids(self.tokenizer)
-        if steps.section.packing:
-            check_packing(model, padding)
-        return generation_trainer(
-            model,
-            self.tokenizer,
-            rows,
-            steps,
-            collate=PackedCollator(padding) if steps.section.packing else None,
-        )
+        collate = packing_collator(model, padding) if steps.section.packing else None
+        return generation_trainer(model, self.tokenizer, rows, steps, collate=collate)
 
     def evaluate(self, model: Any, examples: Sequence[Conversation], *, reporter: Reporter, label: str) -> Evaluation:
         """Loss, perplexity and accuracy on the assistant's words, and answers to the last question of a few."""
