@@ -3,9 +3,10 @@
     python -m benchmarks.gpu [--models gemma-2b,llama-3-8b] [--seconds 560]
 
 Builds models of published shapes with random weights on the device and measures, in bfloat16: the time of the bases
-(beside the full SVD of one block's weights, which is what the reference does to every block), a training step's time,
-tokens a second and peak memory, and mixed batches. Whatever no longer fits in the given time is left out, and listed as
-left out. Needs only torch, transformers, peft and this project.
+(beside the full SVD of one block's weights, which is what the reference does to every block) and of a basis of activations
+on 16,384 tokens, a training step's time, tokens a second and peak memory (also with Liger's kernels, where they can be
+imported), and mixed batches. Whatever no longer fits in the given time is left out, and listed as left out. Needs only
+torch, transformers, peft and this project.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ os.environ["PICA_CACHE_DIR"] = ""  # solving is measured
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
 import pica
 from benchmarks.harness import describe_machine, save, table
 from benchmarks.methods import FLOOR, adapt, trainable
 from benchmarks.models import SHAPES, TARGETS, load
+from pica.calibration.making import directions, target_layers
+from pica.calibration.texts import Calibration
 
 METHODS = [
     FLOOR,
@@ -45,7 +50,11 @@ METHODS = [
     "DoRA r=16",
     "VeRA r=256",
 ]
-MIXED = [1, 4, 16, 64]
+MIXED = [1, 4, 16, 64, 256]
+LIGER = " with Liger kernels"
+WITH_LIGER = [FLOOR, "PiCa r=32", "LoRA r=32"]
+CALIBRATION = (32, 512)
+"""Sequences and their tokens that a basis of activations looks at."""
 LAST_START = 20.0  # seconds before the end after which nothing new is begun
 
 
@@ -89,6 +98,9 @@ def free() -> None:
 def training(name: str, method: str, device: str, clock: Clock, batch: int, length: int) -> dict[str, float]:
     """Seconds of a step (median of five after two), tokens a second, peak MiB, seconds to attach the adapter."""
     model = load(name, torch.bfloat16, device)
+    if method.endswith(LIGER):
+        apply_liger_kernel(model, {})
+        method = method.removesuffix(LIGER)
     attached: list[nn.Module] = []
     attach = clock.seconds(lambda: attached.append(adapt(model, method)))
     adapted = attached[0]
@@ -134,6 +146,19 @@ def bases(name: str, device: str, clock: Clock) -> dict[str, float]:
     return {"pica_seconds": pica_seconds, "svd_seconds": svd_block * blocks, "svd_measured_blocks": 1, "blocks": blocks}
 
 
+def activation_basis(name: str, device: str, clock: Clock) -> dict[str, float]:
+    """Seconds to make the basis of activations of all layers at r=256."""
+    model = load(name, torch.bfloat16, device)
+    linear = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(tuple(TARGETS))]
+    rank = min(256, *(min(m.weight.shape) for m in linear))
+    config = pica.PicaConfig(r=rank, target_modules=TARGETS, projection="activation")
+    count, length = CALIBRATION
+    ids = torch.randint(10, 1000, (count, length), generator=torch.Generator().manual_seed(0)).to(device)
+    read = Calibration([{"input_ids": row[None]} for row in ids], {})
+    with target_layers(model, config) as layers:
+        return {"seconds": clock.seconds(lambda: directions(model, layers, config, read)), "tokens": count * length}
+
+
 def mixed(name: str, device: str, clock: Clock, tokens: int) -> dict[int, float]:
     """Throughput of a batch with N adapters over that of the same batch with one."""
     config = pica.PicaConfig(r=32, target_modules=TARGETS, init_weights=False)
@@ -160,7 +185,8 @@ def mixed(name: str, device: str, clock: Clock, tokens: int) -> dict[int, float]
 def measure_model(name: str, given: argparse.Namespace, clock: Clock) -> tuple[dict[str, Any], dict[str, str]]:
     """(what was measured, {what was left out: why})."""
     cases: dict[str, Callable[[], Any]] = {"bases": lambda: bases(name, given.device, clock)}
-    for method in METHODS:
+    cases["activation basis"] = lambda: activation_basis(name, given.device, clock)
+    for method in METHODS + [f"{method}{LIGER}" for method in WITH_LIGER if is_liger_kernel_available()]:
         cases[method] = partial(training, name, method, given.device, clock, given.batch, given.length)
     cases["mixed prefill"] = lambda: mixed(name, given.device, clock, 128)
     cases["mixed decode"] = lambda: mixed(name, given.device, clock, 1)
@@ -207,9 +233,12 @@ def _text(name: str, found: dict[str, Any], left_out: dict[str, str], batch: int
         b = found["bases"]
         text += f"All bases at r=256 take {b['pica_seconds'] / b['svd_seconds']:.3f} of the full SVDs' time "
         text += f"(one block's measured, of {b['blocks']}).\n\n"
+    if "activation basis" in found:
+        b = found["activation basis"]
+        text += f"The basis of activations at r=256 takes {b['seconds']:.1f} s on {b['tokens']:,} tokens.\n\n"
     floor = found.get(FLOOR)
     rows = []
-    for method in METHODS:
+    for method in METHODS + [f"{method}{LIGER}" for method in WITH_LIGER]:
         if method in found and floor:
             f = found[method]
             time_ratio = f"{f['step_seconds'] / floor['step_seconds']:.3f}"

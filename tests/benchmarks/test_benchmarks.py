@@ -121,6 +121,7 @@ def test_the_accelerator_benchmark_runs_where_there_is_none(monkeypatch: pytest.
     monkeypatch.setattr(gpu, "METHODS", [methods.FLOOR, "PiCa r=8", "reference PiCa r=8", "no such method"])
     monkeypatch.setattr(gpu, "MIXED", [1, 3])
     monkeypatch.setattr(gpu, "LAST_START", 0.0)
+    monkeypatch.setattr(gpu, "CALIBRATION", (2, 8))
     command = ["--models", "tiny", "--device", "cpu", "--batch", "2", "--length", "8", "--output", str(tmp_path)]
     with pytest.raises(KeyError):  # a mistake of ours is no result
         gpu.main([*command, "--seconds", "100"])
@@ -128,6 +129,7 @@ def test_the_accelerator_benchmark_runs_where_there_is_none(monkeypatch: pytest.
     assert gpu.main([*command, "--seconds", "100"]) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())["tiny"]
     assert found["left_out"] == {}
+    assert found["activation basis"]["tokens"] == 16
     assert found["PiCa r=8"]["trainable"] == found["reference PiCa r=8"]["trainable"]
     assert gpu.main([*command, "--seconds", "0"]) == 0
     assert "no time left" in (tmp_path / "gpu.md").read_text()
