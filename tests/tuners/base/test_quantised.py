@@ -360,6 +360,19 @@ def test_a_second_adapter_over_a_merged_one(folder):
         assert torch.equal(layer.frozen.read(), plain[layer.path])
 
 
+@pytest.mark.parametrize("kind", ["bnb nf4", "torchao int8", "hqq int4"])
+def test_adapters_merged_one_after_the_other_are_quantised_as_all_at_once(folder, kind):
+    model = adapted(folder, kind)
+    model.add_adapter("second", PicaConfig(**SETTINGS))
+    with pytest.warns(UserWarning, match="quantises"):
+        model.merge_adapter(["default"])
+    model.merge_adapter(["second"])
+    found = logits(model)
+    model.unmerge_adapter()
+    model.merge_adapter(["default", "second"])
+    assert torch.equal(logits(model), found)
+
+
 @pytest.mark.parametrize("kind", ["bnb nf4", "bnb int8", "torchao int8", "hqq int4"])
 def test_merge_and_unload_leaves_a_quantised_model(folder, kind):
     model = adapted(folder, kind)

@@ -77,6 +77,22 @@ def test_a_refused_adapter_leaves_the_active_one_active_without_a_peft_model(bas
     assert torch.equal(base(IDS).logits, logits)
 
 
+def test_a_refused_adapter_leaves_the_active_one_of_several_active(base: PreTrainedModel):
+    for name in ("first", "second"):
+        inject_adapter_in_model(PicaConfig(r=2, target_modules=["q_proj"], init_weights=False), base, name)
+    layers = [m for m in base.modules() if isinstance(m, PicaLinear)]
+    for layer in layers:
+        layer.set_adapter("second")
+    before, logits = anatomy(base), base(IDS).logits
+    with pytest.raises((ValueError, IndexError)):
+        inject_adapter_in_model(
+            PicaConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[10**6]), base, "third"
+        )
+    assert {tuple(layer.active_adapters) for layer in layers} == {("second",)}
+    assert anatomy(base) == before
+    assert torch.equal(base(IDS).logits, logits)
+
+
 @pytest.mark.parametrize(
     ("misfit", "message"),
     [

@@ -116,6 +116,9 @@ def test_other_signs_are_put_right(tiny_llama, tmp_path, monkeypatch, pattern, h
         torch.testing.assert_close(logits(loaded), of_first, atol=0, rtol=0)
         loaded.set_adapter("second")
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+    if how != "load_adapter beside another":  # what was turned is no longer kept as it was
+        for layer in layers_of(loaded):
+            assert len([name for name, _ in layer.named_buffers() if "_basis_" in name]) == 2
 
 
 def test_equal_singular_values_are_rotated_back(monkeypatch, tmp_path):
