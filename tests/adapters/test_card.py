@@ -60,6 +60,9 @@ def test_a_card_of_ones_own_stays(adapter: PeftModel, tmp_path: Path):
     card.write_text(generated.replace("PiCa", "old"), encoding="utf-8")  # ours: written anew
     save_adapter(adapter, tmp_path / "out")
     assert card.read_text(encoding="utf-8") == generated
+    card.write_text(generated.replace("PiCa", "old"), encoding="utf-8")
+    save_whole(adapter).save_pretrained(str(tmp_path / "out"))
+    assert card.read_text(encoding="utf-8") == generated
 
 
 def test_other_methods_keep_the_card_that_peft_writes(tiny_llama, tmp_path: Path):

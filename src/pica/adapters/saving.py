@@ -142,7 +142,7 @@ def _write_beside(
     write: Callable[..., None], beside: Path, target: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     card = target / CARD
-    if card.is_file() and not is_generated(card):
+    if card.is_file():
         shutil.copy2(card, beside / card.name)  # PEFT goes on from what is there
     write(str(beside), *args, **kwargs)
     for config in beside.rglob(CONFIG):  # every adapter but "default" has a folder of its own
