@@ -224,7 +224,7 @@ def generate(split: Split, count: int, seed: int = 0) -> list[WordProblem]:
         ValueError: Unknown split.
         DataError: A `count` outside the range above.
     """
-    pools = {name: list(numbers) for name, numbers in _split_keys(_known(split)).items()}
+    pools = {name: list(numbers) for name, numbers in _keys()[_known(split)].items()}
     total = sum(map(len, pools.values()))
     if not 0 <= count <= total:
         raise DataError(f"count={count} word problems were asked for, but the {split!r} split holds 0 to {total}.")
@@ -240,7 +240,7 @@ def generate(split: Split, count: int, seed: int = 0) -> list[WordProblem]:
 
 def available(split: Split) -> int:
     """Number of different problems in `split`. Raises ValueError for an unknown split."""
-    return sum(map(len, _split_keys(_known(split)).values()))
+    return sum(map(len, _keys()[_known(split)].values()))
 
 
 def split_of(template: str, numbers: Numbers) -> Split:
@@ -302,12 +302,13 @@ def _known(split: str) -> Split:
 
 
 @functools.cache
-def _split_keys(split: Split) -> dict[str, tuple[Numbers, ...]]:
-    """Template name -> every filling of it that belongs to `split`, in a fixed order."""
-    return {
-        template.name: tuple(numbers for numbers in template.fillings() if split_of(template.name, numbers) == split)
-        for template in TEMPLATES
-    }
+def _keys() -> dict[Split, dict[str, list[Numbers]]]:
+    """Split -> template name -> every filling of it that belongs there, in a fixed order."""
+    keys: dict[Split, dict[str, list[Numbers]]] = {split: {t.name: [] for t in TEMPLATES} for split in SPLITS}
+    for template in TEMPLATES:
+        for numbers in template.fillings():
+            keys[split_of(template.name, numbers)][template.name].append(numbers)
+    return keys
 
 
 def _render(template: _Template, numbers: Numbers, rng: random.Random) -> WordProblem:
