@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
+import sys
 import warnings
 
 # The models here are tiny: a second thread only waits for the first, and pytest-xdist uses the other cores.
@@ -47,6 +49,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _registered() -> None:
     """PEFT knows the method, whatever a test imports."""
     import pica  # noqa: F401
+
+
+_seen_modules = 0
+
+
+@pytest.fixture(autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """A trainer collects garbage, and each time Python would look at all that imports have left: a third of a second.
+
+    What is there once many modules have come is set aside. Tests that let go of a model still see it collected.
+    """
+    global _seen_modules
+    if len(sys.modules) > _seen_modules + 50:
+        _seen_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
