@@ -88,9 +88,17 @@ def folder_of(place: Path, kind: str, config: PreTrainedConfig) -> str:
     return str(place)
 
 
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans without training steps, which take most of a plan's time: for what is counted on the layers alone."""
+    monkeypatch.setattr(planning, "_steps", lambda *_: [])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("r", [4, 300])
-def test_counts_and_bytes_are_those_of_the_real_adapter(name: str, r: int, tmp_path: Path, monkeypatch):
+def test_counts_and_bytes_are_those_of_the_real_adapter(name: str, r: int, tmp_path: Path, monkeypatch, request):
+    if r == 300:  # once with them is enough
+        request.getfixturevalue("untraced")
     kind, config = CONFIGS[name]
     plan = estimate(Question(folder_of(tmp_path, kind, config), r=r, batches=(1,), lengths=(4,)))
     monkeypatch.setenv("PICA_CACHE_DIR", str(tmp_path / "cache"))
@@ -110,6 +118,7 @@ def test_counts_and_bytes_are_those_of_the_real_adapter(name: str, r: int, tmp_p
     assert (plan.r, plan.kind, plan.dtype) == (r, kind, "float32")
 
 
+@pytest.mark.usefixtures("untraced")
 def test_lora_beside_it_is_the_real_lora(tmp_path: Path):
     kind, config = CONFIGS["llama"]
     plan = estimate(Question(folder_of(tmp_path, kind, config), r=16, lora_rank=7, batches=(1,), lengths=(4,)))
@@ -127,6 +136,7 @@ def test_lora_beside_it_is_the_real_lora(tmp_path: Path):
     assert abs(equal.parameters - own.parameters) <= step / 2 or equal.rank == 1
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(("budget", "in_bytes"), [(9_000, False), (608, False), (40_000, True), (9_000, True)])
 def test_the_rank_for_a_budget_is_the_largest_that_fits(budget: int, in_bytes: bool, tmp_path: Path):
     folder = folder_of(tmp_path, *CONFIGS["llama"])
@@ -140,6 +150,7 @@ def test_the_rank_for_a_budget_is_the_largest_that_fits(budget: int, in_bytes: b
     assert taken(found) <= budget < taken(more)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_budget_beyond_the_model_gives_all_directions_and_one_below_it_is_refused(tmp_path: Path):
     folder = folder_of(tmp_path, *CONFIGS["llama"])
     asked: dict[str, Any] = {"batches": (1,), "lengths": (4,)}
@@ -148,6 +159,7 @@ def test_a_budget_beyond_the_model_gives_all_directions_and_one_below_it_is_refu
         estimate(Question(folder, budget=100, **asked))
 
 
+@pytest.mark.usefixtures("untraced")
 def test_half_precision_halves_weights_and_basis_but_not_the_matrices(tmp_path: Path):
     folder = folder_of(tmp_path, *CONFIGS["llama"])
     full, half = (estimate(Question(folder, dtype=d, batches=(1,), lengths=(4,))) for d in ("float32", "bfloat16"))
