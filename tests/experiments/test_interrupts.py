@@ -4,11 +4,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import pytest
 
-from pica.experiments.interrupts import heed, raised_until_heeded
+from pica.experiments.interrupts import StopRequest, heed, raised_until_heeded, stop_on_signal
 
 
 def press(number: int = signal.SIGINT) -> None:
@@ -109,3 +109,16 @@ def test_handlers_are_put_back():
     with suppress(KeyboardInterrupt), raised_until_heeded():
         press()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("block", [raised_until_heeded, stop_on_signal])
+def test_what_the_shell_has_ignored_stays_ignored(block: Callable[[], AbstractContextManager[StopRequest]]):
+    """As `pica train &` in a script has it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with block() as request:
+            press()
+            assert not request.made
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

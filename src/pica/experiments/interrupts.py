@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -43,7 +43,7 @@ def raised_until_heeded() -> Iterator[StopRequest]:
     Yields:
         Whether there was a signal; a library that is being imported may make another error of the interrupt.
     """
-    request, before, heeded = StopRequest(), dict[int, Any](), _heeded
+    request, heeded = StopRequest(), _heeded
     anew, reminders, main = False, list[threading.Thread](), threading.main_thread().ident or 0
 
     def remind(number: int) -> None:
@@ -68,22 +68,13 @@ def raised_until_heeded() -> Iterator[StopRequest]:
         raise KeyboardInterrupt
 
     heeded.clear()
-    try:
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, handle)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread, where Python allows no handlers
-        pass
-    try:
-        yield request
-    finally:
-        heeded.set()
+    with _handled_by(handle):
         try:
+            yield request
+        finally:
+            heeded.set()
             for reminder in reminders:
                 reminder.join()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def heed() -> None:
@@ -113,18 +104,27 @@ def stop_on_signal() -> Iterator[StopRequest]:
         Whether it was made.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request.made:
             raise KeyboardInterrupt
         request.made = True
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled_by(handle):
         yield request
+
+
+@contextmanager
+def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM handled inside the block, but for what whoever began the process has it ignore."""
+    before = dict[int, Any]()
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Python allows handlers in the main thread only, and cannot put back one that it knows nothing of (None).
+            allowed = threading.current_thread() is threading.main_thread()
+            if allowed and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handle)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,10 @@
 """Pairs of answers as tokens, and as the batches that TRL's `DPOTrainer` takes."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import datasets
@@ -36,6 +39,11 @@ class PairRows:
     cut: int = 0
     dropped: int = 0
     empty: list[int] = field(default_factory=list)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the tokens, by which the same pairs encoded anew are known. Taken once, when no more rows are added."""
+        return hashlib.sha256(json.dumps([self.chosen, self.rejected]).encode()).digest()
 
 
 def pair_rows(

@@ -5,8 +5,6 @@ margin of a pair the chosen answer's reward less the rejected one's, and the los
 2023, arXiv:2305.18290, equation 7). The reference is the model without its adapter, for which every margin is 0.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +83,7 @@ class Judge:
 
     def sequences(self, model: Any, rows: PairRows) -> int:
         """How many sequences the next call with these runs through the model."""
-        passes = 1 if not _adapted(model) or _digest(rows) in self._references else 2
+        passes = 1 if not _adapted(model) or rows.digest in self._references else 2
         return 2 * len(rows.owners) * passes
 
     def __call__(self, model: Any, rows: PairRows, padding: int, advance: Advance | None = None) -> list[Judged]:
@@ -102,7 +100,7 @@ class Judge:
             One for each row.
         """
         both: list[Sequences] = [*rows.chosen, *rows.rejected]
-        own, digest = _log_probs(model, both, padding, self._batch_size, advance), _digest(rows)
+        own, digest = _log_probs(model, both, padding, self._batch_size, advance), rows.digest
         if not _adapted(model):
             self._references[digest] = own
         elif digest not in self._references:
@@ -118,10 +116,6 @@ def _adapted(model: Any) -> bool:
     """Whether the model has an adapter that is switched on."""
     layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     return not all(layer.disable_adapters for layer in layers)
-
-
-def _digest(rows: PairRows) -> bytes:
-    return hashlib.sha256(json.dumps([rows.chosen, rows.rejected]).encode()).digest()
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
