@@ -49,7 +49,6 @@ from benchmarks.short_runs import (
     Records,
     Row,
     Task,
-    batch_of,
     best_rate,
     load_task,
     losses,
@@ -57,6 +56,7 @@ from benchmarks.short_runs import (
     paired_difference,
     places,
     train,
+    weight_gradients,
 )
 from pica.calibration.making import directions, target_layers
 from pica.calibration.texts import Calibration
@@ -151,16 +151,7 @@ class Looked:
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
         """G (out, in) of each layer: of the mean loss on the calibration problems, float32."""
-        weights = {path: layer.weight.requires_grad_(True) for path, layer in self.layers.items()}
-        with torch.enable_grad():
-            for start in range(0, len(self.rows), 8):
-                self.task.model(**batch_of(self.rows[start : start + 8])).loss.backward()
-        found = {}
-        for path, weight in weights.items():
-            assert weight.grad is not None
-            found[path], weight.grad = weight.grad.float(), None
-            weight.requires_grad_(False)
-        return found
+        return weight_gradients(self.task.model, self.layers, self.rows)
 
     def output_directions(self, r: int) -> dict[str, Tensor]:
         """U (out, r): the leading eigenvectors of W C W^T, C the inputs' uncentred second moment."""
@@ -316,6 +307,7 @@ def candidates(layers: int) -> dict[str, Make]:
         f"activation, shared by {layers // 3}": plain("activation", neighbours=layers // 3),
         "residual side, outputs": lambda looked, r, seed: of_outputs(looked, r),
         "residual side, gradient": lambda looked, r, seed: of_gradients(looked, r),
+        "random": plain("random"),
     }
 
 

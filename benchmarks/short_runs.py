@@ -109,6 +109,20 @@ def load_task(overrides: Mapping[str, Any], *, steps: int, batch: int) -> Task:
     return Task(model, pipeline.tokenizer, *rows, steps=steps, batch=batch)
 
 
+def weight_gradients(model: nn.Module, layers: Mapping[str, nn.Linear], rows: Sequence[Row]) -> dict[str, Tensor]:
+    """G (out, in) of each layer's weight, of the mean loss on the rows, float32; the weights are left frozen."""
+    weights = {path: layer.weight.requires_grad_(True) for path, layer in layers.items()}
+    with torch.enable_grad():
+        for start in range(0, len(rows), 8):
+            model(**batch_of(rows[start : start + 8])).loss.backward()
+    found = {}
+    for path, weight in weights.items():
+        assert weight.grad is not None
+        found[path], weight.grad = weight.grad.float(), None
+        weight.requires_grad_(False)
+    return found
+
+
 def batch_of(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Problems of different lengths as one batch."""
     ids = [row["input_ids"] for row in rows]
@@ -119,8 +133,18 @@ def batch_of(rows: Sequence[Row]) -> dict[str, Tensor]:
     }
 
 
-def train(model: nn.Module, parameters: Iterable[Tensor], task: Task, *, rate: float, seed: int) -> bool:
+def train(
+    model: nn.Module,
+    parameters: Iterable[Tensor],
+    task: Task,
+    *,
+    rate: float,
+    seed: int,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> bool:
     """Train these parameters, in place; the seed decides the order of the problems alone.
+
+    `before_step` is told the number of each step before it is done.
 
     Returns:
         Whether the loss stayed a number.
@@ -131,6 +155,7 @@ def train(model: nn.Module, parameters: Iterable[Tensor], task: Task, *, rate: f
     order = np.random.default_rng(seed).permutation(len(task.train))
     model.eval()  # no dropout, as the gradients flow all the same
     for step in range(task.steps):
+        before_step(step)
         progress = max(0, step - warmup) / max(1, task.steps - warmup)
         share = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimiser.param_groups:

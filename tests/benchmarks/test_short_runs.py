@@ -16,7 +16,7 @@ from benchmarks.short_runs import Records, Task, best_rate, load_task, losses, m
 from torch import nn
 from torch.nn.functional import linear
 
-from benchmarks import candidates, forgetting, harness, short_runs
+from benchmarks import candidates, diagnostics, forgetting, harness, short_runs
 
 SMALL = {
     "model.dtype": "float32",
@@ -173,3 +173,39 @@ def test_a_screen_from_beginning_to_end(
     monkeypatch.setattr(module, "train", lambda *args, **more: pytest.fail("all of it is done"))
     assert module.main(arguments) == 0
     assert json.loads((tmp_path / f"{name}_embedded.json").read_text(encoding="utf-8")) == result
+
+
+def test_what_a_basis_holds_of_the_gradient_is_told(task: Task, looked: Looked):
+    first, second = (torch.linalg.qr(torch.randn(6, 6)).Q for _ in range(2))
+    matrix = nn.Parameter(torch.zeros(5, 2))
+    made = {"a": LowRank(nn.Linear(6, 5), 3 * first[:2], matrix), "b": LowRank(nn.Linear(6, 5), 3 * second[:2], matrix)}
+    left = torch.randn(5, 2)
+    gradients = {"a": left @ first[:2], "b": left @ second[:2] + 2 * torch.randn(5, 1) @ second[3:4]}
+    found = diagnostics.captured(gradients, made, [matrix])
+    inside = 2 * left.square().sum()
+    assert found["cap"] == pytest.approx(
+        float(inside / (inside + (gradients["b"] @ second[3]).square().sum())), rel=1e-4
+    )
+    assert found["coherence"] == pytest.approx(2, rel=1e-4), "both bring the same to what they share"
+    a, b = nn.Parameter(first[:1]), nn.Parameter(torch.zeros(5, 1))
+    assert "coherence" not in diagnostics.captured({"a": gradients["a"]}, {"a": LowRank(nn.Linear(6, 5), a, b)}, [a, b])
+    written = {"a": LowRank(nn.Linear(6, 5), (n := nn.Parameter(torch.zeros(2, 6))), torch.eye(5)[:, :2])}
+    share = left[:2].square().sum() / left.square().sum()
+    assert diagnostics.captured(gradients, written, [n])["cap"] == pytest.approx(float(share), rel=1e-4)
+
+
+def test_diagnostics_are_of_the_rows_that_were_screened(task: Task, looked: Looked, tmp_path: Path):
+    records = Records(tmp_path / "r.jsonl")
+    for label, loss in (("activation", 1.0), ("principal", 2.0), ("random", 3.0), ("LoRA r=1", 0.5)):
+        record = {"r": 1 if "LoRA" in label else 3, "rate": 1e-2, "test": {"0": [(loss, 1)]}}
+        records.get(f"tiny/{label}", lambda record=record: record)
+        found = records.get(
+            f"tiny/{label}/diagnostics", lambda la=label, re=record: diagnostics.watched(la, looked, re)
+        )
+        assert set(found) == {"first", "last"}, "two steps have no eleventh"
+        assert 0 < found["first"]["cap"] < 1
+        found["early"] = found["first"]
+    numbers, text = diagnostics.report("tiny", records, 6)
+    assert numbers["rows"]["activation"]["first"]["cap"] > numbers["rows"]["random"]["first"]["cap"]
+    assert "over 3 rows" in text
+    assert not any(parameter.requires_grad for parameter in task.model.parameters())
