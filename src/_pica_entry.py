@@ -4,11 +4,15 @@ They stand outside the package, because importing that registers the method, whi
 beforehand that it is starting, and `pica --help` answers at once; a plug-in that nobody switched on costs nothing.
 """
 
+import logging
 import os
 import signal
 import sys
 
 starting = False
+
+# What these say when they are imported, as they are wherever they are installed, is of parts that they do without.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 def main() -> int:
@@ -25,6 +29,12 @@ def main() -> int:
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left but to end
+
+
+def quiet_imports() -> None:
+    """Keep back what libraries say as they are loaded; to be called before they are."""
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def vllm_plugin() -> None:

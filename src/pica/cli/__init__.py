@@ -6,15 +6,17 @@ Exit status: 0 done; 2 something the user can put right; 130 interrupted; 1 a bu
 import contextlib
 import importlib
 import keyword
-import logging
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
 
+from _pica_entry import quiet_imports
 from pica._version import __version__
 from pica._versions import check_extra, check_hosts
 from pica.cli.show import say, show
@@ -52,9 +54,6 @@ _NEED_NO_EXTRA = ("cache", "env")
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-# What these say when they are imported, as they are wherever they are installed, is of parts that they do without.
-_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
-
 USAGE = """usage: pica COMMAND ...
        pica help COMMAND
 
@@ -68,8 +67,8 @@ options:
   --version    show the version
   --debug      show the full traceback of an error (so does PICA_DEBUG=1)
   --no-cache   solve every basis, and store none (so does PICA_CACHE_DIR=)
-  --device D   cpu, cuda, cuda:N, mps or xpu (so does PICA_DEVICE=D; default: the
-               accelerator if there is one)
+  --device D   cpu, cuda, cuda:N, mps or xpu (so does PICA_DEVICE=D; default:
+               the accelerator if there is one)
 """
 
 
@@ -78,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("PICA_DEBUG", "") not in ("", "0")
     arguments, settings = _settings(arguments)
-    for library in _TALKATIVE:
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet_imports()
     if any("\0" in argument for argument in arguments):
         say("error: An argument holds a NUL character, which is part of no name; remove it.")
         return 2
@@ -140,8 +138,11 @@ def _dispatch(arguments: list[str]) -> int:
         _, name, *topics = arguments
         arguments = [name, "--help", *topics]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        lines = (f"  {name:<{width}}   {summary}" for name, summary in COMMANDS.items())
+        columns, indent = shutil.get_terminal_size().columns, 5 + max(map(len, COMMANDS))
+        lines = (
+            textwrap.fill(summary, columns, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+            for name, summary in COMMANDS.items()
+        )
         show(USAGE.format(commands="\n".join(lines)), end="")
         return 0
     if arguments[0] == "--version":

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +20,7 @@ from pica.errors import OutputError
 from pica.experiments.compare.cells import Cell, make_cell
 from pica.experiments.compare.comparison import Comparison, load_comparison
 from pica.experiments.compare.grid import run_grid
+from pica.experiments.compare.processes import PRELOADED
 from pica.experiments.interrupts import Interrupted
 from pica.experiments.results.comparison import CellRecord, record_path
 from pica.experiments.results.documents import to_document, write_result
@@ -226,3 +229,9 @@ def test_two_comparisons_do_not_share_a_folder(comparison: Callable[..., Compari
     with claimed(tmp_path / "out"), pytest.raises(OutputError, match="Another pica"):
         run(comparison(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_server_that_cells_are_forked_from_loads_libraries_without_a_word():
+    code = f"import sys, {PRELOADED}\nassert 'torch' in sys.modules"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")

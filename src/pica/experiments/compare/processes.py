@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PRELOADED = "_pica_cells"
+"""Module that the server which cells are forked from loads, when it starts."""
+
 
 def context() -> Any:
     """How processes are made.
@@ -22,7 +25,7 @@ def context() -> Any:
     if gpu or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pica.experiments.train.run"])
+    context.set_forkserver_preload([PRELOADED])
     return context
 
 
