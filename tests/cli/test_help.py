@@ -1,8 +1,8 @@
 """Help is there for every command, and costs no torch."""
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,11 +72,12 @@ def test_a_module_run_by_name_that_imports_pica_has_the_method(tmp_path: Path):
     assert found.stdout == "ok\n", found.stderr
 
 
-def test_help_takes_less_than_half_a_second():
+def test_help_takes_less_than_half_a_second_of_a_processor():
     def seconds() -> float:
-        begun = time.perf_counter()
+        begun = os.times()
         assert enter("--help").returncode == 0
-        return time.perf_counter() - begun
+        ended = os.times()
+        return ended.children_user + ended.children_system - begun.children_user - begun.children_system
 
     assert min(seconds() for _ in range(3)) < 0.5
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from pica.cli import COMMANDS, main
+from pica.cli.options import fitted
 from pica.cli.recipe_help import FIRST
 from pica.errors import DataError
 from pica.experiments.compare.comparison import builtin_comparisons
@@ -40,9 +41,31 @@ def output(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def test_help_on_train_fits_two_screens(output: Run):
     lines = output("train", "--help").splitlines()
     assert len(lines) <= 96
-    assert max(map(len, lines)) <= 82
     assert all(f"--{name} " in "\n".join(lines) for name in FIRST)
     assert not set(FIRST) - set(recipe_fields())
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "--help-all"], *([name, "--help"] for name in COMMANDS)])
+def test_help_is_no_wider_than_the_terminal(output: Run, arguments: list[str]):
+    lines = output(*arguments).splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+
+
+def test_a_text_keeps_its_words_and_its_commands_in_any_width(monkeypatch: pytest.MonkeyPatch):
+    text = """A sentence that goes on for a while, and then
+another one.
+
+examples:
+  pica plan ./model --r 64        what it costs
+  pica plan ./model --target-parameters experts.gate_up_proj experts.down_proj --json
+"""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert fitted(text).splitlines()[3:] == text.splitlines()[4:]
+    for width in (70, 30):  # where an option and its values fit, and where they do not
+        monkeypatch.setenv("COLUMNS", str(width))
+        narrow = fitted(text)
+        assert narrow.replace("\\\n", "").split() == text.split()
+        assert max(map(len, narrow.splitlines())) <= max(width, 66)
 
 
 @pytest.mark.parametrize("section", section_names())

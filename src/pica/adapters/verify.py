@@ -51,10 +51,14 @@ class VerifyReport:
         """Whether every check that was made passed."""
         return all(check.passed is not False for check in self.checks)
 
+    def rows(self) -> dict[str, str]:
+        """What came of each check, by its name."""
+        marks = {True: "ok     ", False: "FAILED ", None: "skipped"}
+        return {check.name: f"{marks[check.passed]}  {check.detail}" for check in self.checks}
+
     def __str__(self) -> str:
         width = max(len(check.name) for check in self.checks)
-        marks = {True: "ok     ", False: "FAILED ", None: "skipped"}
-        return "\n".join(f"{c.name.ljust(width)}  {marks[c.passed]}  {c.detail}" for c in self.checks)
+        return "\n".join(f"{name.ljust(width)}  {text}" for name, text in self.rows().items())
 
 
 def verify(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pica.files.place import Place
 
-from pica.cli.options import add_screen, check_screen, whole
+from pica.cli.options import add_screen, check_screen, command_parser, whole
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -17,7 +17,7 @@ EPILOG = """examples:
   pica analyze ./base ./fine-tuned --suggest-rank 0.9   smallest ranks whose column space holds 90% of the update
   pica analyze ./base --suggest-rank 0.9                from the spectra of the base weights alone
   pica analyze embedded --only q_proj
-  pica analyze ./base --screen train.jsonl --calibration train.jsonl       cap: a screen of bases on a first gradient
+  pica analyze ./base --screen train.jsonl --calibration train.jsonl       a screen of bases on a first gradient
 
 Weights are read one at a time, never two models; --screen alone loads the base model. An interrupted analysis goes on
 when the command is given again.
@@ -26,12 +26,11 @@ when the command is given again.
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica analyze",
-        description="Hold the paper's claims against a pair of models: how far the update of each linear layer lies in the "
+    made = command_parser(
+        "analyze",
+        "Hold the paper's claims against a pair of models: how far the update of each linear layer lies in the "
         "column space of its base weight, and whether that space stayed where it was.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EPILOG,
     )
     made.add_argument(
         "base", metavar="BASE", help="base model: a folder with safetensors files, a hub name, or embedded"

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.options import add_trust, positive, whole
+from pica.cli.options import add_trust, command_parser, positive, whole
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -21,11 +21,10 @@ large models are read several times, within 2 GiB beside the model.
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica basis",
-        description="Make a basis for a base model: a folder that every adapter on it may share, and names in basis_from.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "basis",
+        "Make a basis for a base model: a folder that every adapter on it may share, and names in basis_from.",
+        EPILOG,
     )
     made.add_argument("model", metavar="MODEL", help="a model folder, a hub name, or embedded")
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")

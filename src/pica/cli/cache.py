@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pica.cli.options import command_parser
 from pica.cli.show import show
 
 if TYPE_CHECKING:
@@ -13,19 +14,18 @@ EPILOG = """The cache spares decompositions when a base model is loaded again, a
 empty it costs time, never results: a run has its own copy of a basis that was made from data. Only an adapter that was moved
 away from its run without that copy (basis/) would miss it.
 
-PICA_CACHE_DIR    its folder, set to nothing: off (default: pica in $XDG_CACHE_HOME, or ~/.cache/pica)
-PICA_CACHE_LIMIT  its bound in bytes; the entries not used for longest make room (default: 20 GiB)
-pica COMMAND --no-cache  neither reads nor writes it
+  PICA_CACHE_DIR    its folder, set to nothing: off (default: pica in $XDG_CACHE_HOME, or ~/.cache/pica)
+  PICA_CACHE_LIMIT  its bound in bytes; the entries not used for longest make room (default: 20 GiB)
+  pica COMMAND --no-cache  neither reads nor writes it
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica cache",
-        description="Show what the cache of solved bases, and of bases made from data, takes; or empty it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "cache",
+        "Show what the cache of solved bases, and of bases made from data, takes; or empty it.",
+        EPILOG,
     )
     made.add_argument("action", nargs="?", choices=("show", "clear"), default="show", help="default: show")
     return made

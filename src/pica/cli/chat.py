@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pica.cli.options import add_trust, whole
+from pica.cli.options import add_trust, command_parser, whole
 from pica.cli.show import show
 from pica.errors import ConfigError, OutputError, PicaError
 from pica.experiments.interrupts import heed
@@ -46,11 +46,10 @@ HELP = """/both            from now on, answers of the model alone and of the ad
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica chat",
-        description="Talk to a model, an adapter, or what a run learnt. Type /help for what can be changed meanwhile.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "chat",
+        "Talk to a model, an adapter, or what a run learnt. Type /help for what can be changed meanwhile.",
+        EPILOG,
     )
     made.add_argument(
         "places", nargs="+", metavar="ADAPTER|RUN|MODEL", help="what to talk to; several adapters of one model"

@@ -2,13 +2,12 @@
 
 import argparse
 import math
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pica.cli.options import Words, add_trust, split_words
+from pica.cli.options import Words, add_trust, command_parser, split_words
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
@@ -48,13 +47,11 @@ def parser(*, everything: bool = False) -> argparse.ArgumentParser:
     from pica.cli.recipe_help import add_fields
     from pica.experiments.compare.comparison import builtin_comparisons
 
-    builtin = textwrap.fill(", ".join(builtin_comparisons()), 78, break_on_hyphens=False)
-    made = argparse.ArgumentParser(
-        prog="pica compare",
+    made = command_parser(
+        "compare",
+        DESCRIPTION.format(builtin=", ".join(builtin_comparisons()), default=DEFAULT),
+        EPILOG,
         usage="pica compare [COMPARISON] [options] [--section.field VALUE ...]",
-        description=DESCRIPTION.format(builtin=builtin, default=DEFAULT),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("comparison", nargs="?", metavar="COMPARISON", help=argparse.SUPPRESS)
     made.add_argument("-o", "--output", metavar="DIR", help="folder for results (default: pica-compare-NAME)")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pica.cli import COMMANDS, command_module
+from pica.cli.options import command_parser
 from pica.cli.show import show
 
 EPILOG = """to use it:
@@ -16,11 +17,10 @@ EPILOG = """to use it:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica completion",
-        description="Print a script that lets a shell complete commands, options and recipe fields.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "completion",
+        "Print a script that lets a shell complete commands, options and recipe fields.",
+        EPILOG,
     )
     made.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
     return made

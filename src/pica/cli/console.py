@@ -14,14 +14,11 @@ from rich.segment import Segment
 from rich.text import Text
 
 from pica.cli import first_process
+from pica.cli.show import columns
 from pica.experiments.reporting import Advance
 from pica.text import visible
 
 _SHARE = 0.1  # without a terminal a line is written each time this much of the work is done
-
-
-WIDE = 160
-"""Columns of a table that goes to a file or a pipe, where nothing has to be cut off."""
 
 
 class VisibleConsole(Console):
@@ -35,8 +32,7 @@ class VisibleConsole(Console):
 
 def table_console() -> Console:
     """Console for tables on standard output."""
-    terminal = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
-    return VisibleConsole(highlight=False, soft_wrap=True, width=None if terminal else WIDE)
+    return VisibleConsole(highlight=False, soft_wrap=True, width=columns())
 
 
 def print_sentences(console: Console, text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pica.cli.options import whole
+from pica.cli.options import command_parser, whole
 from pica.cli.show import show
 from pica.errors import ConfigError
 
@@ -34,13 +34,12 @@ What is learnt is green on a terminal, and between « and » elsewhere.
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica data",
-        description="Show what a model would see of conversations, of preferences (chosen and rejected answers), or of "
+    made = command_parser(
+        "data",
+        "Show what a model would see of conversations, of preferences (chosen and rejected answers), or of "
         "problems whose right answers are rewarded: examples with the words that are learnt, lengths, what is cut or left "
         "out, duplicates, and what is in the test.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EPILOG,
     )
     made.add_argument(
         "source",

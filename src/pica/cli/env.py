@@ -4,12 +4,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from pica.cli.options import command_parser
 from pica.cli.show import show
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(prog="pica env", description="Print versions, devices and caches.")
+    made = command_parser("env", "Print versions, devices and caches.")
     made.add_argument("--json", action="store_true", help="print JSON")
     return made
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pica.cli.options import add_trust, positive
+from pica.cli.options import add_trust, command_parser, positive
 from pica.cli.show import show
 from pica.text import in_words
 
@@ -20,11 +20,10 @@ EPILOG = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica evaluate",
-        description="Answer problems (greedily, where text is generated) and print the task's metric and held-out loss.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "evaluate",
+        "Answer problems (greedily, where text is generated) and print the task's metric and held-out loss.",
+        EPILOG,
     )
     made.add_argument("model", metavar="MODEL", help="a model, an adapter folder, or the output folder of pica train")
     made.add_argument(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.options import add_trust, whole
+from pica.cli.options import add_trust, command_parser, whole
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -19,11 +19,10 @@ The result is reloaded with plain PEFT and compared before it appears.
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica export",
-        description="Write a PiCa adapter as a plain PEFT LoRA folder: exact, or the best of a smaller rank.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "export",
+        "Write a PiCa adapter as a plain PEFT LoRA folder: exact, or the best of a smaller rank.",
+        EPILOG,
     )
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pica.cli.chat import add_speaking, load_named
-from pica.cli.options import positive
+from pica.cli.options import command_parser, positive
 from pica.cli.show import show
 from pica.errors import ConfigError
 
@@ -21,11 +21,10 @@ stopped when it is given again.
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica generate",
-        description="Answer prompts with a model, an adapter, or what a run learnt; the likeliest words.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "generate",
+        "Answer prompts with a model, an adapter, or what a run learnt; the likeliest words.",
+        EPILOG,
     )
     made.add_argument(
         "places", nargs="+", metavar="ADAPTER|RUN|MODEL", help="what to ask; several adapters of one model"

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.options import add_trust
+from pica.cli.options import add_trust, command_parser
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -18,11 +18,10 @@ on the kind of device that trained it, and evaluate the result. Its tensors' fil
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica import",
-        description="Read pica_adapter.bin and pica_config.json, rebuild the basis, and write a PEFT adapter folder.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "import",
+        "Read pica_adapter.bin and pica_config.json, rebuild the basis, and write a PEFT adapter folder.",
+        EPILOG,
     )
     made.add_argument("folder", metavar="DIR", type=Path, help="folder with pica_adapter.bin and pica_config.json")
     made.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="folder to write")

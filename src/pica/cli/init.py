@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from pica.cli.options import command_parser
 from pica.cli.show import say, show
 from pica.errors import ConfigError
 from pica.files.output import check_file, write_text
@@ -21,11 +22,10 @@ _DATA = "Which data? A file, a folder or hub:OWNER/NAME"
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica init",
-        description="Write a commented recipe. What is not given here is asked for.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "init",
+        "Write a commented recipe. What is not given here is asked for.",
+        EPILOG,
     )
     made.add_argument("--model", metavar="MODEL", help="the folder of a model, or its name on the hub")
     made.add_argument("--data", metavar="DATA", help="a file, a folder or hub:OWNER/NAME to learn from")

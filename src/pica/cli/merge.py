@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.options import add_trust
+from pica.cli.options import add_trust, command_parser
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -17,11 +17,10 @@ The result needs neither pica nor peft. The sum is formed in float32 and rounded
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica merge",
-        description="Add an adapter to its base model and write a plain model folder.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "merge",
+        "Add an adapter to its base model and write a plain model folder.",
+        EPILOG,
     )
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty folder to write")

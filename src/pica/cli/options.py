@@ -1,11 +1,98 @@
 """Options that several commands have."""
 
 import argparse
-from collections.abc import Callable, Collection, Sequence
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
+
+
+def command_parser(
+    name: str, description: str, epilog: str = "", *, usage: str | None = None, options_at: int = 24
+) -> argparse.ArgumentParser:
+    """Make a command's parser, whose help is no wider than the terminal.
+
+    Args:
+        name: Of the command, without pica.
+        description: Text before the options; see `fitted`.
+        epilog: Text after them, likewise.
+        usage: Where argparse's own would not do.
+        options_at: Column at which the help of an option begins at the latest.
+    Returns:
+        The parser, without options yet.
+    """
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=options_at)
+
+    return argparse.ArgumentParser(
+        prog=f"pica {name}",
+        usage=usage,
+        description=fitted(description),
+        epilog=fitted(epilog),
+        formatter_class=formatter,
+    )
+
+
+def fitted(text: str) -> str:
+    """Lay out a text for the width of the terminal.
+
+    Lines that are not indented are sentences, broken anywhere. An indented line is an example, or a row of a table: what
+    follows two spaces or more is a note, which goes below where one of its paragraph has no room; a command is broken so
+    that a shell takes it still.
+
+    Args:
+        text: Paragraphs, with an empty line between two.
+    Returns:
+        The same words in lines that fit.
+    """
+    width = shutil.get_terminal_size().columns
+    return "\n\n".join("\n".join(_lines(paragraph, width)) for paragraph in text.strip("\n").split("\n\n"))
+
+
+_ROW = re.compile(r"(?P<indent> +)(?P<head>\S.*?)(?P<gap>  +)(?P<note>\S.*)")
+
+
+def _lines(paragraph: str, width: int) -> Iterator[str]:
+    below = any(len(line) > width for line in paragraph.splitlines() if line.startswith(" "))
+    sentences: list[str] = []
+    for line in paragraph.splitlines():
+        if not line.startswith(" "):
+            sentences.append(line)
+            continue
+        yield from _filled(sentences, width)
+        row = _ROW.fullmatch(line)
+        if not below:
+            yield line
+        elif row is None:
+            yield from _continued(line, width)
+        else:
+            yield from _continued(row["indent"] + row["head"], width)
+            yield from textwrap.wrap(row["note"], width, initial_indent="      ", subsequent_indent="      ")
+    yield from _filled(sentences, width)
+
+
+def _filled(sentences: list[str], width: int) -> list[str]:
+    """The lines gathered so far as sentences, which are taken out of the list."""
+    lines = textwrap.wrap(" ".join(sentences), width, break_long_words=False, break_on_hyphens=False)
+    sentences.clear()
+    return lines
+
+
+def _continued(command: str, width: int) -> Iterator[str]:
+    """A command, broken before an option where it is too long, as a shell takes it."""
+    begins = 8  # beyond the indent
+    while len(command) > width:
+        cut = max(command.rfind(" -", begins, width - 1), 0) or command.find(" -", begins)
+        if cut < 0:
+            break
+        yield f"{command[:cut]} \\"
+        command = "      " + command[cut + 1 :]
+    yield command
 
 
 class Words(NamedTuple):

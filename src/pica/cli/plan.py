@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pica.cli.options import add_screen, add_trust, check_screen, whole
+from pica.cli.options import add_screen, add_trust, check_screen, command_parser, whole
 from pica.cli.show import show
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ EPILOG = """examples:
   pica plan Qwen/Qwen3-8B --target-modules q_proj v_proj --json
   pica plan ./Llama-3.1-70B --quantization nf4 --checkpointing
   pica plan ./Mixtral-8x7B --target-parameters experts.gate_up_proj experts.down_proj
-  pica plan ./SmolLM2-135M --screen train.jsonl --calibration train.jsonl     cap: a screen of bases; loads the model
+  pica plan ./SmolLM2-135M --screen train.jsonl --calibration train.jsonl     a screen of bases; loads the model
 
 Without --screen nothing is loaded or allocated. Memory is that of one optimizer step after the first, with AdamW;
 libraries, the data and what an allocator wastes come on top. docs/plan.md says how each number is found.
@@ -33,12 +33,11 @@ _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica plan",
-        description="What an adapter would cost on a model, from the model's configuration alone: trained parameters, "
+    made = command_parser(
+        "plan",
+        "What an adapter would cost on a model, from the model's configuration alone: trained parameters, "
         "bytes of adapter, basis and cache, time to solve the basis here, and memory of training beside LoRA.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EPILOG,
     )
     made.add_argument("model", metavar="MODEL", help="a folder with config.json, a hub name, or embedded")
     rank = made.add_mutually_exclusive_group()

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import command_parser
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -17,11 +18,10 @@ Of a run's folder its adapter is pushed. A new repository is private unless --pu
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica push",
-        description="Put an adapter and its card on the Hugging Face hub.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "push",
+        "Put an adapter and its card on the Hugging Face hub.",
+        EPILOG,
     )
     made.add_argument("folder", metavar="DIR", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument("name", metavar="OWNER/NAME", help="the repository on the hub")

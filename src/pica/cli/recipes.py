@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from pica.cli.show import show
+from pica.cli.options import command_parser
+from pica.cli.show import show, show_rows
 from pica.errors import ConfigError
 
 EPILOG = """examples:
@@ -16,11 +17,10 @@ EPILOG = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica recipes",
-        description="List the recipes and comparisons inside the package, or show one.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "recipes",
+        "List the recipes and comparisons inside the package, or show one.",
+        EPILOG,
     )
     made.add_argument("name", nargs="?", metavar="NAME", help="the recipe or comparison to show")
     return made
@@ -57,9 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _list(title: str, described: Mapping[str, str]) -> None:
     show(f"{title}:")
-    width = max(map(len, described))
-    for name, text in described.items():
-        show(f"  {name:<{width}}  {text}")
+    show_rows(described, indent=2)
 
 
 def _described(recipe: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pica.cli.options import command_parser
 from pica.cli.show import show
 
 EPILOG = """examples:
@@ -16,13 +17,12 @@ EPILOG = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    made = argparse.ArgumentParser(
-        prog="pica report",
-        description="Write one page from the folder of a finished run: the numbers before and after, the loss, the answers "
+    made = command_parser(
+        "report",
+        "Write one page from the folder of a finished run: the numbers before and after, the loss, the answers "
         "side by side, the recipe. Or write the page, results.csv and results.json of a comparison anew from the records of "
         "its cells; also of one that is unfinished.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EPILOG,
     )
     made.add_argument("folder", type=Path, nargs="+", help="output folder of pica train or pica compare")
     made.add_argument(

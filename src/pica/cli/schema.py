@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from pica.cli.options import command_parser
 from pica.cli.show import show
 
 EPILOG = """Editors with a YAML language server take it from the first line of the file:
@@ -13,11 +14,10 @@ EPILOG = """Editors with a YAML language server take it from the first line of t
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica schema",
-        description="Print the JSON schema of a recipe or of a comparison.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = command_parser(
+        "schema",
+        "Print the JSON schema of a recipe or of a comparison.",
+        EPILOG,
     )
     made.add_argument("kind", choices=("recipe", "comparison"), help="what the schema is of")
     return made

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pica.cli.data import SEEN
-from pica.cli.options import Words, add_trust, split_words
+from pica.cli.options import Words, add_trust, command_parser, fitted, split_words
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
@@ -40,7 +40,7 @@ One section: pica help train SECTION, which is one of
 examples:
   pica train
   pica train --model.path SmolLM2-135M-Instruct --data.train chats.jsonl -o out
-  pica train my-recipe.yaml --adapter.r 64 --trainer.learning_rates '[3e-4, 1e-3]'
+  pica train mine.yaml --adapter.r 64 --trainer.learning_rates '[3e-4, 1e-3]'
   pica train --resume out
 
 The output folder gets adapter/ (for PEFT), recipe.resolved.yaml, metrics.json,
@@ -208,7 +208,7 @@ def help_text(topics: Sequence[str] = (), *, everything: bool = False) -> str:
     check_topics(topics)
     made = parser(topics, everything=everything)
     shown = "" if topics or everything else "These are the fields that matter first. "
-    made.epilog = EPILOG.format(shown=shown, sections=", ".join(section_names()))
+    made.epilog = fitted(EPILOG.format(shown=shown, sections=", ".join(section_names())))
     return made.format_help()
 
 
@@ -216,11 +216,7 @@ def parser(topics: Sequence[str] = (), *, everything: bool = False) -> argparse.
     """The options as argparse knows them, for help and completion; `split_arguments` reads them."""
     from pica.cli.recipe_help import add_fields
 
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
-
-    made = argparse.ArgumentParser(prog="pica train", usage=USAGE, formatter_class=formatter)
-    made.description = DESCRIPTION.format(default=DEFAULT)
+    made = command_parser("train", DESCRIPTION.format(default=DEFAULT), usage=USAGE, options_at=30)
     made.add_argument("recipe", nargs="?", metavar="RECIPE", help=argparse.SUPPRESS)
     made.add_argument("-o", "--output", metavar="DIR", help="folder for results (default: pica-NAME)")
     made.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pica.cli.options import add_trust
-from pica.cli.show import show
+from pica.cli.options import add_trust, command_parser
+from pica.cli.show import show_rows
 
 EPILOG = """examples:
   pica verify pica-arithmetic-tiny
@@ -17,12 +17,11 @@ Exit status: 0 if every check that was made passed, 1 if one failed.
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="pica verify",
-        description="Check an adapter folder: readable, finite, complete; with its base model also: right shapes, "
+    made = command_parser(
+        "verify",
+        "Check an adapter folder: readable, finite, complete; with its base model also: right shapes, "
         "trained on this base, has an effect.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EPILOG,
     )
     made.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter folder, or the output of pica train")
     made.add_argument(
@@ -53,5 +52,5 @@ def run(arguments: Sequence[str]) -> int:
         base = locate(base_of(adapter, given.base))
     with shown.console.status("Checking"):
         report = verify(adapter, base, trust_remote_code=given.trust_remote_code)
-    show(report)
+    show_rows(report.rows())
     return 0 if report.ok else 1

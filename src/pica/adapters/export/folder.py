@@ -83,18 +83,21 @@ def _write_gguf(contents: LoraFolder, folder: Path) -> None:
 
 
 def error_table(rows: Sequence[GroupRow]) -> str:
-    """The known error of each group, as lines of text."""
-    header = ("group", "layers", "rank", "kept", "update norm", "error", "relative")
-    body = [
-        (r.group, str(r.layers), str(r.rank), str(r.kept), f"{r.norm:.4g}", f"{r.error:.4g}", f"{r.relative:.2%}")
-        for r in rows
-    ]
+    """The known error of each group, as lines of text; of an exact export there is none to show."""
+    header = ("group", "layers", "rank", "norm", "error", "relative")
+    body = [(r.group, str(r.layers), _ranks(r), f"{r.norm:.4g}", f"{r.error:.4g}", f"{r.relative:.2%}") for r in rows]
+    if not any(r.error for r in rows):
+        header, body = header[:4], [line[:4] for line in body]
     widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
     lines = []
     for line in (header, tuple("-" * w for w in widths), *body):
         cells = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _ranks(row: GroupRow) -> str:
+    return f"{row.kept} of {row.rank}" if row.kept < row.rank else str(row.rank)
 
 
 def _article(method: str) -> str:

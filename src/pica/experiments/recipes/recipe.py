@@ -97,7 +97,7 @@ class TaskSection:
 
 @dataclass
 class DreamBoothSection:
-    """Task dreambooth: the words for the subject, pictures of its class, and what is drawn to look at."""
+    """Task dreambooth: words for the subject, pictures of its class, what is drawn."""
 
     instance_prompt: str | None = None
     """What the pictures of data.train show, with a rare word for the subject, for instance "a photo of sks dog"."""
@@ -143,7 +143,10 @@ class PreferenceSection:
 
 @dataclass
 class RewardSection:
-    """Task reward: group relative policy optimisation (GRPO), the reward being 1 for a right answer and 0 for another."""
+    """Task reward: group relative policy optimisation (GRPO).
+
+    The reward is 1 for a right answer and 0 for another.
+    """
 
     num_generations: int = 8
     """Answers to each problem, which are held against each other."""
@@ -264,7 +267,7 @@ class TrainerSection:
 
 @dataclass
 class BaselineSection:
-    """An optional second method, trained on the same data for the same number of steps."""
+    """An optional second method, trained on the same data for as many steps."""
 
     method: str | None = None
     """Method to compare with, for instance lora; none if unset. Takes the adapter section's target_modules."""
