@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pica import PicaConfig, save_adapter, save_whole
 from pica.errors import AdapterFileError, ConfigError, OutputError
 from pica.files import folders
+from pica.tuners.base.bank import MatrixBank
 
 KILLED = 9
 
@@ -322,3 +323,17 @@ def test_a_model_that_saves_whole_is_copied_and_pickled_like_others(tmp_path: Pa
     found[2]["README.md"] = found[0]["README.md"]  # a pickled copy saves as PEFT does, its card included
     assert found[0] == found[2]
     assert copied.save_pretrained.__self__ is copied  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_a_model_that_was_pickled_when_the_bank_had_another_name_loads():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 8)), PicaConfig(r=2, target_modules=["0"], init_weights=False))  # pyright: ignore[reportArgumentType]
+    now = MatrixBank.__qualname__
+    try:
+        MatrixBank.__qualname__ = "PicaBank"
+        pickled = pickle.dumps(model)
+    finally:
+        MatrixBank.__qualname__ = now
+    assert b"PicaBank" in pickled
+    assert b"MatrixBank" not in pickled
+    x = torch.ones(1, 6)
+    assert torch.equal(pickle.loads(pickled)(x), model(x))

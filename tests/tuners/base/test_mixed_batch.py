@@ -15,7 +15,7 @@ from torch import nn
 from pica import PicaConfig
 from pica.tuners.base import matrix_stack
 from pica.tuners.base import mixed_batch as mixed
-from pica.tuners.base.bank import PicaBank, get_bank
+from pica.tuners.base.bank import MatrixBank, get_bank
 from pica.tuners.pica.layer import PicaLinear
 
 TARGETS = ["tall", "wide"]
@@ -131,7 +131,7 @@ def test_the_output_of_a_base_layer_that_a_hook_kept_is_not_overwritten(model: P
     assert torch.equal(*kept[0])
 
 
-def grown() -> tuple[PeftModel, PicaBank]:
+def grown() -> tuple[PeftModel, MatrixBank]:
     """Five layers of one group, with adapters a0 to a5, none of which is being trained."""
     torch.manual_seed(3)
     base = nn.Sequential(*(nn.Linear(6, 6, dtype=torch.float64) for _ in range(5)))
@@ -185,49 +185,49 @@ def test_matrices_are_stacked_once_for_all_layers_of_a_group_and_all_calls(monke
     assert bank.stacks.nbytes == 2 * 3 * 6 * 8  # adapters, rank, width, float64
 
 
-def changes() -> dict[str, Callable[[PeftModel, PicaBank], None]]:
-    def matrix(bank: PicaBank, name: str = "a1") -> nn.Parameter:
+def changes() -> dict[str, Callable[[PeftModel, MatrixBank], None]]:
+    def matrix(bank: MatrixBank, name: str = "a1") -> nn.Parameter:
         (found,) = bank.matrices(name).values()
         return found
 
-    def in_place(_model: PeftModel, bank: PicaBank) -> None:
+    def in_place(_model: PeftModel, bank: MatrixBank) -> None:
         with torch.no_grad():
             matrix(bank).mul_(-2.0)
 
-    def by_slice(_model: PeftModel, bank: PicaBank) -> None:
+    def by_slice(_model: PeftModel, bank: MatrixBank) -> None:
         matrix(bank).detach()[2:4] = 7.0
 
-    def new_memory(_model: PeftModel, bank: PicaBank) -> None:
+    def new_memory(_model: PeftModel, bank: MatrixBank) -> None:
         matrix(bank).data = -matrix(bank).data
 
-    def memory_there_and_back(_model: PeftModel, bank: PicaBank) -> None:
+    def memory_there_and_back(_model: PeftModel, bank: MatrixBank) -> None:
         before = matrix(bank).data.clone()
         matrix(bank).data = before.clone() * 3.0
         matrix(bank).data = before * 5.0
 
-    def new_parameter(_model: PeftModel, bank: PicaBank) -> None:
+    def new_parameter(_model: PeftModel, bank: MatrixBank) -> None:
         (group,) = bank.matrices("a1")
         bank.matrices("a1")[group] = nn.Parameter(-matrix(bank).detach(), requires_grad=False)
 
-    def state_dict(model: PeftModel, _bank: PicaBank) -> None:
+    def state_dict(model: PeftModel, _bank: MatrixBank) -> None:
         state = {k: -v if ".a1." in k and v.is_floating_point() else v for k, v in model.state_dict().items()}
         model.load_state_dict(state)
 
-    def training_step(model: PeftModel, bank: PicaBank) -> None:
+    def training_step(model: PeftModel, bank: MatrixBank) -> None:
         model.set_adapter("a1")
         optimizer = torch.optim.SGD([matrix(bank)], lr=1.0)
         model.train()(X).square().sum().backward()
         optimizer.step()
         model.eval().requires_grad_(False)
 
-    def training_without_versions(model: PeftModel, bank: PicaBank) -> None:
+    def training_without_versions(model: PeftModel, bank: MatrixBank) -> None:
         """As kernels do that are given an address."""
         model.set_adapter("a1")
         model.train()(X).square().sum().backward()
         matrix(bank).data.mul_(-3.0)
         model.eval().requires_grad_(False)
 
-    def trainable_without_versions(model: PeftModel, bank: PicaBank) -> None:
+    def trainable_without_versions(model: PeftModel, bank: MatrixBank) -> None:
         matrix(bank).requires_grad_(True)
         check_only(model)
         matrix(bank).data.mul_(-3.0)
@@ -238,43 +238,43 @@ def changes() -> dict[str, Callable[[PeftModel, PicaBank], None]]:
         with torch.no_grad():
             model(X[:2], adapter_names=["a0", "a1"])
 
-    def deleted_and_made_anew(model: PeftModel, _bank: PicaBank) -> None:
+    def deleted_and_made_anew(model: PeftModel, _bank: MatrixBank) -> None:
         model.delete_adapter("a1")
         model.add_adapter("a1", PicaConfig(r=2, target_modules="all-linear", init_weights=False))
         model.requires_grad_(False)
 
-    def larger_rank(model: PeftModel, _bank: PicaBank) -> None:
+    def larger_rank(model: PeftModel, _bank: MatrixBank) -> None:
         model.delete_adapter("a1")
         model.add_adapter("a1", PicaConfig(r=5, target_modules="all-linear", init_weights=False))
         model.requires_grad_(False)
 
-    def renamed(_model: PeftModel, bank: PicaBank) -> None:
+    def renamed(_model: PeftModel, bank: MatrixBank) -> None:
         (one,), (other,) = bank.matrices("a1").values(), bank.matrices("a2").values()
         one.data, other.data = other.data, one.data
 
-    def merged_and_back(model: PeftModel, _bank: PicaBank) -> None:
+    def merged_and_back(model: PeftModel, _bank: MatrixBank) -> None:
         model.merge_adapter(["a1"])
         with pytest.raises(ValueError, match="merged"):
             model(X[:2], adapter_names=["a0", "a1"])
         model.unmerge_adapter()
 
-    def disabled_for_a_while(model: PeftModel, _bank: PicaBank) -> None:
+    def disabled_for_a_while(model: PeftModel, _bank: MatrixBank) -> None:
         with model.disable_adapter():
             assert torch.equal(model(X), model.get_base_model()(X))
 
-    def cast(model: PeftModel, _bank: PicaBank) -> None:
+    def cast(model: PeftModel, _bank: MatrixBank) -> None:
         model.to(torch.float32)
 
-    def cast_and_back(model: PeftModel, _bank: PicaBank) -> None:
+    def cast_and_back(model: PeftModel, _bank: MatrixBank) -> None:
         model.to(torch.float32).to(torch.float64)
 
-    def copied(model: PeftModel, bank: PicaBank) -> None:
+    def copied(model: PeftModel, bank: MatrixBank) -> None:
         twin = copy.deepcopy(model)
         assert not cast_bank(twin).stacks
         matrix(bank).data = -matrix(bank).data
         check(twin, ["a0", "a1"])
 
-    def cast_bank(model: PeftModel) -> PicaBank:
+    def cast_bank(model: PeftModel) -> MatrixBank:
         found = get_bank(model.get_base_model())
         assert found is not None
         return found

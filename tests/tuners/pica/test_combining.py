@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pica import PicaConfig
 from pica.errors import ConfigError
-from pica.tuners.base.bank import PicaBank, get_bank
+from pica.tuners.base.bank import MatrixBank, get_bank
 from pica.tuners.pica.layer import PicaLinear
 from tests.shared import IDS
 
@@ -27,7 +27,7 @@ def two(tiny_llama: Any, first: PicaConfig, second: PicaConfig) -> PeftModel:
     return model
 
 
-def bank_of(model: PeftModel) -> PicaBank:
+def bank_of(model: PeftModel) -> MatrixBank:
     bank = get_bank(model.get_base_model())
     assert bank is not None
     return bank

@@ -13,7 +13,7 @@ from torch import nn
 from pica.basis.cache import SMALLEST_ELEMENTS
 from pica.basis.fingerprint import choose_mode, encoded_size
 from pica.experiments.results.plan import GroupRow
-from pica.tuners.base.bank import BANK_NAME, SharedMatrices, get_bank
+from pica.tuners.base.bank import PICA_BANK, SharedMatrices, get_bank
 from pica.tuners.pica.layer import PicaLinear
 
 ADAPTER = "default"
@@ -66,7 +66,7 @@ def file_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Sequence[int], dtyp
     for key, kind, shape, size in entries:
         name = {torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8"}[kind]
         offsets = [end, end := end + size]
-        header[f"base_model.model.{BANK_NAME}.{key}"] = {"dtype": name, "shape": shape, "data_offsets": offsets}
+        header[f"base_model.model.{PICA_BANK}.{key}"] = {"dtype": name, "shape": shape, "data_offsets": offsets}
     text = len(json.dumps(header, separators=(",", ":")))
     return 8 + -(-text // 8) * 8 + end
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pica.basis import process_count
 from pica.errors import AdapterFileError
-from pica.tuners.base.bank import Arrival, PicaBank, SharedMatrices
+from pica.tuners.base.bank import Arrival, MatrixBank, SharedMatrices
 from pica.tuners.base.sharding import from_first_process, is_dtensor, loads_in_one_process
 from pica.tuners.base.state_dict import check_matrices, no_fingerprint, take_out
 from pica.tuners.base.verification import (
@@ -26,7 +26,7 @@ from pica.tuners.base.verification import (
 )
 
 
-def note_provenance(bank: PicaBank, name: str, expected: Arrival | None) -> None:
+def note_provenance(bank: MatrixBank, name: str, expected: Arrival | None) -> None:
     """Of an adapter that has just been added: take the fingerprint of its bases, or expect one from a file.
 
     Args:
@@ -51,7 +51,7 @@ def note_provenance(bank: PicaBank, name: str, expected: Arrival | None) -> None
     bank.refresh_unverified()
 
 
-def verify_arrived(bank: PicaBank) -> None:
+def verify_arrived(bank: MatrixBank) -> None:
     """Hold each unverified adapter of a bank against its fingerprint; what fails is taken out of the model.
 
     Raises:
@@ -74,7 +74,7 @@ def verify_arrived(bank: PicaBank) -> None:
     bank.refresh_unverified()
 
 
-def _verify(bank: PicaBank, slot: SharedMatrices, name: str) -> None:
+def _verify(bank: MatrixBank, slot: SharedMatrices, name: str) -> None:
     if any(matrix.is_meta for matrix in slot.values()):
         return  # still to be written
     written = slot.written()
@@ -96,7 +96,7 @@ def _verify(bank: PicaBank, slot: SharedMatrices, name: str) -> None:
     align_or_refuse(bank, slot, name, cast(Tensor, slot.fingerprint), arrival.base_name)
 
 
-def _twin(bank: PicaBank, slot: SharedMatrices, name: str) -> SharedMatrices | None:
+def _twin(bank: MatrixBank, slot: SharedMatrices, name: str) -> SharedMatrices | None:
     """A verified adapter on the same bases with the same matrices: what was copied from it means what it means."""
     # TRL makes the reference of a preference training in this way, matrix by matrix.
     for _, other in siblings(bank, slot, name):

@@ -21,9 +21,10 @@ from pica.tuners.base.matrix_stack import MatrixStacks
 from pica.tuners.base.mixed_batch import MixedBatch
 from pica.tuners.base.protocols import AdaptedLayer, Tuner
 
-BANK_NAME = "pica_M"
+# keys of saved adapters
+PICA_BANK = "pica_M"
 SVFT_BANK = "svft_T"
-BANK_NAMES = frozenset({BANK_NAME, SVFT_BANK})
+BANK_NAMES = frozenset({PICA_BANK, SVFT_BANK})
 """Names under which a base model's root holds banks, one for each method."""
 
 EXPERT_ADAPTERS = "expert_adapters"
@@ -221,7 +222,7 @@ class SharedMatrices(nn.ParameterDict):
         return found is not None and not found.is_meta and bool(found[:8].any())
 
 
-class PicaBank(nn.ModuleDict):
+class MatrixBank(nn.ModuleDict):
     """{adapter name: SharedMatrices}.
 
     Attributes:
@@ -236,7 +237,7 @@ class PicaBank(nn.ModuleDict):
         super().__init__()
         self.unverified = False
         self.tuner: tuple[Tuner, ...] = ()
-        self.verifier: Callable[[PicaBank], None] | None = None
+        self.verifier: Callable[[MatrixBank], None] | None = None
         self.batch: MixedBatch | None = None
         self.layouts, self.stacks = Layouts(), MatrixStacks()
         self._activated: tuple[tuple[str, ...], bool, set[str]] | None = None
@@ -300,8 +301,12 @@ class PicaBank(nn.ModuleDict):
             self._activated = None
 
 
+PicaBank = MatrixBank
+"""Its name in models that were pickled whole when only PiCa had a bank."""
+
+
 @torch.compiler.disable
-def verify_loaded(bank: PicaBank) -> None:
+def verify_loaded(bank: MatrixBank) -> None:
     """Hold adapters that a loader wrote straight into the bank against their fingerprints, once.
 
     Raises:
@@ -321,37 +326,37 @@ def _unwrapped(root: nn.Module) -> nn.Module:
     return root if compiled is None else compiled
 
 
-def get_bank(root: nn.Module, name: str = BANK_NAME) -> PicaBank | None:
+def get_bank(root: nn.Module, name: str = PICA_BANK) -> MatrixBank | None:
     """A method's bank of a base model, or None where no adapter of that method was ever added."""
     # A PeftModel put into another tuner has it deeper inside: its layers refer to that one already.
     bank = _unwrapped(root)._modules.get(name)
-    if isinstance(bank, PicaBank):
+    if isinstance(bank, MatrixBank):
         return bank
     return next((inner for path, inner in find_banks(root) if path.rpartition(".")[2] == name), None)
 
 
-def ensure_bank(root: nn.Module, name: str, verifier: Callable[[PicaBank], None]) -> PicaBank:
+def ensure_bank(root: nn.Module, name: str, verifier: Callable[[MatrixBank], None]) -> MatrixBank:
     """The bank of a base model, made if need be, with this verifier."""
     bank = get_bank(root, name)
     if bank is None:
-        bank = PicaBank()
+        bank = MatrixBank()
         # `add_module` refuses a name that a forwarded attribute of an inner model has (a PeftModel within a PeftModel).
         _unwrapped(root)._modules[name] = bank
     bank.verifier = verifier
     return bank
 
 
-def drop_bank(root: nn.Module, name: str = BANK_NAME) -> None:
+def drop_bank(root: nn.Module, name: str = PICA_BANK) -> None:
     """Remove the bank of a base model, if there is one."""
     for module in list(root.modules()):
-        if isinstance(module._modules.get(name), PicaBank):
+        if isinstance(module._modules.get(name), MatrixBank):
             del module._modules[name]
 
 
-def find_banks(model: nn.Module) -> list[tuple[str, PicaBank]]:
+def find_banks(model: nn.Module) -> list[tuple[str, MatrixBank]]:
     """(name in the state dict, bank) for each bank in `model`, whatever wraps it."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, PicaBank):
+        if isinstance(module, MatrixBank):
             found.append((".".join(p for p in name.split(".") if p not in HIDDEN_WRAPPERS), module))
     return found

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from pica.tuners.base.bank import PicaBank, verify_loaded
+from pica.tuners.base.bank import MatrixBank, verify_loaded
 from pica.tuners.base.basis_store import BasisStore
 from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.base.layouts import Observed
@@ -42,7 +42,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
     mixes: ClassVar[bool] = True  # whether the samples of a batch can have an adapter each
     other_param_names = ("group_of",)  # PEFT looks for adapters' names in it
 
-    def __init__(self, base_layer: nn.Module, bank: PicaBank, path: str, root: nn.Module | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, bank: MatrixBank, path: str, root: nn.Module | None = None) -> None:
         """Wrap a base layer of the base model `root`, which is asked about quantisation only and not kept."""
         super().__init__()
         self.base_layer = base_layer
@@ -131,7 +131,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
     # ---- adapters ----------------------------------------------------------------------------------------------
 
     @property
-    def bank(self) -> PicaBank:
+    def bank(self) -> MatrixBank:
         return self._bank[0]
 
     def matrix(self, adapter_name: str) -> Tensor:

@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from pica.errors import ConfigError
-from pica.tuners.base.bank import PicaBank
+from pica.tuners.base.bank import MatrixBank
 from pica.tuners.base.protocols import AdaptedLayer
 
 
@@ -31,7 +31,7 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         model: Base model, perhaps with adapters.
         adapter_name: The adapter that the block adds. Where one of that name is there already, nothing is taken back.
     """
-    banks = [m for m in model.modules() if isinstance(m, PicaBank)]
+    banks = [m for m in model.modules() if isinstance(m, MatrixBank)]
     if any(adapter_name in bank for bank in banks):
         yield
         return
@@ -61,7 +61,7 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         raise
 
 
-def replace_earlier(layers: Sequence[AdaptedLayer], bank: PicaBank | None, adapter_name: str) -> None:
+def replace_earlier(layers: Sequence[AdaptedLayer], bank: MatrixBank | None, adapter_name: str) -> None:
     """Take out what a model has of this name, which another tuner put on it, as PEFT's own methods begin anew there.
 
     `get_peft_model` a second time, as when a notebook's cell is run again, would else put the new one's layers and ranks

@@ -17,7 +17,7 @@ from pica.errors import AdapterFileError
 from pica.tuners.base.bank import (
     BANK_NAMES,
     Arrival,
-    PicaBank,
+    MatrixBank,
     SharedMatrices,
     find_banks,
     get_bank,
@@ -38,7 +38,7 @@ from pica.tuners.base.verification import (
 FINGERPRINT = "fingerprint"
 
 
-def slots_of(model: nn.Module, adapter_name: str) -> list[tuple[str, PicaBank, SharedMatrices]]:
+def slots_of(model: nn.Module, adapter_name: str) -> list[tuple[str, MatrixBank, SharedMatrices]]:
     return [(name, bank, bank.matrices(adapter_name)) for name, bank in find_banks(model) if adapter_name in bank]
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from pica.errors import ConfigError, TargetError
-from pica.tuners.base.bank import PicaBank, plain_name
+from pica.tuners.base.bank import MatrixBank, plain_name
 from pica.tuners.base.default_targets import REWRITTEN, UNCALLED
 from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.matching import matches
@@ -149,11 +149,11 @@ def check_task_type(config: PeftConfig, model: nn.Module) -> None:
 
 def _base_paths(model: nn.Module) -> list[str]:
     """Paths of the base model's modules, without what adapters put inside their layers."""
-    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, PicaBank)))
+    inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, MatrixBank)))
     return [
         n
         for n, m in model.named_modules()
-        if n and not isinstance(m, PicaBank) and not (inside and n.startswith(inside))
+        if n and not isinstance(m, MatrixBank) and not (inside and n.startswith(inside))
     ]
 
 

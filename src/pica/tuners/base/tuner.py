@@ -22,7 +22,7 @@ from pica.tuners.base.bank import (
     BANK_NAMES,
     EXPERT_ADAPTERS,
     Arrival,
-    PicaBank,
+    MatrixBank,
     drop_bank,
     ensure_bank,
     get_bank,
@@ -367,7 +367,7 @@ def _set_rank_pattern(config: Any, ranks: dict[str, int]) -> None:
     config.rank_pattern = ranks
 
 
-def _check_name(adapter_name: str, groups: Sequence[str] = (), bank: PicaBank | None = None) -> None:
+def _check_name(adapter_name: str, groups: Sequence[str] = (), bank: MatrixBank | None = None) -> None:
     """Refuse names under which PEFT would save an adapter without some of its matrices, or that no module can have."""
     # Saving one adapter, PEFT drops every entry that has another adapter's name as a component. So no adapter may be called
     # like the bank or like a group, be it of its own or of another adapter.

@@ -28,7 +28,7 @@ from pica.basis.fingerprint import (
     path_hash,
 )
 from pica.errors import AdapterFileError, BasisMismatchError
-from pica.tuners.base.bank import PicaBank, Provenance, SharedMatrices
+from pica.tuners.base.bank import MatrixBank, Provenance, SharedMatrices
 from pica.tuners.base.method import StoresBasis
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _check_ranks(slot: SharedMatrices, adapter_name: str, prints: Mapping[bytes,
 
 
 def align_or_refuse(
-    bank: PicaBank,
+    bank: MatrixBank,
     slot: SharedMatrices,
     adapter_name: str,
     fingerprint: Tensor,
@@ -192,7 +192,7 @@ def align_or_refuse(
     slot.verified(fingerprint)
 
 
-def siblings(bank: PicaBank, slot: SharedMatrices, adapter_name: str) -> Iterator[tuple[str, SharedMatrices]]:
+def siblings(bank: MatrixBank, slot: SharedMatrices, adapter_name: str) -> Iterator[tuple[str, SharedMatrices]]:
     """Other adapters on the very bases that this one uses, whose fingerprints were held against them."""
     layers = slot.layers.values()
     for name in bank:
@@ -214,7 +214,7 @@ def _has_already(slot: SharedMatrices, fingerprint: Tensor) -> bool:
     return not slot.unverified and slot.has_fingerprint() and torch.equal(cast(Tensor, own).cpu(), fingerprint.cpu())
 
 
-def _known(bank: PicaBank, slot: SharedMatrices, adapter_name: str, fingerprint: Tensor) -> bool:
+def _known(bank: MatrixBank, slot: SharedMatrices, adapter_name: str, fingerprint: Tensor) -> bool:
     """Whether this very fingerprint was held against these bases already."""
     # Hundreds of adapters of one base model would otherwise cost a check each.
     found = fingerprint.cpu()
@@ -230,7 +230,7 @@ def _same_ranks(slot: SharedMatrices, one: str, other: str) -> bool:
     )
 
 
-def new_fingerprint(bank: PicaBank, slot: SharedMatrices, adapter_name: str) -> Tensor | None:
+def new_fingerprint(bank: MatrixBank, slot: SharedMatrices, adapter_name: str) -> Tensor | None:
     """`take_fingerprint`, or what it gave for an adapter of the same ranks on the same bases."""
     size = room_for_fingerprint(slot, adapter_name).shape  # its mode depends on how much is shared
     for name, other in siblings(bank, slot, adapter_name):

@@ -11,7 +11,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from torch import Tensor
 
 from pica.errors import ConfigError
-from pica.tuners.base.bank import PicaBank, SharedMatrices
+from pica.tuners.base.bank import MatrixBank, SharedMatrices
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.layer import PicaLinear
 
@@ -27,7 +27,7 @@ COMBINATIONS = ("linear", *PRUNED)
 
 
 def check_combination(
-    bank: PicaBank | None,
+    bank: MatrixBank | None,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -91,7 +91,7 @@ def config_of_combination(config: PicaConfig, *, save_basis: bool) -> PicaConfig
 
 @torch.no_grad()
 def fill_combination(
-    bank: PicaBank,
+    bank: MatrixBank,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pica.errors import ConfigError, TargetError
-from pica.tuners.base.bank import PicaBank, find_banks, verify_loaded
+from pica.tuners.base.bank import MatrixBank, find_banks, verify_loaded
 from pica.tuners.base.frozen_weight import FrozenWeight
 from pica.tuners.base.sharding import in_parts
 from pica.tuners.pica.layer import PicaLinear
@@ -316,7 +316,7 @@ def expert_layers(path: str, module: nn.Module, parameter: str) -> dict[str, nn.
     return {f"{path}.{parameter}.{i}": ExpertView(module, parameter, i) for i in range(len(stack))}
 
 
-def wrap_stack(model: nn.Module, path: str, parameter: str, views: dict[str, nn.Module], bank: PicaBank) -> None:
+def wrap_stack(model: nn.Module, path: str, parameter: str, views: dict[str, nn.Module], bank: MatrixBank) -> None:
     """Make the module at `path` an `AdaptedExperts`, unless it is one, with a layer for each expert of `parameter`."""
     module = model.get_submodule(path)
     if not isinstance(module, AdaptedExperts):

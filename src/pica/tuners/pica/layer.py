@@ -13,7 +13,7 @@ from pica.basis import Basis, BasisRequest, Side, cached_solve_basis, full_preci
 from pica.basis.alignment import Alignment, align
 from pica.basis.apply import add_product, coordinates, delta_weight
 from pica.basis.fingerprint import LayerPrint, Mode, take_print
-from pica.tuners.base.bank import PicaBank
+from pica.tuners.base.bank import MatrixBank
 from pica.tuners.base.basis_store import Projector
 from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.layouts import Observed, Place
@@ -327,7 +327,7 @@ class PicaLinear(SharedLayer):
     adapter_layer_names = ("pica_M",)
 
     @property
-    def pica_M(self) -> PicaBank:
+    def pica_M(self) -> MatrixBank:
         return self.bank
 
 

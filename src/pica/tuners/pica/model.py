@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pica.errors import ConfigError
 from pica.tuners.base.arrival import verify_arrived
-from pica.tuners.base.bank import BANK_NAME, ensure_bank, get_bank, verify_loaded
+from pica.tuners.base.bank import PICA_BANK, ensure_bank, get_bank, verify_loaded
 from pica.tuners.base.roles import Group
 from pica.tuners.base.targets import further_modules
 from pica.tuners.base.tuner import BankedModel
@@ -19,7 +19,7 @@ from pica.tuners.pica.combining import check_combination, config_of_combination,
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.experts import AdaptedExperts, wrap_stack
 from pica.tuners.pica.layer import PicaLinear
-from pica.tuners.pica.plan import Plan
+from pica.tuners.pica.plan import PicaPlan
 
 
 class PicaModel(BankedModel):
@@ -28,10 +28,10 @@ class PicaModel(BankedModel):
     prefix: str = "pica_"
     tuner_layer_cls = PicaLinear
     layer_class = PicaLinear
-    bank_name = BANK_NAME
+    bank_name = PICA_BANK
 
-    def _make_plan(self, peft_config: PicaConfig) -> Plan:
-        return Plan(self, peft_config)
+    def _make_plan(self, peft_config: PicaConfig) -> PicaPlan:
+        return PicaPlan(self, peft_config)
 
     def add_weighted_adapter(
         self,
@@ -92,7 +92,7 @@ class PicaModel(BankedModel):
         self, peft_config: PicaConfig, model: nn.Module, adapter_name: str, *_: Any, **__: Any
     ) -> list[str]:
         """PEFT's injection on `target_parameters`: the experts' modules run as they are, on adapted weights."""
-        plan = cast(Plan, self._ensure_plan(peft_config, adapter_name))
+        plan = cast(PicaPlan, self._ensure_plan(peft_config, adapter_name))
         bank = ensure_bank(self.model, self.bank_name, verify_arrived)
         for stack in plan.stacks:
             wrap_stack(model, stack.path, stack.parameter, stack.experts, bank)

@@ -13,7 +13,7 @@ from pica.basis import Basis, BasisRequest, WantedSide, max_rank, solve_many
 from pica.basis.checkpoint import open_checkpoint, renaming
 from pica.basis.file import BasisFile
 from pica.errors import ConfigError
-from pica.tuners.base.bank import PicaBank, plain_name
+from pica.tuners.base.bank import MatrixBank, plain_name
 from pica.tuners.base.frozen_weight import features_of
 from pica.tuners.base.matching import matches
 from pica.tuners.base.roles import Group, Member, plan_groups
@@ -40,7 +40,7 @@ class Stack(NamedTuple):
     experts: dict[str, nn.Module]
 
 
-class Plan:
+class PicaPlan:
     """What one adapter needs, worked out before the model is touched.
 
     Attributes:
@@ -186,7 +186,7 @@ def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[st
 
 
 def _wrap(module: nn.Module, path: str, root: nn.Module) -> PicaLinear:
-    return (PicaExpert if isinstance(module, ExpertView) else PicaLinear)(module, PicaBank(), path, root)
+    return (PicaExpert if isinstance(module, ExpertView) else PicaLinear)(module, MatrixBank(), path, root)
 
 
 def _base_of(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from pica.basis import Factorisation, factorise, full_precision
 from pica.basis.alignment import Alignment, align
 from pica.basis.apply import add_product, coordinates
 from pica.basis.fingerprint import LayerPrint, Mode, take_print
-from pica.tuners.base.bank import PicaBank
+from pica.tuners.base.bank import MatrixBank
 from pica.tuners.base.basis_store import Projector
 from pica.tuners.base.layer import SharedLayer
 from pica.tuners.base.mixed_batch import MixedBatch
@@ -266,7 +266,7 @@ class SvftLinear(SharedLayer):
     adapter_layer_names = ("svft_T",)
 
     @property
-    def svft_T(self) -> PicaBank:
+    def svft_T(self) -> MatrixBank:
         return self.bank
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pica.basis import Factorisation, factorise, with_progress
 from pica.errors import LaunchError
-from pica.tuners.base.bank import PicaBank, plain_name
+from pica.tuners.base.bank import MatrixBank, plain_name
 from pica.tuners.base.roles import Group, Member, plan_groups
 from pica.tuners.base.sharding import check_placement, loads_in_one_process
 from pica.tuners.base.targets import target_layers
@@ -43,7 +43,7 @@ class SvftPlan:
         found = {plain_name(path): module for path, module in target_layers(tuner, config, SvftLinear)}
         # A bare layer only knows how to read its weight once it is wrapped; the wrapper made here is thrown away.
         self._layers = {
-            path: module if isinstance(module, SvftLinear) else SvftLinear(module, PicaBank(), path, tuner.model)
+            path: module if isinstance(module, SvftLinear) else SvftLinear(module, MatrixBank(), path, tuner.model)
             for path, module in found.items()
         }
         check_placement(tuner.model, {path: layer.frozen.raw() for path, layer in self._layers.items()})
