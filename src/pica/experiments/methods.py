@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pica.errors import ConfigError
 from pica.experiments.recipes.recipe import AdapterSection
+from pica.tuners.pica.settings import PicaSettings
+from pica.tuners.svft.settings import SvftSettings
 
 if TYPE_CHECKING:
     import peft
@@ -50,6 +52,7 @@ class Method:
         rank: The configuration's field for `adapter.r`; None for a method without a rank.
         values: Further fields that follow from the section.
         takes: Fields of the section, of those in `SPECIAL`, that it has.
+        settings: For our own: the part of its configuration that needs no torch, and says what is wrong with its fields.
     """
 
     title: str
@@ -58,6 +61,14 @@ class Method:
     rank: str | None = "r"
     values: Callable[[AdapterSection], Values] = _nothing
     takes: tuple[str, ...] = ()
+    settings: type[PicaSettings] | type[SvftSettings] | None = None
+
+    def problems(self, section: AdapterSection) -> list[str]:
+        """What the configuration would say of the fields that only this method has."""
+        if self.settings is None:
+            return []
+        own = {field.name for field in dataclasses.fields(self.settings)} & set(self.takes)
+        return self.settings(**{name: getattr(section, name) for name in own}).own_problems()
 
 
 _BASIS = ("basis_from", "calibration", "calibration_tokens")
@@ -106,8 +117,23 @@ def _ia3(section: AdapterSection) -> Values:
 
 
 METHODS: dict[str, Method] = {
-    "pica": Method("PiCa", "PicaConfig", "PiCa", values=_pica, takes=("share", "projection", "save_basis", *_BASIS)),
-    "svft": Method("SVFT", "SvftConfig", "SVFT", rank=None, values=_svft, takes=("share", "pattern", "off_diagonals")),
+    "pica": Method(
+        "PiCa",
+        "PicaConfig",
+        "PiCa",
+        values=_pica,
+        takes=("share", "projection", "save_basis", *_BASIS),
+        settings=PicaSettings,
+    ),
+    "svft": Method(
+        "SVFT",
+        "SvftConfig",
+        "SVFT",
+        rank=None,
+        values=_svft,
+        takes=("share", "pattern", "off_diagonals"),
+        settings=SvftSettings,
+    ),
     "lora": Method("LoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 2 * r), takes=_LORA),
     "rslora": Method("rsLoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 16, use_rslora=True), takes=_LORA),
     "dora": Method("DoRA", "LoraConfig", "LoRA", values=_alpha(lambda r: 2 * r, use_dora=True), takes=_LORA),

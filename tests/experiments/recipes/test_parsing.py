@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -9,18 +10,22 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError
 
 import pica
+from pica import PicaConfig, SvftConfig
+from pica.basis import CALIBRATED, PROJECTIONS
 from pica.errors import ConfigError
-from pica.experiments.methods import configuration
+from pica.experiments.methods import METHODS, configuration
 from pica.experiments.recipes import checks
 from pica.experiments.recipes.parsing import (
     builtin_recipes,
     dump_recipe,
+    field_help,
     load_recipe,
     option_parser,
     read_field,
     section_names,
 )
-from pica.experiments.recipes.recipe import Recipe
+from pica.experiments.recipes.recipe import AdapterSection, Recipe
+from pica.tuners.pica.settings import Projection
 
 SECTIONS = [Recipe, *(field.type for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.type))]
 
@@ -101,7 +106,7 @@ def test_all_problems_are_listed_in_one_go(tmp_path: Path):
         "trainer.batch_size = 0: must be at least 1.",
         "trainer.learning_rate = -1.0: must be above 0 and finite.",
         "adapter.rank_pattern: 'q_proj' has rank 0",
-        "adapter.share = 'foo': must be role, none, a whole number",
+        "adapter.share = 'foo' is unknown; use 'role', 'none', a whole number",
         "adapter.method = 'lra': unknown method; did you mean 'lora'?",
         "model.path: model folder '/nowhere/model' does not exist.",
         "data.train: file '/nowhere/train.json' does not exist",
@@ -114,9 +119,9 @@ def test_all_problems_are_listed_in_one_go(tmp_path: Path):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ("{pattern: banded}", "adapter.pattern = 'banded': needs adapter.off_diagonals, for instance 16."),
-        ("{off_diagonals: 3}", "adapter.off_diagonals = 3: does not go with pattern plain"),
-        ("{pattern: random, off_diagonals: -3}", "adapter.off_diagonals = -3: must be 0 or more."),
+        ("{pattern: banded}", "adapter.pattern = 'banded' needs off_diagonals, for instance 16."),
+        ("{off_diagonals: 3}", "adapter.off_diagonals = 3 does not go with pattern='plain'"),
+        ("{pattern: random, off_diagonals: -3}", "adapter.off_diagonals = -3 must be at least 0."),
         ("{rank_pattern: {q_proj: 4}}", "adapter.rank_pattern does not go with method svft"),
         ("{pattern: diagonal}", "adapter.pattern = 'diagonal': must be one of plain, banded, random, top_k."),
     ],
@@ -262,7 +267,9 @@ def test_the_paper_run_has_the_papers_settings(tmp_path: Path):
 def test_every_field_is_described(section: type):
     described = {parameter.arg_name: parameter.description for parameter in parse_from_object(section).params}
     for field in dataclasses.fields(section):
-        assert (described.get(field.name) or "").endswith((".", "s.")), f"describe {section.__name__}.{field.name}"
+        assert (field.metadata.get("help") or described.get(field.name) or "").endswith((".", "s.")), (
+            f"describe {section.__name__}.{field.name}"
+        )
 
 
 def test_help_shows_every_field():
@@ -289,3 +296,17 @@ def test_labels_may_be_numbers_or_true_and_false(given: object, labels: list[str
         load_recipe(None, [*text.items(), ("task.labels", ["1", "1.0"])])
     with pytest.raises(ConfigError, match="task.labels = .*: must be a list of texts or null"):
         load_recipe(None, [*text.items(), ("task.labels", "[[1], a]")])
+
+
+@pytest.mark.parametrize("kind", [PicaConfig, SvftConfig])
+def test_fields_of_our_methods_take_help_and_default_from_the_configuration(kind: type[PicaConfig] | type[SvftConfig]):
+    own = {field.name: field for field in dataclasses.fields(METHODS[kind.method.lower()].settings or object)}  # pyright: ignore[reportArgumentType]
+    section = {field.name: field for field in dataclasses.fields(AdapterSection)}
+    for field in dataclasses.fields(kind):
+        if field.name in own and field.name in METHODS[kind.method.lower()].takes:
+            assert field.metadata["help"][1:].split(".")[0] in field_help()[f"adapter.{field.name}"]
+            assert section[field.name].default == field.default
+
+
+def test_the_kinds_of_directions_are_those_that_bases_have():
+    assert get_args(Projection) == (*PROJECTIONS, *CALIBRATED)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +17,7 @@ from pica.tasks.base import METRICS, TALKING, WRITING
 from pica.tasks.pictures import KINDS_OF_FILE as KINDS_OF_PICTURES
 from pica.tasks.places import KINDS_OF_FILE
 from pica.tasks.records import class_name
+from pica.tuners.base.roles import check_share
 
 _POSITIVE_INTEGERS = {
     "data": ("train_limit", "validation_limit", "test_limit"),
@@ -157,10 +159,6 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     for pattern, rank in adapter.rank_pattern.items():
         if rank < 1:
             yield f"adapter.rank_pattern: {pattern!r} has rank {rank}; it must be at least 1."
-    if isinstance(adapter.share, int) and adapter.share < 1:
-        yield f"adapter.share = {adapter.share}: a number of consecutive layers must be at least 1."
-    if isinstance(adapter.share, str) and adapter.share not in ("role", "none"):
-        yield f"adapter.share = {adapter.share!r}: must be role, none, a whole number or a mapping of regex to group."
     if adapter.method in METHODS:
         for name in SPECIAL:
             value = getattr(adapter, name)
@@ -168,18 +166,24 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
                 owners = [method for method in METHODS if name in METHODS[method].takes]
                 have = f"only method {owners[0]} has" if len(owners) == 1 else f"only {', '.join(owners)} have"
                 yield f"adapter.{name} = {value!r}: {have} it, and method {adapter.method} has not; leave it out."
-    if adapter.method == "svft" and adapter.pattern != "plain" and adapter.off_diagonals is None:
-        yield f"adapter.pattern = {adapter.pattern!r}: needs adapter.off_diagonals, for instance 16."
+    for problem in _of_configuration(adapter):
+        yield (
+            f"adapter.{re.sub('=', ' = ', problem, count=1)}." if re.match(r"\w+=", problem) else f"adapter.{problem}."
+        )
     if adapter.method == "svft" and adapter.rank_pattern:
         yield "adapter.rank_pattern does not go with method svft, which has no rank; remove it."
-    if adapter.method == "svft" and adapter.pattern == "plain" and adapter.off_diagonals:
-        yield f"adapter.off_diagonals = {adapter.off_diagonals}: does not go with pattern plain; use for instance banded."
-    if adapter.off_diagonals is not None and adapter.off_diagonals < 0:
-        yield f"adapter.off_diagonals = {adapter.off_diagonals}: must be 0 or more."
     if recipe.baseline.method is not None and not recipe.baseline.learning_rates:
         yield "baseline.learning_rates is empty: give at least one, for instance [0.001]."
     if not 0 <= trainer.seed < 2**32:
         yield f"trainer.seed = {trainer.seed}: must be from 0 to 2^32 - 1."
+
+
+def _of_configuration(adapter: AdapterSection) -> Iterator[str]:
+    """What the configuration of a method of ours would say, as it says it."""
+    if adapter.method in METHODS:
+        yield from METHODS[adapter.method].problems(adapter)
+    if adapter.share is not None and (problem := check_share(adapter.share)):
+        yield problem
 
 
 def _names(recipe: Recipe) -> Iterator[str]:

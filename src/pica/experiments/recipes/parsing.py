@@ -6,6 +6,7 @@ mistakes are collected.
 
 import copy
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -39,6 +40,7 @@ def option_parser(program: str) -> ArgumentParser:
 def field_help() -> dict[str, str]:
     """The help of every field and every section, by its dotted name."""
     found = {action.dest: " ".join(str(action.help).split()) for action in option_parser("pica")._actions}
+    found |= {name: field.metadata["help"] for name, field in recipe_fields().items() if "help" in field.metadata}
     return found | {name: str(section.__doc__).partition("\n")[0] for name, section in _SECTIONS.items()}
 
 
@@ -271,7 +273,7 @@ def _as_names(value: Any) -> Any:
 
 def _subject(mistake: str) -> str:
     """The field that a sentence about a mistake begins with."""
-    return mistake.split(maxsplit=1)[0].rstrip(":")
+    return re.split(r"[\s:=]", mistake, maxsplit=1)[0]
 
 
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}

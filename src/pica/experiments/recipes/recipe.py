@@ -1,9 +1,22 @@
-"""A recipe: everything that decides a training run. The text under each field is its help on the command line."""
+"""A recipe: everything that decides a training run. The text under each field is its help on the command line.
+
+Fields that a method's own configuration has too take their help, and what can be wrong with them, from there.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pica.tuners.pica.settings import PicaSettings, Projection
+from pica.tuners.svft.settings import Pattern, SvftSettings
+
+
+def _setting(method: str, settings: type[Any], name: str, more: str = "") -> Any:
+    """A field of a method's own configuration, with its default and, after the method's name, its help."""
+    found = next(found for found in fields(settings) if found.name == name)
+    text = found.metadata["help"]
+    return field(default=found.default, metadata={"help": f"{method}: {text[0].lower()}{text[1:]}{more}"})
 
 
 @dataclass
@@ -180,20 +193,17 @@ class AdapterSection:
     share: int | str | dict[str, str] | None = None
     """pica, svft: which layers share one matrix: role, none, a number of consecutive layers, or {regex: group}; if unset,
     role for pica and none for svft."""
-    projection: Literal["principal", "minor", "random", "activation", "weighted"] = "principal"
-    """pica: directions that carry the update: those of the frozen weight, random ones, or of a basis made from data."""
-    basis_from: str | None = None
-    """pica: a basis made by pica basis, or an unquantised checkpoint; projections that look at data make one if unset."""
+    projection: Projection = _setting("pica", PicaSettings, "projection")
+    basis_from: str | None = _setting(
+        "pica", PicaSettings, "basis_from", " Projections that look at data make one if this is unset."
+    )
     calibration: str = "train"
     """pica: what such a basis is made from: train (the training problems), embedded (a text in here), or a source."""
     calibration_tokens: int = 16384
     """pica: about how many tokens of it are read."""
-    save_basis: bool = False
-    """pica: store the frozen basis in the adapter file instead of recomputing it on load."""
-    pattern: Literal["plain", "banded", "random", "top_k"] = "plain"
-    """svft: which entries of its matrix are trained."""
-    off_diagonals: int | None = None
-    """svft: diagonals on each side of the main one that decide the number of entries; every pattern but plain needs it."""
+    save_basis: bool = _setting("pica", PicaSettings, "save_basis")
+    pattern: Pattern = _setting("svft", SvftSettings, "pattern")
+    off_diagonals: int | None = _setting("svft", SvftSettings, "off_diagonals")
     lora_alpha: float | None = None
     """lora and its kin: numerator of the scale lora_alpha / r; if unset twice the rank (rslora: 16, pissa: r)."""
     lora_dropout: float = 0.0

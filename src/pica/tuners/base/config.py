@@ -102,7 +102,7 @@ class BankedConfig(PeftConfig):
         for name in _ORDERED:
             if pairs := _as_mapping(getattr(self, name, None)):
                 setattr(self, name, pairs)
-        if problems := type_problems(self) or [*self._own_problems(), *self._problems()]:
+        if problems := type_problems(self) or [*self.own_problems(), *self._problems()]:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
         super().__post_init__()
         self.peft_type = ensure_peft_type(self.method)
@@ -175,7 +175,7 @@ class BankedConfig(PeftConfig):
         """What decides the number of parameters, in a few words."""
         return ""
 
-    def _own_problems(self) -> list[str]:
+    def own_problems(self) -> list[str]:
         """What is wrong with the fields that only this method has."""
         return []
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from pica.basis.fingerprint import splitmix64
 
-PATTERNS = ("plain", "banded", "random", "top_k")
-
 
 def entry_count(n: int, off_diagonals: int) -> int:
     """Entries of an n x n band with `off_diagonals` d on each side, n (2d + 1) - d (d + 1); d is at most n - 1."""
