@@ -382,10 +382,14 @@ def run(name: str, task: Task, setting: Mapping[str, Any], records: Records, onl
                 f"{name}/{label}/seed {seed}", lambda s=seed, at=rate: attempt(at, s, task.test)[1]
             )
             print(f"{label} r={r}, rate {rate:g}, seed {seed}: {_shown(seeds[seed])}", flush=True)
-        summary = {"r": r, "parameters": chosen["parameters"], "rate": rate, "validation": tried}
-        records.get(
-            f"{name}/{label}", lambda s=summary, found=seeds: s | {"test": {str(k): v for k, v in found.items()}}
-        )
+        summary = {
+            "r": r,
+            "parameters": chosen["parameters"],
+            "rate": rate,
+            "validation": {str(k): v for k, v in tried.items()},
+        }
+        earlier = (records.done(f"{name}/{label}") or summary).get("test", {})
+        records.put(f"{name}/{label}", summary | {"test": earlier | {str(k): v for k, v in seeds.items()}})
 
 
 def _shown(found: Losses | None) -> str:
@@ -444,9 +448,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder with train.json and AddSub.json")
     parser.add_argument("--work", type=Path, required=True, help="where finished trainings are noted")
     parser.add_argument("--only", metavar="LABELS", help='rows, separated by ";"')
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="in place of the setting's; the first one chooses the rates"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     given = parser.parse_args(argv)
-    setting = SETTINGS[given.setting]
+    setting = SETTINGS[given.setting] | ({"seeds": given.seeds} if given.seeds else {})
     fields = dict(setting["fields"])
     if given.setting == "smollm2":
         if given.model is None or given.data is None:

@@ -213,10 +213,15 @@ class Records:
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """What is noted under the key; made, and noted, where nothing is."""
         if key not in self._found:
-            self._found[key] = made = make()
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "value": made}) + "\n")
+            self.put(key, make())
         return self._found[key]
+
+    def put(self, key: str, value: Any) -> None:
+        """Note this under the key, in place of what is there."""
+        if self._found.get(key) != value:
+            self._found[key] = value
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
 
 
 def best_rate(rates: Sequence[float], validation: Callable[[float], float]) -> tuple[float, dict[float, float]]:
