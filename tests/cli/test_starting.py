@@ -249,6 +249,21 @@ def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch):
     assert device() == torch.device("cpu")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "-o", "out"], ["compare", "-o", "out"], ["plan", "embedded"], ["basis", "embedded", "-o", "out"]],
+)
+def test_a_device_that_is_not_there_is_told_before_anything_is_written(
+    output: Run, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    absent = next(kind for kind in ("mps", "xpu", "cuda") if not getattr(torch, kind).is_available())
+    assert f"Device {absent} was asked for" in output(*arguments, "--device", absent, status=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:1", ""])
 def test_a_device_that_never_was_is_told_at_once(output: Run, name: str):
     assert f"--device {name!r}: there is no such device" in output("plan", "embedded", "--device", name, status=2)

@@ -164,6 +164,8 @@ def loading() -> Iterator[ConsoleReporter]:
 
     Yields:
         A reporter for the command, which stays of use after the block.
+    Raises:
+        ConfigError: The device that was asked for is not there.
     """
     made = reporter()
     with made.console.status("Loading libraries"):
@@ -173,3 +175,12 @@ def loading() -> Iterator[ConsoleReporter]:
             import pica
 
             pica.register()
+        check_device()
+
+
+def check_device() -> None:
+    """Raise `ConfigError` where a device was asked for that is not there, before anything is read or written."""
+    if os.environ.get("PICA_DEVICE", "cpu") != "cpu":
+        from pica.experiments.models import device
+
+        device()

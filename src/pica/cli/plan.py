@@ -85,13 +85,14 @@ def run(arguments: Sequence[str]) -> int:
     budget, in_bytes = parse_budget(given.budget)
     check_screen(given.screen, given.calibration)
 
-    from pica.cli.console import quiet_libraries, reporter
+    from pica.cli.console import check_device, quiet_libraries, reporter
 
     shown = reporter()
     with shown.console.status("Loading libraries") as status:
         from pica.experiments.plan.planning import Question, estimate
 
         quiet_libraries()
+        check_device()
         question = Question(
             model=given.model,
             r=given.r,
