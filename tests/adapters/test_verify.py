@@ -131,6 +131,21 @@ def test_a_base_that_is_not_to_be_had_is_one_sentence(adapter, tmp_path, tiny_ll
         assert main([command, str(adapter), *more, "--base-model", str(tmp_path / "base")]) == 0
 
 
+def test_the_class_that_an_adapter_names_is_taken_from_known_libraries_only(tiny_llama, tmp_path, monkeypatch):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(base, PicaConfig(r=4, init_weights=False)).save_pretrained(str(tmp_path / "adapter"))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    stored = json.loads(config.read_text())
+    assert stored["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"  # not said by a task type
+    assert pica.verify(tmp_path / "adapter", str(tmp_path / "base")).ok
+    (tmp_path / "planted_library.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    stored["auto_mapping"]["parent_library"] = "planted_library"
+    config.write_text(json.dumps(stored))
+    assert pica.verify(tmp_path / "adapter", str(tmp_path / "base")).ok
+
+
 def test_hotswap_changes_the_weights_in_place(adapter, tiny_llama, tmp_path):
     other = get_peft_model(tiny_llama(), PicaConfig(r=8, init_weights=False))
     other.save_pretrained(str(tmp_path / "other"))

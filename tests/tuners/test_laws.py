@@ -480,6 +480,18 @@ def test_a_second_get_peft_model_begins_anew_or_is_refused(tiny_llama, tmp_path:
 
 
 @pytest.mark.parametrize("variant", BOTH)
+def test_mixed_batches_are_refused_while_an_adapter_is_merged(tiny_llama, variant):
+    """Each sample would have the merged one's update beside its own."""
+    model, names = get_peft_model(tiny_llama(), config(variant)).eval(), ["default", "__base__", "default"]
+    expected = logits(model, adapter_names=names)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged adapters.*`unmerge_adapter` first"):
+        logits(model, adapter_names=names)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, adapter_names=names), expected)
+
+
+@pytest.mark.parametrize("variant", BOTH)
 def test_unmerging_after_a_change_of_precision(tiny_llama, variant):
     base = tiny_llama()
     model = get_peft_model(copy.deepcopy(base), config(variant))

@@ -18,6 +18,7 @@ from pica.adapters.export import check as lora_check
 from pica.adapters.export.lora import export_lora
 from pica.errors import AdapterFileError, ConfigError, ExportError, OutputError, RankError
 from pica.tuners.pica.layer import PicaLinear
+from tests.families import inputs_of, make
 
 from ..conftest import adapted
 
@@ -188,6 +189,15 @@ def test_saved_folder_and_model_give_the_same_files(pica_llama, tiny_llama, tmp_
         assert set(found) == set(wanted)
         for key, value in wanted.items():
             torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_with_encoder_and_decoder_is_checked_on_tokens_for_both(tmp_path: Path) -> None:
+    model = get_peft_model(make("T5ForConditionalGeneration"), pica.PicaConfig(r=2, init_weights=False))
+    export_lora(model, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(make("T5ForConditionalGeneration"), tmp_path / "lora").eval()
+    batch = inputs_of("T5ForConditionalGeneration", model)
+    with torch.no_grad():
+        torch.testing.assert_close(lora(**batch).logits, model.eval()(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_adapter_in_a_transformers_model(pica_llama, tiny_llama, tokens, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def refused(folder: Path, kind: type[Exception], match: str) -> None:
         ({"rank_pattern": {"0": "4"}}, r"rank_pattern\['0'\]='4' must be a whole number"),
         ({"rank_pattern": [4]}, r"rank_pattern=\[4\] must be a mapping"),
         ({"rank_pattern": None}, "rank_pattern=None must be a mapping"),
+        ({"rank_pattern": [["0", 4], ["2"]]}, r"rank_pattern=\[\['0', 4\], \['2'\]\] must be a mapping"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern='\(' is not a regular expression"),
         ({"target_modules": 5}, "target_modules=5 must be a name, a list of names or null"),
         ({"target_modules": ["0", 2]}, r"target_modules=\['0', 2\] must be a name"),
@@ -83,6 +84,8 @@ def refused(folder: Path, kind: type[Exception], match: str) -> None:
         ({"auto_mapping": []}, r"auto_mapping=\[\] must be a mapping or null"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path=7 must be text or null"),
         ({"basis_format": "one"}, "basis_format='one' must be a whole number or null"),
+        ({"basis_digest": "0" * 63}, "basis_digest='0{63}' must be a SHA-256 in hexadecimal"),
+        ({"basis_digest": 7}, "basis_digest=7 must be"),
     ],
 )
 def test_a_wrong_value_is_told_with_the_file(folder: Path, fields: dict[str, Any], message: str):

@@ -224,6 +224,22 @@ def test_another_base_is_refused_and_left_clean(saved, tiny_llama):
     assert torch.equal(logits(other), before)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "told"),
+    [
+        (1, r"5 of 15 layers differ.*cause: a base model of which some layers were changed"),
+        (3, r"15 of 15 layers differ.*cause: a merged, fine-tuned or quantised copy of the base model"),
+    ],
+)
+def test_a_changed_copy_of_the_base_is_told_from_another_model(saved, blocks: int, told: str):
+    base, folder, _ = saved
+    for block in base.model.layers[:blocks]:
+        for parameter in block.parameters():
+            parameter.data += 0.05 * parameter.data.std() * torch.randn(parameter.shape)
+    with pytest.raises(BasisMismatchError, match=told):
+        PeftModel.from_pretrained(base, folder)
+
+
 def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tiny_llama):
     _, folder, _ = saved
     model = get_peft_model(tiny_llama(seed=1), PicaConfig(r=8, init_weights=False), adapter_name="mine")

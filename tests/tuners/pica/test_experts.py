@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pica
 from pica import PicaConfig, coverage
-from pica.errors import ConfigError, ExportError, TargetError
+from pica.errors import BasisMismatchError, ConfigError, ExportError, TargetError
 from pica.tuners.pica.experts import AdaptedExperts, PicaExpert
 from tests.families import inputs_of, make
 
@@ -181,6 +181,20 @@ def test_basis_from_leaves_the_experts_their_own_weights(name: str, tmp_path: Pa
     model.save_pretrained(str(tmp_path / "adapter"))
     again = PeftModel.from_pretrained(make(name), str(tmp_path / "adapter"))
     assert torch.equal(logits(again, name), logits(model, name))
+
+
+def test_a_trained_adapter_is_not_saved_over_other_experts(tmp_path: Path):
+    model = get_peft_model(make("MixtralForCausalLM"), adapter())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 1
+        for path, wrapper in experts_of(model).items():
+            for name in wrapper.stacks():
+                stack = model.get_submodule(f"{path}.base_layer").get_parameter(name)
+                stack.copy_(torch.randn(stack.shape))
+    with pytest.raises(BasisMismatchError, match=r"weights were replaced.*experts.*the basis of the old ones"):
+        model.save_pretrained(str(tmp_path))
 
 
 def test_coverage_counts_experts_and_ranks_differ_by_stack():
