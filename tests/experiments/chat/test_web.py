@@ -41,7 +41,7 @@ def talker() -> Talker:
                 values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(len(name))))
     tokenizer = load_tokenizer(section)
     set_template(tokenizer, "alpaca")
-    return Talker(Speaker(model, tokenizer, Renderer(tokenizer)), ["style"], "embedded", None)
+    return Talker(Speaker(model, tokenizer, Renderer(tokenizer)), ["style"], "embedded", None, "No chat template: <b>.")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,7 @@ def test_the_page_shows_both_columns_as_they_are_written(port: int, tmp_path: Pa
         assert tab.run("[...document.querySelectorAll('.system')].map((line) => line.textContent)") == 2 * [
             "Be </script> brief."
         ]
+        assert tab.run("byId('note').checkVisibility() && byId('note').textContent") == "No chat template: <b>."
         tab.run(
             "window.seen = {}; new MutationObserver(() => { for (const line of document.querySelectorAll('.writing'))"
             " (seen[line.parentNode === columns[0].said ? 0 : 1] ??= new Set()).add(line.textContent); })"

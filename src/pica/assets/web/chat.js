@@ -7,6 +7,8 @@ const columns = [];
 let stopper = null;
 
 byId("model").textContent = about.model;
+byId("note").textContent = about.note;
+byId("note").hidden = !about.note;
 document.title = `${about.model} \u2013 pica chat`;
 for (const name of ["system", ...fields]) panel.elements[name].value = about[name];
 

@@ -82,7 +82,8 @@ def _page(talker: Talker, sampling: Sampling, system: str | None) -> Response:
         (assets / "web" / f"chat.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
     style = (assets / "report" / "page.css").read_text(encoding="utf-8") + style
-    about = {"model": talker.model, "speakers": [BASE, *talker.adapters], "system": system or ""} | asdict(sampling)
+    about = {"model": talker.model, "speakers": [BASE, *talker.adapters], "system": system or ""}
+    about |= {"note": talker.note or ""} | asdict(sampling)
     told = json.dumps(about).replace("<", "\\u003c")  # so that no name ends the script
     nonce = secrets.token_urlsafe(16)
     for mark, text in (("{{nonce}}", nonce), ("{{style}}", style), ("{{script}}", script), ("{{about}}", told)):
