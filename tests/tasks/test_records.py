@@ -65,6 +65,7 @@ def test_byte_order_mark_is_accepted(tmp_path: Path):
         ("a.json", '[\n{"a": 1}\n{"a": 2}]', "line 3: .*expected ','"),
         ("a.json", '[{"a": 1}]\n\nmore', "line 3: .*text after the end"),
         ("a.json", "[\n1]", "line 2: expected an object .* found a number"),
+        ("a.json", '[{"a": 1}, 1]', "row 2: expected an object .* found a number"),
         ("a.txt", "a,b", "unknown ending"),
     ],
 )

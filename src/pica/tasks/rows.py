@@ -40,7 +40,7 @@ class Row:
     Attributes:
         fields: Its values by name.
         file: Path of the file, or the location of a data set that is none.
-        number: The line that it begins at, from 1; in files without lines that of the row.
+        number: The line that it begins at, from 1; in files without lines, or with a single one, that of the row.
         unit: What `number` counts, "line" or "row".
     """
 
@@ -91,17 +91,19 @@ def read_file(path: Path, *, names: Collection[str] = (), headed: bool = False) 
     if ending == ".parquet":
         yield from _of_parquet(path)
         return
-    text, kind = _text(path), ending.removesuffix(".gz")
+    text, kind, unit = _text(path), ending.removesuffix(".gz"), "line"
     if kind in (".tsv", ".csv"):
         rows = table_rows(text, str(path), tabs=kind == ".tsv", names=names, headed=headed)
     else:
         # A .json file with an object a line is no JSON, but usual.
         lines = kind == ".jsonl" or text.lstrip()[:1] == "{"
         rows = _lines(text, path) if lines else _array(text, path)
-    for line, value in rows:
+        if not lines and "\n" not in text.strip():  # as json.dump writes a list: its lines tell no row from another
+            rows, unit = ((number, value) for number, (_, value) in enumerate(rows, start=1)), "row"
+    for number, value in rows:
         if not isinstance(value, dict):
-            raise DataError(f"{path}, line {line}: expected an object with named fields, found {kind_of(value)}.")
-        yield Row(value, str(path), line)
+            raise DataError(f"{path}, {unit} {number}: expected an object with named fields, found {kind_of(value)}.")
+        yield Row(value, str(path), number, unit)
 
 
 def load_hub(location: str) -> Any:

@@ -53,7 +53,7 @@ class Preview:
             (
                 "duplicates",
                 len(self.duplicates),
-                "there twice: " + ", ".join(f"{b} = {a}" for b, a in self.duplicates[:3]),
+                "there twice: " + "; ".join(f"{b} = {a}" for b, a in self.duplicates[:3]),
             ),
             ("in the test", len(self.shared), "are test conversations too: " + ", ".join(self.shared[:3])),
         ):
