@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,19 @@ def test_tool_calls_are_learnt_and_what_tools_say_is_not():
         assert "Sunny." in last
     with pytest.raises(DataError, match="message 2 calls 'get', and the chat template leaves tool calls out"):
         found(of_trl("llama3"), CALLED)
+    thinking = {**CALLED.messages[1], "content": "I must get it."}  # the name is there, the call is not
+    with pytest.raises(DataError, match="message 2 calls 'get', and the chat template leaves tool calls out"):
+        found(of_trl("llama3"), replace(CALLED, messages=(CALLED.messages[0], thinking, *CALLED.messages[2:])))
+
+
+def test_tools_that_a_template_leaves_out_are_missed_once(caplog: pytest.LogCaptureFixture):
+    asked = replace(CALLED, messages=(CALLED.messages[0], CALLED.messages[3]))
+    for name, times in (("qwen2_5", 0), ("llama3", 1)):
+        caplog.clear()
+        renderer = Renderer(tokenizer_for(of_trl(name)))
+        renderer.render(asked)
+        renderer.render(asked)
+        assert caplog.text.count("x.jsonl, line 1: the chat template leaves out which tools there are") == times
 
 
 def test_learning_begins_with_the_completion_of_a_prompt():

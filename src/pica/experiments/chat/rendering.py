@@ -7,8 +7,9 @@ trim, that move the system prompt, or that drop the reasoning of earlier turns.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from pica.errors import ConfigError, DataError
 from pica.experiments.encoding import IGNORED
 from pica.tasks.chat import Conversation, Message
 from pica.text import first_line
+
+logger = logging.getLogger(__name__)
 
 Loss = Literal["assistant", "last", "all"]
 Overflow = Literal["cut", "split", "drop"]
@@ -77,6 +80,7 @@ class Renderer:
         self.tokenizer, self.loss = tokenizer, loss
         self._in_parts = False  # whether the template takes contents as lists of parts, as those of vision models do
         self._stops: tuple[str, ...] | None = None
+        self._looked_for_tools = False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -95,6 +99,7 @@ class Renderer:
             return Rendered(conversation.text, ((conversation.learnt_from, len(conversation.text)),))
         stops = self.stops
         text = self._text(conversation, conversation.messages)
+        self._look_for_tools(conversation, text)
         if self.loss == "all":
             return Rendered(text, ((0, len(text)),))
         spoken = [
@@ -118,7 +123,9 @@ class Renderer:
     def tokens(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """(ids, labels) of a conversation, of the same length; labels are -100 where no loss is taken."""
         found = self.render(conversation)
-        encoded = self.tokenizer(found.text, add_special_tokens=not conversation.messages, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            found.text, add_special_tokens=not conversation.messages, return_offsets_mapping=True, verbose=False
+        )
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]  # pyright: ignore[reportArgumentType]
         labels = [IGNORED] * len(ids)
         for first, end in found.spans:
@@ -153,7 +160,7 @@ class Renderer:
         self._find_form()
         asked = Conversation(tuple(messages), tools=tuple(tools), place="The question")
         text = self._text(asked, messages, add_generation_prompt=True)
-        encoded: Any = self.tokenizer(text, add_special_tokens=False)
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoded["input_ids"])
 
     # ---- the assistant's words -------------------------------------------------------------------------------------
@@ -170,6 +177,18 @@ class Renderer:
             raise DataError(
                 f"{conversation.place}: the model's chat template refuses this conversation: {first_line(error)}"
             ) from error
+
+    def _look_for_tools(self, conversation: Conversation, text: str) -> None:
+        """Say so, once, where the template leaves out the tools that may be called."""
+        if not conversation.tools or self._looked_for_tools:
+            return
+        self._looked_for_tools = True
+        if self._text(replace(conversation, tools=()), conversation.messages) == text:
+            logger.warning(
+                "%s: the chat template leaves out which tools there are, so the model is not told; another can be named "
+                "with task.chat_template",
+                conversation.place,
+            )
 
     def _span(self, conversation: Conversation, index: int, text: str) -> tuple[int, int] | None:
         """(first, end) of what the assistant says in message `index`, as it would generate it; None if that is nothing."""
@@ -188,13 +207,11 @@ class Renderer:
         if told.strip() and messages[index + 1]["role"] == "tool" and told.strip() in text[first:end]:
             # templates that read ahead put what the tool says into the assistant's turn
             end = min(end, _common(text, self._text(conversation, messages[: index + 1])))
-        for call in messages[index].get("tool_calls") or ():
-            name = str(call.get("function", call).get("name", "")) if isinstance(call, dict) else ""
-            if name not in text[begin:end]:
-                raise DataError(
-                    f"{conversation.place}: message {index + 1} calls {name!r}, and the chat template leaves tool calls "
-                    "out; name another with task.chat_template."
-                )
+        if (name := self._left_out_call(conversation, index)) is not None:
+            raise DataError(
+                f"{conversation.place}: message {index + 1} calls {name!r}, and the chat template leaves tool calls "
+                "out; name another with task.chat_template."
+            )
         end = self._turn_ends(conversation, text, end)
         return (begin, end) if end > begin else None
 
@@ -210,6 +227,18 @@ class Renderer:
         calls = [{**call, "function": {**call.get("function", call), "name": other}} for call in message["tool_calls"]]
         messages[index] = {"role": "assistant", "content": "", "tool_calls": calls}
         return self._text(conversation, messages)
+
+    def _left_out_call(self, conversation: Conversation, index: int) -> str | None:
+        """The first call of message `index` that the template leaves out: under another name it would not be seen."""
+        messages, message = list(conversation.messages), conversation.messages[index]
+        calls, other = list(message.get("tool_calls") or ()), _OTHERS[0]
+        for at, call in enumerate(calls):
+            function = call.get("function", call)
+            renamed = {**call, "function": {**function, "name": other}}
+            messages[index] = {**message, "tool_calls": [*calls[:at], renamed, *calls[at + 1 :]]}
+            if other not in self._text(conversation, messages):
+                return str(function.get("name", ""))
+        return None
 
     def _generation_begins(self, conversation: Conversation, index: int, text: str, first: int) -> int:
         """Where generation would begin: before marks (such as empty think blocks) that the template adds to the words."""
