@@ -292,3 +292,19 @@ def test_what_a_file_is_for_is_seen_by_its_columns_under_our_names(tmp_path: Pat
     assert talking_task(str(pairs), {"prompt": "q", "chosen": "good", "rejected": "bad"}) == "preference"
     with pytest.raises(DataError, match="data.columns names 'b'"):
         talking_task(str(rows), {"prompt": "q", "completion": "b"})
+
+
+def test_a_table_is_told_by_its_header(tmp_path: Path):
+    rows, pairs = tmp_path / "rows.csv", tmp_path / "pairs.csv"
+    rows.write_text("instruction,input,output\nGreet.,me,Good morning.\n")
+    pairs.write_text("prompt,chosen,rejected\nHello?,Good morning.,What?\n")
+    assert talking_task(str(rows), {}) == "chat"
+    assert talking_task(str(pairs), {}) == "preference"
+
+
+def test_conversations_are_no_arithmetic_where_no_model_is_named(output: Run, tmp_path: Path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("instruction,output\n" + "".join(f"Greet {n}.,Good morning {n}.\n" for n in range(20)))
+    arguments = ["train", "--data.train", str(rows), "-o", str(tmp_path / "out")]
+    assert "has no chat template" in output(*arguments, status=2)
+    assert "18 conversations, `alpaca`" in output(*arguments, "--task.chat_template", "plain", "--dry-run")

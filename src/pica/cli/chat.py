@@ -33,7 +33,7 @@ EPILOG = """examples:
 
 _LOCAL = "127.0.0.1"
 
-HELP = """/both            from now on, answers of the model alone and of the adapter side by side
+HELP = """/both            from now on, the model alone and the adapter side by side
 /base            from now on, the model alone
 /use NAME        from now on, that adapter
 /system [TEXT]   begin again with this system prompt, or without one
@@ -41,7 +41,7 @@ HELP = """/both            from now on, answers of the model alone and of the ad
 /save FILE       write the conversation as a line of JSON that pica train reads
 /set NAME VALUE  temperature, top_p, seed or max_new_tokens
 /help            this
-/quit            end (so does Ctrl-D); Ctrl-C while it answers stops the answer"""
+/quit            end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -153,6 +153,7 @@ def _recipe(given: argparse.Namespace) -> Any:
     from pica.experiments.recipes.checks import task_problems
     from pica.experiments.recipes.parsing import builtin_recipes, load_recipe
     from pica.experiments.recipes.recipe import DataSection, ModelSection, Recipe, TaskSection
+    from pica.experiments.recipes.starting import task_of_first_row
 
     recipes = [name for name in given.source if Path(name).suffix in (".yaml", ".yml") or name in builtin_recipes()]
     if recipes and len(given.source) > 1:
@@ -161,7 +162,7 @@ def _recipe(given: argparse.Namespace) -> Any:
         recipe = load_recipe(recipes[0], [("model.path", given.model)] if given.model else [])
     else:
         files = given.source[0] if len(given.source) == 1 else given.source
-        task = TaskSection(name=given.task or _task_of(given.source[0]), subset=given.subset)
+        task = TaskSection(name=given.task or task_of_first_row(given.source[0], {}) or "chat", subset=given.subset)
         recipe = Recipe(task=task, data=DataSection(train=files))
     if recipe.task.name not in SEEN:
         raise ConfigError(
@@ -172,7 +173,10 @@ def _recipe(given: argparse.Namespace) -> Any:
     if given.model is not None:
         recipe.model = ModelSection(path=given.model)
     elif not recipes:
-        raise ConfigError("Name the model with --model: what is seen depends on its tokenizer and chat template.")
+        raise ConfigError(
+            "Name the model with --model (embedded: the one inside this package): what is seen depends on its tokenizer "
+            "and chat template."
+        )
     for section, name, value in (
         (recipe.data, "test", given.test),
         (recipe.task, "chat_template", given.chat_template),
@@ -186,15 +190,6 @@ def _recipe(given: argparse.Namespace) -> Any:
     if wrong := [*task_problems(recipe)]:
         raise ConfigError(wrong[0])
     return recipe
-
-
-def _task_of(file: str) -> str:
-    """Preference where the first row has a chosen and a rejected answer, else chat."""
-    from pica.tasks.preference import looks_like_preferences
-    from pica.tasks.rows import read_rows
-
-    first = next(iter(read_rows(file)), None)
-    return "chat" if first is None or not looks_like_preferences(first.fields) else "preference"
 
 
 def print_preview(found: "AnyPreview", facts: dict[str, str]) -> None:

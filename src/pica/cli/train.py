@@ -30,7 +30,8 @@ USAGE = """pica train [RECIPE] [--section.field VALUE ...] [-o DIR] [--dry-run]
 DESCRIPTION = """Fine-tune a model with an adapter, and measure it before and after on problems
 that it has not seen. RECIPE is a YAML file or one of `pica recipes`; all of its
 fields can be set here too. Without RECIPE and --model.path it is {default},
-which needs no download and takes a few minutes on two cores.
+unless the data is conversations; that needs no download and takes a few minutes
+on two cores.
 """
 
 EPILOG = """{shown}All fields: pica train --help-all
@@ -69,14 +70,15 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"--resume {resumed} goes on with the recipe that the run began with; leave out {reference!r}."
         )
-    if reference is None and not any(key == "model.path" for key, _ in overrides):
+    found = _task_of_data(reference, overrides)
+    if reference is None and not found and not any(key == "model.path" for key, _ in overrides):
         reference = DEFAULT
     folder = Path(resumed).expanduser() if resumed else None
     if dry_run and resumed is not None:
         raise ConfigError("--dry-run shows what a new run would see; leave out --resume.")
     if trusted and resumed is None:
         overrides.append(("model.trust_remote_code", True))
-    recipe = None if folder else load_recipe(reference, [*overrides, *_task_of_data(reference, overrides)])
+    recipe = None if folder else load_recipe(reference, [*overrides, *found])
     if dry_run and recipe is not None and recipe.task.name not in SEEN:
         raise ConfigError(
             f"--dry-run is for tasks {', '.join(SEEN)}, and the task is {recipe.task.name}; leave it out."

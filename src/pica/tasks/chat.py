@@ -87,11 +87,16 @@ class ChatTask:
         """Read one split; see `Task.load`. Conversations are those of the file, in its order."""
         if source.location == "embedded":
             raise DataError("Task chat has no embedded conversations; set data.train to a file of yours.")
-        names = {name for form in FORMS for name in form.fields} | set(source.columns.values())
+        names = {*field_names(), *source.columns.values()}
         records = read_records(source.location, split, names=names)[: source.limit]
         records = [under_our_names(record, source.columns) for record in records]
         form = form_of(records)
         return [replace(form.read(record), form=form.name) for record in records]
+
+
+def field_names() -> set[str]:
+    """The fields by which a table's header is told from its first row."""
+    return {name for form in FORMS for name in form.fields}
 
 
 def form_of(records: Sequence[Record]) -> Form:

@@ -81,7 +81,7 @@ class PreferenceTask:
         """Read one split; see `Task.load`. Pairs of two equal answers are left out: nothing can be learnt from them."""
         if source.location == "embedded":
             return _embedded(split, source.limit or _EMBEDDED_COUNTS[split], source.seed)
-        names = {*_ANSWERS, *_PROMPTS, "system", *source.columns.values()}
+        names = {*field_names(), *source.columns.values()}
         records = read_records(source.location, split, names=names)[: source.limit]
         pairs, equal = list[Pair](), list[str]()
         for record in records:
@@ -107,6 +107,11 @@ class PreferenceTask:
                 equal[0],
             )
         return pairs
+
+
+def field_names() -> set[str]:
+    """The fields by which a table's header is told from its first row."""
+    return {*_ANSWERS, *_PROMPTS, "system"}
 
 
 def looks_like_preferences(fields: Mapping[str, Any]) -> bool:

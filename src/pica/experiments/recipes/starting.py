@@ -53,22 +53,28 @@ def talking_task(location: str, columns: Mapping[str, str]) -> str | None:
     Raises:
         DataError: The source cannot be read, or its first row has none of such a column.
     """
-    from pica.tasks.chat import looks_like_chat
-    from pica.tasks.messages import under_our_names
     from pica.tasks.places import check_location, is_hub
-    from pica.tasks.preference import looks_like_preferences
-    from pica.tasks.records import Record
-    from pica.tasks.rows import read_rows
 
     if location == "embedded" or is_hub(location) or check_location(location):
         return None
-    first = next(iter(read_rows(location, "train")), None)
+    return task_of_first_row(location, columns)
+
+
+def task_of_first_row(location: str, columns: Mapping[str, str]) -> str | None:
+    """`talking_task` of any source; one on the hub is loaded."""
+    from pica.tasks import chat, preference
+    from pica.tasks.messages import under_our_names
+    from pica.tasks.records import Record
+    from pica.tasks.rows import read_rows
+
+    names = {*chat.field_names(), *preference.field_names(), *columns.values()}
+    first = next(iter(read_rows(location, "train", names=names)), None)
     if first is None:
         return None
     fields = under_our_names(Record(first.fields, first.place), columns).fields
-    if looks_like_preferences(fields):
+    if preference.looks_like_preferences(fields):
         return "preference"
-    return "chat" if looks_like_chat(fields) else None
+    return "chat" if chat.looks_like_chat(fields) else None
 
 
 def likely_goal(location: str) -> str:
