@@ -109,7 +109,8 @@ def set_template(
     else:
         raise ConfigError(
             "The model's tokenizer has no chat template, so nobody knows how it is spoken to. Name one with "
-            f"task.chat_template: {', '.join(named_templates())}, a file, or the template itself."
+            "task.chat_template of a recipe (--task.chat_template; pica data and chat have --chat-template): "
+            f"{', '.join(named_templates())}, a file, or the template itself."
         )
     tokenizer.chat_template = text
     return text
