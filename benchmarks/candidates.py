@@ -17,6 +17,7 @@ comparison; what does not is not built.
 | candidate | y = W x + ... | trained |
 |---|---|---|
 | LoRA r=1 | B A x | A, B of each layer |
+| ... from activations, from gradient | B A x, A at first the leading direction of the inputs, of the first gradient | A, B |
 | principal, activation | M P x | M (out, r) of each role |
 | ... with gains | M (d * P x), d starting at one | M, and d (r) of each layer |
 | principal, scaled | M S P x, S the singular values over their root mean square | M |
@@ -254,13 +255,14 @@ def of_outputs(looked: Looked, r: int) -> Made:
     return residual(looked, r, looked.output_directions(r), looked.basis("activation", r))
 
 
-def lora(looked: Looked, r: int, seed: int) -> Made:
-    """LoRA with alpha = r and PEFT's start: A uniform as a linear layer's weight, B zero."""
+def lora(looked: Looked, r: int, seed: int, begin: Mapping[str, Tensor] | None = None) -> Made:
+    """LoRA with alpha = r and PEFT's start: A uniform as a linear layer's weight, or `begin` at the same size; B zero."""
     generator = torch.Generator().manual_seed(seed)
     made, trained = {}, []
     for path, layer in looked.layers.items():
         bound = layer.in_features**-0.5
-        a = nn.Parameter((torch.rand(r, layer.in_features, generator=generator) * 2 - 1) * bound)
+        drawn = (torch.rand(r, layer.in_features, generator=generator) * 2 - 1) * bound
+        a = nn.Parameter(drawn if begin is None else begin[path] * drawn.norm())
         b = nn.Parameter(torch.zeros(layer.out_features, r))
         made[path] = LowRank(layer, a, b)
         trained += [a, b]
@@ -308,6 +310,13 @@ def candidates(layers: int) -> dict[str, Make]:
         "residual side, outputs": lambda looked, r, seed: of_outputs(looked, r),
         "residual side, gradient": lambda looked, r, seed: of_gradients(looked, r),
         "random": plain("random"),
+        "LoRA r=1, from activations": lambda looked, r, seed: lora(looked, r, seed, looked.basis("activation", r)),
+        "LoRA r=1, from gradient": lambda looked, r, seed: lora(
+            looked,
+            r,
+            seed,
+            {path: torch.linalg.svd(g, full_matrices=False)[2][:r] for path, g in looked.gradients.items()},
+        ),
     }
 
 
@@ -334,12 +343,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "embedded": {
         **TRAININGS["embedded"],
         "seeds": [0, 1, 2, 3],
-        "rates": {"": [3e-3, 1e-2, 3e-2], "LoRA r=1": [1e-2, 3e-2, 1e-1]},
+        "rates": {"": [3e-3, 1e-2, 3e-2], "LoRA": [1e-2, 3e-2, 1e-1]},
     },
     "smollm2": {
         **TRAININGS["smollm2"],
         "seeds": [0, 1],
-        "rates": {"": [1e-3, 3e-3, 1e-2], "LoRA r=1": [3e-3, 1e-2, 3e-2]},
+        "rates": {"": [1e-3, 3e-3, 1e-2], "LoRA": [3e-3, 1e-2, 3e-2]},
     },
 }
 
@@ -354,7 +363,7 @@ def run(name: str, task: Task, setting: Mapping[str, Any], records: Records, onl
         if only is not None and label not in only:
             continue
         r = rank_for(looked, label, make, budget)
-        rates = setting["rates"].get(label, setting["rates"][""])
+        rates = setting["rates"]["LoRA" if label.startswith("LoRA") else ""]
 
         def attempt(
             rate: float, seed: int, rows: Sequence[Row], make: Make = make, r: int = r

@@ -159,7 +159,7 @@ def test_a_screen_from_beginning_to_end(
         monkeypatch.setattr(forgetting, "TEXTS", 5)
         small["methods"] = {label: (fields, rates[:2]) for label, (fields, rates) in small["methods"].items()}
     else:
-        small["rates"] = {"": [1e-2]}
+        small["rates"] = {"": [1e-2], "LoRA": [1e-2]}
         chosen = dict(list(candidates.candidates(6).items())[:3])
         monkeypatch.setattr(candidates, "candidates", lambda layers: chosen)
     arguments = ["--setting", "embedded", "--work", str(tmp_path / "work")]

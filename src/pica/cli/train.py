@@ -242,8 +242,8 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     from pica.experiments.results.run import CURVE, METRICS
 
     metrics = result.metrics
-    kind = "pictures" if metrics.task == "dreambooth" else "test problems"
-    title = f"{metrics.name}: {metrics.problems.test} {kind}, one seed"
+    kind, count = "picture" if metrics.task == "dreambooth" else "test problem", metrics.problems.test
+    title = f"{metrics.name}: {count} {kind}{'' if count == 1 else 's'}, one seed"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
     adapter, metric = metrics.adapter, metrics.adapter.metric
     for column in ("", "trainable", "rate", in_words(metric), "loss", "ms/step", "peak\nMiB"):
