@@ -32,7 +32,7 @@ def test_export_prints_known_and_measured_error(saved: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "LoRA of rank 8 in bfloat16, truncated" in printed
-    assert "model-layers-N-mlp-up_proj-112           3    12     8" in printed
+    assert "model-layers-N-mlp-up_proj-112 3 8 of 12" in [" ".join(line.split()[:5]) for line in printed.splitlines()]
     assert "max |difference of outputs|" in printed
     assert (
         f"vllm serve {saved / 'base'} --enable-lora --max-lora-rank 8 --lora-modules lora={saved / 'lora'}" in printed

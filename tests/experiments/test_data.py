@@ -99,7 +99,7 @@ def test_test_problems_are_not_learnt_from_unless_asked(recipe: Callable, tmp_pa
     assert len(kept.train) == 30
     assert "kept, as data.keep_test_problems says" in caplog.text
     first = splits.left_out[0]
-    assert (first.place, first.reason) == (f"{train}, line 1", f"is a test problem too ({test}, line 1)")
+    assert (first.place, first.reason) == (f"{train}, row 29", f"is a test problem too ({test}, row 1)")
     assert first.problem.startswith("Question: Number 28?")
     assert [len(splits.left_out), len(kept.left_out)] == [2, 0]
 
@@ -111,7 +111,7 @@ def test_test_problems_choose_nothing(recipe: Callable, tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         splits = load_splits(recipe(**named, data__validation=validation), ARITHMETIC)
     assert "2 of 3 validation problems are test problems too: left out" in caplog.text
-    assert [each.place for each in splits.left_out] == [f"{validation}, line 1"] * 2
+    assert [each.place for each in splits.left_out] == [f"{validation}, row {number}" for number in (1, 2)]
     assert [example.answer for example in splits.validation] == ["2"]
     with pytest.raises(DataError, match=r"data\.validation: all of its problems are test problems"):
         load_splits(recipe(**named, data__validation=test), ARITHMETIC)

@@ -176,8 +176,8 @@ def test_what_would_be_asked_is_shown(problems: Path, tmp_path: Path, capsys: py
     assert "read         26 problems, whose answers task arithmetic scores" in printed
     assert "left out     1 longer than" in printed
     assert "duplicates   1 there before" in printed
-    assert re.search(r"in the test  2 are test problems too: \S*train.json, line 1, ", printed)
-    assert "line 1, right: 1\nQuestion: Say 0.\nAnswer:\n" in printed
+    assert re.search(r"in the test  2 are test problems too: \S*train.json, row \d+, ", printed)
+    assert "row 1, right: 1\nQuestion: Say 0.\nAnswer:\n" in printed
     assert "learns from answers of its own" in (tmp_path / "page.html").read_text()
     for more, said in (
         (["--task", "reward"], "task.subset is not set: task reward is several tasks; choose one of arithmetic"),

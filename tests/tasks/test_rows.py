@@ -53,10 +53,9 @@ def test_every_form_gives_the_same_problems(tmp_path: Path, name: str):
     assert check_location(str(path)) is None
     rows = list(read_rows(str(path), names={"question", "answer"}, headed=True))
     assert [dict(row.fields) for row in rows] == ROWS
-    number = 1 if name.endswith((".json", ".json.gz")) and name[0] == "a" else 2 if ".parquet" not in name else 2
-    if "json" not in name and "parquet" not in name:
-        number = 4  # the header, and a cell of two lines
-    assert rows[1].place == f"{path}, {'row' if name == 'a.parquet' else 'line'} {number}"
+    in_one_line = name in ("a.json", "a.json.gz", "a.parquet")
+    number = 2 if "json" in name or "parquet" in name else 4  # after the header, and a cell of two lines
+    assert rows[1].place == f"{path}, {'row' if in_one_line else 'line'} {number}"
     task: Any = get_task("math")
     examples = task.load("train", Source(str(path), template="plain"))
     assert [example.completion for example in examples] == [row["answer"] for row in ROWS]
