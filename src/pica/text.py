@@ -21,6 +21,11 @@ def in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words, "1 problem" and "1,319 problems"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Write rows as CSV.
 

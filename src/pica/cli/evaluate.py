@@ -8,7 +8,7 @@ from typing import Any
 
 from pica.cli.options import add_trust, command_parser, positive
 from pica.cli.show import show
-from pica.text import in_words
+from pica.text import counted, in_words
 
 EPILOG = """examples:
   pica evaluate pica-arithmetic-tiny                          the run's own task and test problems
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         show(json_text(summary, indent=2))
         return 0
     result = found.result
-    show(f"{found.model} on {found.task} ({found.data}), {result.examples} problems")
+    show(f"{found.model} on {found.task} ({found.data}), {counted(result.examples, 'problem')}")
     lines: dict[str, str] = {}
     for name, value in result.metrics.items():
         if name.endswith("_stderr"):
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _error(metric: str, stderr: float | None) -> str:
-    return "" if stderr is None else f" ± {_shown(metric, stderr)} (standard error)"
+    return "" if stderr is None or not math.isfinite(stderr) else f" ± {_shown(metric, stderr)} (standard error)"
 
 
 def _uncertainty(result: Any) -> str:

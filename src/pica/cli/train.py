@@ -11,7 +11,7 @@ from pica.cli.options import Words, add_trust, command_parser, fitted, split_wor
 from pica.cli.show import show
 from pica.errors import ConfigError
 from pica.foreign_code import FLAG
-from pica.text import in_words, shortened
+from pica.text import counted, in_words, shortened
 
 if TYPE_CHECKING:
     from pica.cli.console import ConsoleReporter
@@ -242,8 +242,8 @@ def print_result(result: "RunResult", *, page: bool = False) -> None:
     from pica.experiments.results.run import CURVE, METRICS
 
     metrics = result.metrics
-    kind, count = "picture" if metrics.task == "dreambooth" else "test problem", metrics.problems.test
-    title = f"{metrics.name}: {count} {kind}{'' if count == 1 else 's'}, one seed"
+    kind = "picture" if metrics.task == "dreambooth" else "test problem"
+    title = f"{metrics.name}: {counted(metrics.problems.test, kind)}, one seed"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, pad_edge=False)
     adapter, metric = metrics.adapter, metrics.adapter.metric
     for column in ("", "trainable", "rate", in_words(metric), "loss", "ms/step", "peak\nMiB"):

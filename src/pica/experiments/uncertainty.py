@@ -25,7 +25,7 @@ from scipy.special import stdtrit
 from pica.experiments.outcomes import POOLED, Outcomes, resampled, scores_of
 from pica.experiments.results.standing import Behind, Placed, StandingResult
 from pica.tasks.base import ANSWER_METRICS
-from pica.text import in_words
+from pica.text import counted, in_words
 
 LEVEL = 0.95  # of every interval here
 
@@ -201,10 +201,10 @@ class Standing:
                 "paired test may tell more of them apart."
             )
         problems = next(run.shape[1] for run in self.best.runs.values() if run is not None)
-        what = "conversations" if self.metric in POOLED else "problems"
+        what = "test conversation" if self.metric in POOLED else "test problem"
         fewest, most = min(one.seeds for one in paired), max(one.seeds for one in paired)
         seeds = "one seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-        text = f"95% paired bootstrap, {problems:,} test {what}, {seeds}."
+        text = f"95% paired bootstrap, {counted(problems, what)}, {seeds}."
         if most == 1:
             text += " Another seed may order them otherwise."
         if len(paired) < len(self.differences):

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from pica.files.output import json_text
 from pica.report.page import entries
+from pica.text import counted
 
 MOST = 300
 """Entries of a page; of more, those whose loss changed most, or whose answer became right or wrong."""
@@ -85,7 +86,7 @@ def answers_block(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> tuple[
             "(`task.answers`), by how much their loss changed: the worst and the best first."
         )
     else:
-        text = f"{len(made):,} test problems; those whose answer became wrong or right come first."
+        text = f"{counted(len(made), 'test problem')}; those whose answer became wrong or right come first."
     orders = {
         "turns": "worst and best in turn",
         "best": "best first",

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from pica.experiments.chat.measuring import Measured, measure_rows, summed_up
+from pica.experiments.chat.measuring import Measured, measure_rows, pooled_mean, summed_up
+from pica.experiments.preference.measuring import mean_and_error
 
 from .test_packing import llama, some_rows
 
@@ -40,4 +41,12 @@ def test_standard_errors_are_those_of_a_ratio_of_means():
     draws = torch.randint(0, 400, (4000, 400), generator=g)
     bootstrap = (sums[draws].sum(1) / counts[draws].sum(1)).std()
     assert total.loss_stderr == pytest.approx(float(bootstrap), rel=0.1)
-    assert summed_up([Measured(2.0, 1, 2)]).loss_stderr == 0
+    assert math.isnan(summed_up([Measured(2.0, 1, 2)]).loss_stderr)
+
+
+def test_the_error_of_one_conversation_is_unknown():
+    mean, error = pooled_mean([3.0], [4])
+    assert mean == 0.75
+    assert math.isnan(error)
+    assert math.isnan(mean_and_error([0.5])[1])
+    assert mean_and_error([0.0, 1.0]) == (0.5, pytest.approx(0.5 / math.sqrt(2)))

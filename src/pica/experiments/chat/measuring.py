@@ -75,10 +75,10 @@ def summed_up(measured: Sequence[Measured]) -> HeldOutWords:
 
 
 def pooled_mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """sum(sums) / sum(counts), and its standard error over independent conversations (of one: 0)."""
+    """sum(sums) / sum(counts), and its standard error over independent conversations (of one: unknown, NaN)."""
     total, number = sum(counts), len(counts)
     mean = sum(sums) / total
     if number < 2:
-        return mean, 0.0
+        return mean, math.nan
     spread = sum((value - mean * count) ** 2 for value, count in zip(sums, counts))
     return mean, math.sqrt(spread * number / (number - 1)) / total

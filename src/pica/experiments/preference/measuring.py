@@ -119,8 +119,10 @@ def _adapted(model: Any) -> bool:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of one or more independent values, and its standard error (of one: 0)."""
+    """Mean of one or more independent values, and its standard error (of one: unknown, NaN)."""
     middle = fmean(values)
+    if len(values) < 2:
+        return middle, math.nan
     return middle, math.sqrt(fmean((value - middle) ** 2 for value in values) / len(values))
 
 
