@@ -29,12 +29,10 @@ comparison; what does not is not built.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,12 +48,12 @@ from benchmarks.short_runs import (
     Records,
     Row,
     Task,
+    begin,
     best_rate,
-    load_task,
     losses,
     mean,
     paired_difference,
-    places,
+    setting_parser,
     train,
     weight_gradients,
 )
@@ -442,20 +440,18 @@ def report(name: str, records: Records, setting: Mapping[str, Any], layers: int)
                 f"{record['rate']:g}{' (edge)' if edge else ''}",
                 f"{np.mean(means):.4f}{spread}",
                 *(shown.get(other, "") for other in ("activation", "principal")),
+                str(len(means)),
                 verdict,
             ]
         )
-    header = ["candidate", "r", "parameters", "rate", "test loss", "against activation", "against principal", "helps"]
+    header = ["candidate", "r", "parameters", "rate", "test loss"]
+    header += ["against activation", "against principal", "seeds", "helps"]
     return numbers, harness.table(header, lines) if lines else "No candidate is finished yet."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is left of a setting, and write its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=sorted(SETTINGS), default="embedded")
-    parser.add_argument("--model", help="folder of smollm2-135m")
-    parser.add_argument("--data", type=Path, help="folder with train.json and AddSub.json")
-    parser.add_argument("--work", type=Path, required=True, help="where finished trainings are noted")
+    parser = setting_parser(__doc__, "folder with train.json and AddSub.json")
     parser.add_argument("--only", metavar="LABELS", help='rows, separated by ";"')
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="in place of the setting's; the first one chooses the rates"
@@ -463,14 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="train nothing")
     given = parser.parse_args(argv)
     setting = SETTINGS[given.setting] | ({"seeds": given.seeds} if given.seeds else {})
-    fields = dict(setting["fields"])
-    if given.setting == "smollm2":
-        if given.model is None or given.data is None:
-            parser.error("--setting smollm2 needs --model and --data")
-        fields |= places(given.model, given.data)
-    torch.set_num_threads(1)
-    records = Records(given.work / f"candidates-{given.setting}.jsonl")
-    task = load_task(fields, steps=setting["steps"], batch=setting["batch"])
+    task, records = begin(parser, given, setting, "candidates")
     layers = int(task.model.config.num_hidden_layers)
     only = given.only.split(";") if given.only else None
     if unknown := set(only or ()) - set(candidates(layers)):
@@ -479,11 +468,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(given.setting, task, setting, records, only)
     numbers, shown = report(given.setting, records, setting, layers)
     problems = {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)}
-    about = {"steps": task.steps, "batch": task.batch, "problems": problems, "seeds": setting["seeds"]}
+    about = {"steps": task.steps, "batch": task.batch, "problems": problems}
     base = mean(records.get(f"{given.setting}/base", lambda: losses(task.model, task.test)))
     result = {**about, "base_loss": base, "candidates": numbers}
     text = (
-        f"{task.steps} steps of {task.batch}, seeds {', '.join(map(str, setting['seeds']))}, {len(task.test)} problems. "
+        f"{task.steps} steps of {task.batch}, {len(task.test)} test problems, seeds 0, 1, ... "
         f"The model without training has a loss of {base:.4f}.\n\n{shown}"
     )
     print(text)

@@ -17,10 +17,8 @@ Spearman's correlation of each with the rows' test losses stands below the table
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.candidates import SETTINGS, Looked, LowRank, candidates, put_on
-from benchmarks.short_runs import Records, Task, load_task, mean, places, train, weight_gradients
+from benchmarks.short_runs import Records, begin, mean, setting_parser, train, weight_gradients
 
 EARLY = 10
 LOOKS = ("first", "early", "last")
@@ -129,21 +127,9 @@ def report(name: str, records: Records, layers: int) -> tuple[dict[str, Any], st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Look at what is not looked at yet, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=sorted(SETTINGS), default="embedded")
-    parser.add_argument("--model", help="folder of smollm2-135m")
-    parser.add_argument("--data", type=Path, help="folder with train.json and AddSub.json")
-    parser.add_argument("--work", type=Path, required=True, help="where benchmarks.candidates has noted its trainings")
+    parser = setting_parser(__doc__, "folder with train.json and AddSub.json")
     given = parser.parse_args(argv)
-    setting = SETTINGS[given.setting]
-    fields = dict(setting["fields"])
-    if given.setting == "smollm2":
-        if given.model is None or given.data is None:
-            parser.error("--setting smollm2 needs --model and --data")
-        fields |= places(given.model, given.data)
-    torch.set_num_threads(1)
-    records = Records(given.work / f"candidates-{given.setting}.jsonl")
-    task: Task = load_task(fields, steps=setting["steps"], batch=setting["batch"])
+    task, records = begin(parser, given, SETTINGS[given.setting], "candidates")
     looked, layers = Looked(task), int(task.model.config.num_hidden_layers)
     for label in candidates(layers):
         record = records.done(f"{given.setting}/{label}")

@@ -17,14 +17,12 @@ table has every rate with one seed: there methods can be held against each other
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tools.tiny_corpus import corpus
 
 from benchmarks import harness
@@ -35,12 +33,12 @@ from benchmarks.short_runs import (
     Records,
     Row,
     Task,
+    begin,
     best_rate,
-    load_task,
     losses,
     mean,
     paired_difference,
-    places,
+    setting_parser,
     train,
 )
 from pica.calibration.texts import embedded_text
@@ -191,21 +189,10 @@ def report(name: str, methods: Mapping[str, Any], records: Records) -> tuple[dic
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is left of a setting, and write its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=sorted(SETTINGS), default="embedded")
-    parser.add_argument("--model", help="folder of smollm2-135m")
-    parser.add_argument("--data", type=Path, help="folder with arithmetic and sst2")
-    parser.add_argument("--work", type=Path, required=True, help="where finished trainings are noted")
+    parser = setting_parser(__doc__, "folder with arithmetic and sst2")
     given = parser.parse_args(argv)
     setting = SETTINGS[given.setting]
-    fields = dict(setting["fields"])
-    if given.setting == "smollm2":
-        if given.model is None or given.data is None:
-            parser.error("--setting smollm2 needs --model and --data")
-        fields |= places(given.model, given.data / "arithmetic")
-    torch.set_num_threads(1)
-    records = Records(given.work / f"forgetting-{given.setting}.jsonl")
-    task = load_task(fields, steps=setting["steps"], batch=setting["batch"])
+    task, records = begin(parser, given, setting, "forgetting", "arithmetic")
     texts = {kind: encoded(found, task.tokenizer) for kind, found in general_texts(given.setting, given.data).items()}
     run(given.setting, task, setting["methods"], texts, records)
     numbers, shown = report(given.setting, setting["methods"], records)

@@ -6,6 +6,7 @@ on gold answers, problem by problem, so that two runs are compared on the same p
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -95,6 +96,47 @@ def places(model: str, problems: Path) -> dict[str, str]:
         "data.train": str(problems / "train.json"),
         "data.test": str(problems / "AddSub.json"),
     }
+
+
+def setting_parser(about: str | None, data: str) -> argparse.ArgumentParser:
+    """The options that every screen has: which setting, where SmolLM2 and the problems are, and where it notes its runs.
+
+    Args:
+        about: What it does.
+        data: What `--data` names.
+    Returns:
+        The parser, for `begin`.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=sorted(TRAININGS), default="embedded")
+    parser.add_argument("--model", help="folder of smollm2-135m")
+    parser.add_argument("--data", type=Path, help=data)
+    parser.add_argument("--work", type=Path, required=True, help="where finished trainings are noted")
+    return parser
+
+
+def begin(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, setting: Mapping[str, Any], name: str, within: str = ""
+) -> tuple[Task, Records]:
+    """The task of a setting, on one thread, and what a screen has noted of it.
+
+    Args:
+        parser: Of `setting_parser`, which says what is missing.
+        given: What it has read.
+        setting: Its fields, steps and batch.
+        name: Of the screen.
+        within: Folder of the problems inside `--data`.
+    Returns:
+        Both.
+    """
+    fields = dict(setting["fields"])
+    if given.setting == "smollm2":
+        if given.model is None or given.data is None:
+            parser.error("--setting smollm2 needs --model and --data")
+        fields |= places(given.model, given.data / within)
+    torch.set_num_threads(1)
+    records = Records(given.work / f"{name}-{given.setting}.jsonl")
+    return load_task(fields, steps=setting["steps"], batch=setting["batch"]), records
 
 
 def load_task(overrides: Mapping[str, Any], *, steps: int, batch: int) -> Task:
