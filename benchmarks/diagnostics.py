@@ -49,23 +49,20 @@ def captured(
     held = energy = 0.0
     sums: dict[int, Tensor] = {}
     single: dict[int, float] = {}
+    trained = {id(one) for one in shared}
     for path, layer in made.items():
-        gradient = gradients[path]
-        reads = any(layer.write is one for one in shared)  # what it reads is frozen, or LoRA's A
-        rows, matrix = (layer.read, layer.write) if reads else (layer.write.T, layer.read)
-        basis = torch.linalg.qr(rows.detach().float().T).Q.T
-        part = basis @ (gradient.T if reads else gradient)
-        held, energy = held + float(part.double().square().sum()), energy + float(gradient.double().square().sum())
-        # the gradient of the shared matrix that this layer brings
-        brought = rows.detach().float() @ (gradient.T if reads else gradient)
-        key = id(matrix)
+        if id(layer.write) in trained:  # what it reads is frozen, or LoRA's A
+            rows, gradient, key = layer.read, gradients[path].T, id(layer.write)
+        else:
+            rows, gradient, key = layer.write.T, gradients[path], id(layer.read)
+        rows = rows.detach().float()
+        held += float((torch.linalg.qr(rows.T).Q.T @ gradient).double().square().sum())
+        energy += float(gradient.double().square().sum())
+        brought = rows @ gradient  # of the shared matrix's gradient
         sums[key] = sums.get(key, torch.zeros_like(brought)) + brought
         single[key] = single.get(key, 0.0) + float(brought.double().square().sum())
     found = {"cap": held / energy}
-    if not any(
-        any(layer.read is one for one in shared) and any(layer.write is one for one in shared)
-        for layer in made.values()
-    ):
+    if not any({id(layer.read), id(layer.write)} <= trained for layer in made.values()):
         found["coherence"] = float(np.mean([float(sums[key].double().square().sum()) / single[key] for key in sums]))
     return found
 

@@ -42,7 +42,8 @@ def check(table: Table, shared: dict[str, Any], methods: Sequence[dict[str, Any]
         device=device,
     )
     print(needs_table(found), flush=True)
-    if any(need.lacking for need in found) and not given.check:
+    enough = not any(need.lacking for need in found)
+    if not (enough or given.check):
         return False
     grids = {row["label"]: len(row["learning_rates"]) for row in methods}
     print(hours_table(shared["model"]["path"], rows, grids, work, len(given.seeds), device))
@@ -51,7 +52,7 @@ def check(table: Table, shared: dict[str, Any], methods: Sequence[dict[str, Any]
         "Other methods' memory is not planned: a row that does not fit fails, with the reason, and the others go on.\n",
         flush=True,
     )
-    return not any(need.lacking for need in found)
+    return enough
 
 
 def _named(device: torch.device) -> str:
@@ -62,8 +63,7 @@ def results(table: Table, folder: Path) -> str:
     """The rows beside the paper's, as Markdown."""
     summary = summarise(folder)
     measured = {row.label: row for row in summary.rows if row.done}
-    sets = [*(table.tests or ()), "mean"]
-    shown_sets = [name for name in sets if any(name in row.published for row in table.rows) or name in table.tests]
+    shown_sets = list(table.tests) or ["mean"]
     lines = []
     for row in table.rows:
         own = measured.get(row.label)

@@ -20,6 +20,8 @@ FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PICA_RATES = (5e-4, 1e-3, 2e-3)
 LORA_RATES = (1e-4, 3e-4, 1e-3)
+SVFT_RATES = {"plain": (2e-2, 5e-2, 1e-1), "random": (5e-4, 1e-3, 5e-3), "banded": (1e-3, 5e-3, 2e-2)}
+"""By pattern."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class Table:
     """One table of the paper.
 
     Attributes:
-        name: Of the command, and of its folder.
+        name: Of the command, of its folder, and of the built-in recipe that all rows share but for the adapter.
         title: Of the page.
-        recipe: The built-in recipe that all rows share but for the adapter.
         rows: The methods.
         tests: Sets of test problems; none where the recipe's own place has several.
         train_examples, test_examples: How many there are, for the estimate of hours.
@@ -55,7 +56,6 @@ class Table:
 
     name: str
     title: str
-    recipe: str
     rows: tuple[Row, ...]
     tests: Mapping[str, str]
     train_examples: int
@@ -64,7 +64,7 @@ class Table:
 
     def fields(self) -> dict[str, Any]:
         """The sections that all rows share, as a comparison's `base` has them."""
-        recipe = yaml.safe_load(builtin_recipes()[self.recipe])
+        recipe = yaml.safe_load(builtin_recipes()[self.name])
         shared = {name: dict(recipe[name]) for name in ("model", "data", "task", "trainer")}
         shared["trainer"].pop("learning_rate")
         shared["adapter"] = {"target_modules": recipe["adapter"]["target_modules"]}
@@ -92,8 +92,7 @@ class Table:
         }
 
 
-def _maths(gsm8k: float, math: float) -> dict[str, float]:
-    return {"gsm8k": gsm8k, "math": math}
+_MATHS_TESTS = {"gsm8k": "hub:openai/gsm8k/main:test", "math": "hub:HuggingFaceH4/MATH-500:test"}
 
 
 def _pica(r: int, published: Mapping[str, float], projection: str = "principal") -> Row:
@@ -102,114 +101,84 @@ def _pica(r: int, published: Mapping[str, float], projection: str = "principal")
     return Row(f"PiCa r={r}{other}", adapter, PICA_RATES, published)
 
 
-def _lora(method: str, r: int, targets: list[str], published: Mapping[str, float]) -> Row:
+def _lora(method: str, r: int, published: Mapping[str, float]) -> Row:
     name = {"lora": "LoRA", "dora": "DoRA"}[method]
-    return Row(f"{name} r={r}", {"method": method, "r": r, "target_modules": targets}, LORA_RATES, published)
+    return Row(f"{name} r={r}", {"method": method, "r": r, "target_modules": FIVE}, LORA_RATES, published)
 
 
 def _svft(pattern: str, published: Mapping[str, float]) -> Row:
-    plain = pattern == "plain"
-    adapter: dict[str, Any] = {"method": "svft", "pattern": pattern, "target_modules": SEVEN}
-    rates = (2e-2, 5e-2, 1e-1) if plain else (5e-4, 1e-3, 5e-3)
-    return Row(
-        "SVFT plain" if plain else f"SVFT {pattern} d=16",
-        adapter | ({} if plain else {"off_diagonals": 16}),
-        rates,
-        published,
-    )
+    width = {} if pattern == "plain" else {"off_diagonals": 16}
+    adapter = {"method": "svft", "pattern": pattern, "target_modules": SEVEN, **width}
+    return Row(f"SVFT {pattern}{' d=16' if width else ''}", adapter, SVFT_RATES[pattern], published)
 
 
-def _maths_rows(**published: tuple[float, float]) -> tuple[Row, ...]:
-    """The rows of both tables on MetaMathQA, with what the paper has of each on GSM8K and MATH."""
-    of = {name: _maths(*pair) for name, pair in published.items()}
-    return (
+def _maths_table(name: str, title: str, **published: tuple[float, float]) -> Table:
+    """A table on MetaMathQA, with what the paper has of each row on GSM8K and MATH."""
+    of = {row: dict(zip(_MATHS_TESTS, pair, strict=True)) for row, pair in published.items()}
+    rows = (
         _pica(32, of["pica32"]),
         _pica(32, {}, "activation"),
-        _lora("lora", 1, FIVE, of["lora1"]),
-        _lora("dora", 1, FIVE, of["dora1"]),
+        _lora("lora", 1, of["lora1"]),
+        _lora("dora", 1, of["dora1"]),
         _svft("plain", of["svft_plain"]),
         _pica(256, of["pica256"]),
         _pica(256, {}, "activation"),
-        _lora("lora", 32, FIVE, of["lora32"]),
-        _lora("dora", 16, FIVE, of["dora16"]),
+        _lora("lora", 32, of["lora32"]),
+        _lora("dora", 16, of["dora16"]),
         _svft("random", of["svft_random"]),
         Row("VeRA r=1024", published=of["vera"]),
         Row("BOFT b=8 m=2", published=of["boft"]),
         Row("full fine-tuning", published=of["full"]),
     )
+    return Table(name, title, rows, _MATHS_TESTS, 40_000, 1_319 + 500)
 
-
-_MATHS_TESTS = {"gsm8k": "hub:openai/gsm8k/main:test", "math": "hub:HuggingFaceH4/MATH-500:test"}
 
 TABLES = {
     table.name: table
     for table in (
-        Table(
+        _maths_table(
             "gemma-2b-metamathqa",
             "Gemma-2B on MetaMathQA-40K",
-            "gemma-2b-metamathqa",
-            _maths_rows(
-                pica32=(41.32, 15.22),
-                lora1=(32.97, 13.04),
-                dora1=(35.35, 13.04),
-                svft_plain=(40.34, 14.38),
-                pica256=(52.77, 16.36),
-                lora32=(43.06, 15.50),
-                dora16=(44.27, 16.18),
-                svft_random=(50.03, 15.56),
-                vera=(36.77, 14.12),
-                boft=(36.01, 12.13),
-                full=(52.69, 17.94),
-            ),
-            _MATHS_TESTS,
-            40_000,
-            1_319 + 500,
+            pica32=(41.32, 15.22),
+            lora1=(32.97, 13.04),
+            dora1=(35.35, 13.04),
+            svft_plain=(40.34, 14.38),
+            pica256=(52.77, 16.36),
+            lora32=(43.06, 15.50),
+            dora16=(44.27, 16.18),
+            svft_random=(50.03, 15.56),
+            vera=(36.77, 14.12),
+            boft=(36.01, 12.13),
+            full=(52.69, 17.94),
         ),
-        Table(
+        _maths_table(
             "llama-3-8b-metamathqa",
             "LLaMA-3-8B on MetaMathQA-40K",
-            "llama-3-8b-metamathqa",
-            _maths_rows(
-                pica32=(73.54, 24.14),
-                lora1=(68.84, 20.94),
-                dora1=(68.30, 21.96),
-                svft_plain=(69.22, 20.44),
-                pica256=(76.12, 24.88),
-                lora32=(75.89, 24.74),
-                dora16=(75.66, 24.72),
-                svft_random=(75.90, 24.22),
-                vera=(63.76, 20.28),
-                boft=(67.09, 21.64),
-                full=(64.13, 16.24),
-            ),
-            _MATHS_TESTS,
-            40_000,
-            1_319 + 500,
+            pica32=(73.54, 24.14),
+            lora1=(68.84, 20.94),
+            dora1=(68.30, 21.96),
+            svft_plain=(69.22, 20.44),
+            pica256=(76.12, 24.88),
+            lora32=(75.89, 24.74),
+            dora16=(75.66, 24.72),
+            svft_random=(75.90, 24.22),
+            vera=(63.76, 20.28),
+            boft=(67.09, 21.64),
+            full=(64.13, 16.24),
         ),
         Table(
             "gemma-2b-commonsense",
             "Gemma-2B on Commonsense-15K",
-            "gemma-2b-commonsense",
             (
                 _pica(256, {"mean": 67.60}),
-                Row(
-                    "PiCa r=256, random",
-                    {"method": "pica", "r": 256, "projection": "random"},
-                    PICA_RATES,
-                    {"mean": 63.18},
-                ),
+                _pica(256, {"mean": 63.18}, "random"),
                 _pica(256, {}, "activation"),
                 _pica(32, {}),
-                _lora("lora", 1, FIVE, {"mean": 55.81}),
-                _lora("lora", 32, FIVE, {"mean": 62.43}),
-                _lora("dora", 16, FIVE, {"mean": 64.40}),
+                _lora("lora", 1, {"mean": 55.81}),
+                _lora("lora", 32, {"mean": 62.43}),
+                _lora("dora", 16, {"mean": 64.40}),
                 _svft("plain", {"mean": 55.81}),
-                Row(
-                    "SVFT banded d=16",
-                    {"method": "svft", "pattern": "banded", "off_diagonals": 16, "target_modules": SEVEN},
-                    (1e-3, 5e-3, 2e-2),
-                    {"mean": 65.86},
-                ),
+                _svft("banded", {"mean": 65.86}),
                 Row("full fine-tuning", published={"mean": 67.45}),
             ),
             {},

@@ -9,7 +9,7 @@ from typing import Any
 
 from pica.errors import DataError
 from pica.experiments.mixing import mixed
-from pica.experiments.recipes.recipe import Recipe, columns_of, places_of, tests_of, weights_of, with_absolute_paths
+from pica.experiments.recipes.recipe import Recipe, columns_of, places_of, weights_of, with_absolute_paths
 from pica.tasks import AnyExample, ClassificationTask, Source, Split, Target, Task, get_task, has_split
 from pica.tasks.base import TALKING, Bar, LeftOut
 from pica.tasks.identity import same_problem
@@ -239,8 +239,7 @@ def _read(
         places = weights_of(recipe.data.train)
         return [dataclasses.replace(one, source=place) for place in places for one in load(place)]
     if split == "test" and isinstance(recipe.data.test, dict):
-        tests = tests_of(recipe.data.test).items()
-        return [_in_group(one, name) for name, place in tests for one in load(place, name)]
+        return [_in_group(one, name) for name, place in recipe.data.test.items() for one in load(place, name)]
     return load()
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import is_flash_attn_2_available
@@ -26,35 +26,28 @@ from pica.experiments.chat import packing
 from pica.experiments.chat.packing import BY_SEQUENCE, Collate, PackedCollator, as_dataset, packed, packing_collator
 from pica.experiments.chat.rendering import Rows
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
-def llama(attention: str) -> LlamaForCausalLM:
+
+def made(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    config._attn_implementation = attention
-    return LlamaForCausalLM(config).double()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
 
 
-def mistral(attention: str) -> MistralForCausalLM:
+def llama(attention: str) -> PreTrainedModel:
+    return made(LlamaConfig(**SIZES), attention)
+
+
+def mistral(attention: str) -> PreTrainedModel:
     """A model whose tokens see the three before them only."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=4,
-    )
-    config._attn_implementation = attention
-    return MistralForCausalLM(config).double()
+    return made(MistralConfig(**SIZES, sliding_window=4), attention)
 
 
 def some_rows() -> Rows:

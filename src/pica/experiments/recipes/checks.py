@@ -167,9 +167,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
                 have = f"only method {owners[0]} has" if len(owners) == 1 else f"only {', '.join(owners)} have"
                 yield f"adapter.{name} = {value!r}: {have} it, and method {adapter.method} has not; leave it out."
     for problem in _of_configuration(adapter):
-        yield (
-            f"adapter.{re.sub('=', ' = ', problem, count=1)}." if re.match(r"\w+=", problem) else f"adapter.{problem}."
-        )
+        spaced = re.sub(r"^(\w+)=", r"\1 = ", problem)
+        yield f"adapter.{spaced}."
     if adapter.method == "svft" and adapter.rank_pattern:
         yield "adapter.rank_pattern does not go with method svft, which has no rank; remove it."
     if recipe.baseline.method is not None and not recipe.baseline.learning_rates:
