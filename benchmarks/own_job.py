@@ -105,8 +105,7 @@ def run(job: str, label: str, model: Path, work: Path) -> None:
         }
         fields |= {"adapter.target_modules": json.dumps(TARGETS), "trainer.learning_rates": json.dumps(rates)}
         words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-        resume = ["--resume"] if folder.exists() else []
-        _do(["train", *words, "-o", str(folder), *resume])
+        _do(["train", "--resume", str(folder)] if folder.exists() else ["train", *words, "-o", str(folder)])
     if not answers.is_file():
         before = ["--base-answers"] if label == next(iter(METHODS)) else []
         asked = ["--prompts", str(data / f"{job}-test.jsonl"), "-o", str(answers), "--max-new-tokens", "200"]
