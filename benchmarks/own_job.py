@@ -44,10 +44,10 @@ FIELDS: dict[str, Any] = {
     "trainer.packing": "true",
     "trainer.max_length": 512,
     "trainer.batch_size": 4,
-    "trainer.max_steps": 48,
+    "trainer.max_steps": 24,
     "trainer.precision": "bfloat16",
     "model.dtype": "bfloat16",
-    "trainer.save_steps": 16,
+    "trainer.save_steps": 12,
     "trainer.eval_batch_size": 8,
     "data.validation_limit": VALIDATION,
 }
