@@ -128,7 +128,7 @@ def test_what_is_no_basis_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="is damaged: the directions of block.0.k are not orthonormal"):
         skewed.rows("block.0.k", 3, 20)
     whole = write(tmp_path / "whole")
-    with pytest.raises(ConfigError, match="is of another model: block.0.q has 16 inputs, and its directions there 20"):
+    with pytest.raises(ConfigError, match="is of another model: block.0.q is 16 wide, and its directions there 20"):
         whole.rows("block.0.q", 3, 16)
     with pytest.raises(ConfigError, match="has no directions for block.1.q: it was made for other layers"):
         whole.rows("block.1.q", 3, 20)

@@ -43,6 +43,7 @@ VARIANTS: dict[str, tuple[type[Config], dict[str, Any]]] = {
     "PiCa, random, not shared": (PicaConfig, {"r": 4, "projection": "random", "share": "none"}),
     "PiCa, activation": (PicaConfig, {"r": 8, "projection": "activation"}),
     "PiCa, weighted, not shared": (PicaConfig, {"r": 4, "projection": "weighted", "share": "none"}),
+    "PiCa, gradient": (PicaConfig, {"r": 8, "projection": "gradient"}),
     "PiCa, principal from a file": (PicaConfig, {"r": 8, "projection": "principal"}),
     "SVFT": (SvftConfig, {}),
     "SVFT, narrow band": (SvftConfig, {"pattern": "banded", "off_diagonals": 1}),
@@ -51,7 +52,7 @@ VARIANTS: dict[str, tuple[type[Config], dict[str, Any]]] = {
     "SVFT, top_k, shared": (SvftConfig, {"pattern": "top_k", "off_diagonals": 2, "share": "role"}),
 }
 BOTH = ["PiCa", "SVFT"]
-FROM_FILES = ["PiCa, activation", "PiCa, weighted, not shared", "PiCa, principal from a file"]
+FROM_FILES = ["PiCa, activation", "PiCa, weighted, not shared", "PiCa, gradient", "PiCa, principal from a file"]
 BASES: dict[str, str] = {}
 """Folders of the basis files of these, by projection."""
 
@@ -60,7 +61,7 @@ BASES: dict[str, str] = {}
 def _bases(tiny_llama, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Basis files of the model that the tests adapt, of more directions than they use."""
     read = [{"input_ids": torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(7))} for _ in range(3)]
-    for projection in ("activation", "weighted", "principal"):
+    for projection in ("activation", "weighted", "gradient", "principal"):
         folder = tmp_path_factory.mktemp("bases") / projection
         given = read if projection != "principal" else None
         pica.make_basis(tiny_llama(), folder, PicaConfig(r=16, projection=projection), data=given)
@@ -322,6 +323,8 @@ def test_every_loader_gives_the_same_model(tiny_llama, base_folder: Path, tmp_pa
         ("PiCa, activation", {"layers_to_transform": [0, 2]}, {}),
         ("PiCa, activation", {"rank_pattern": {"q_proj": 4}, "share": 2}, {}),
         ("PiCa, weighted, not shared", {}, {}),
+        ("PiCa, gradient", {}, {}),
+        ("PiCa, gradient", {"share": 2}, {}),
         ("PiCa, principal from a file", {}, {}),
         ("SVFT", {"modules_to_save": ["lm_head"]}, {}),
         ("SVFT", {"trainable_token_indices": [1, 5, 9]}, {"tie_word_embeddings": True}),
@@ -383,6 +386,7 @@ def test_averaged_state_dicts_load(tiny_llama, variant, dtype):
         ("PiCa", {}, 8),
         ("PiCa, activation", {}, 8),
         ("PiCa, weighted, not shared", {}, 4),
+        ("PiCa, gradient", {}, 8),
         ("SVFT, narrow band", {"target_modules": ["q_proj", "down_proj", "up_proj"]}, 64),
     ],
 )
@@ -509,7 +513,9 @@ def test_unmerging_after_a_change_of_precision(tiny_llama, variant):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-@pytest.mark.parametrize("variant", ["PiCa", "PiCa, activation", "SVFT", "SVFT, narrow band", "SVFT, top_k"])
+@pytest.mark.parametrize(
+    "variant", ["PiCa", "PiCa, activation", "PiCa, gradient", "SVFT", "SVFT, narrow band", "SVFT, top_k"]
+)
 def test_precisions_of_matrices_and_bases(tiny_llama, dtype, autocast_adapter_dtype, variant):
     model = get_peft_model(tiny_llama(dtype=dtype), config(variant), autocast_adapter_dtype=autocast_adapter_dtype)
     expected = torch.promote_types(dtype, torch.float32) if autocast_adapter_dtype else dtype
@@ -534,7 +540,7 @@ def test_autocast(tiny_llama, variant):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("variant", ["PiCa", "PiCa, activation", "SVFT, random, shared"])
+@pytest.mark.parametrize("variant", ["PiCa", "PiCa, activation", "PiCa, gradient", "SVFT, random, shared"])
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama, use_reentrant, variant):
     model = get_peft_model(tiny_llama(), config(variant)).train()
     plain = gradients(model)

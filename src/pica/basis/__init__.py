@@ -14,6 +14,7 @@ from pica.basis.decomposition import factorise as factorise
 from pica.basis.orient import direction_signs as direction_signs
 from pica.basis.request import BasisRequest as BasisRequest
 from pica.basis.spectral import CALIBRATED as CALIBRATED
+from pica.basis.spectral import OF_INPUTS as OF_INPUTS
 from pica.basis.spectral import PROJECTIONS as PROJECTIONS
 from pica.basis.spectral import Basis as Basis
 from pica.basis.spectral import Side as Side
@@ -23,6 +24,7 @@ from pica.basis.spectral import solve_basis as solve_basis
 
 __all__ = [
     "CALIBRATED",
+    "OF_INPUTS",
     "PROJECTIONS",
     "Basis",
     "BasisRequest",

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated as Float
@@ -50,7 +50,7 @@ class About:
     """What a basis is, and what it was made from.
 
     Attributes:
-        projection: "principal", "minor", "random", "activation" or "weighted".
+        projection: One of `pica.basis.fingerprint.PROJECTION_CODES`.
         rank: Directions that were asked for; a layer may have fewer.
         base: The base model's name, for messages.
         revision: Its branch, tag or commit.
@@ -58,6 +58,7 @@ class About:
         seed: Of random directions, and of a wide layer's sketch.
         pica_version: Which version wrote it.
         same_rows: Layers whose rows are those of another one, which reads the same input.
+        input_side: Layers whose directions are of their output, since the matrix that is trained reads their input.
     """
 
     projection: str
@@ -68,6 +69,7 @@ class About:
     seed: int = 0
     pica_version: str = ""
     same_rows: Mapping[str, str] = field(default_factory=dict)
+    input_side: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ class LayerRows:
     """One layer's part of a basis file.
 
     Attributes:
-        rows: P, (k, in), orthonormal, float32.
-        gains: |W p_i|, (k,), float32.
+        rows: P, (k, in), orthonormal, float32; of a layer on the input's side U^T, (k, out).
+        gains: |W p_i|, or |W^T u_i|, (k,), float32.
         sample: As `weight_sample` gives it.
     """
 
-    rows: Float[Tensor, "k in"]
+    rows: Float[Tensor, "k width"]
     gains: Float[Tensor, "k"]
     sample: Float[Tensor, "entries"]
 
@@ -161,25 +163,25 @@ class BasisFile:
         self.about = About(**{name: content[name] for name in About.__dataclass_fields__ if name in content})
         self.layers = sorted(name.removeprefix(_GAINS) for name in self._names if name.startswith(_GAINS))
 
-    def rows(self, layer: str, rank: int, in_features: int) -> Tensor:
-        """The first directions P of a layer.
+    def rows(self, layer: str, rank: int, width: int) -> Tensor:
+        """The first directions of a layer, P or U^T.
 
         Args:
             layer: Its path.
             rank: How many; of a layer with fewer, those.
-            in_features: Its width.
+            width: How many inputs it has, or outputs, if its directions are of these.
 
         Returns:
-            (k, in), float32, orthonormal.
+            (k, width), float32, orthonormal.
 
         Raises:
             ConfigError: There are none for this layer, they have another width, or are not orthonormal.
         """
         owner = self.about.same_rows.get(layer, layer)
         rows = self._part(_ROWS + owner, layer, rank)
-        if rows.ndim != 2 or rows.shape[1] != in_features:
+        if rows.ndim != 2 or rows.shape[1] != width:
             raise ConfigError(
-                f"{self} is of another model: {layer} has {in_features} inputs, and its directions there {rows.shape[-1]}."
+                f"{self} is of another model: {layer} is {width} wide, and its directions there {rows.shape[-1]}."
             )
         wide = rows.double()
         off = (wide @ wide.T - torch.eye(len(rows), dtype=torch.float64)).abs()

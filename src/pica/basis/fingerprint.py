@@ -39,7 +39,7 @@ GAIN_SAMPLES = 4
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "other")
 SOLVERS = ("eigh", "subset eigh", "svd", "qr", "zero weight", "file", "other")
-PROJECTION_CODES = ("principal", "minor", "random", "activation", "weighted")
+PROJECTION_CODES = ("principal", "minor", "random", "activation", "weighted", "gradient")
 ORIGINS = (
     "",
     "a named checkpoint",

@@ -12,7 +12,8 @@ class BasisRequest:
     """What is wanted of one weight; the arguments of `solve_basis` as a value.
 
     `checkpoint` and `tensor` name the weight where it is not the layer's own: see `pica.basis.checkpoint`. `file` and its
-    `digest` name a basis file that holds the directions (see `pica.basis.file`), under the name `tensor`.
+    `digest` name a basis file that holds the directions (see `pica.basis.file`), under the name `tensor`. With `input_side`
+    all of it is of the weight's transpose: directions of the layer's output, (rank, out).
     """
 
     name: str
@@ -24,3 +25,4 @@ class BasisRequest:
     tensor: str = ""
     file: str | None = None
     digest: str = ""
+    input_side: bool = False

@@ -34,8 +34,10 @@ Side = Literal["in", "out"]
 WantedSide = Literal["auto", "in", "out"]
 PROJECTIONS = ("principal", "minor", "random")
 """Bases that a weight, or a seed, decides."""
-CALIBRATED = ("activation", "weighted")
-"""Bases that were made from what a layer is given on some data; they come from a file (`pica.basis.file`)."""
+OF_INPUTS = ("activation", "weighted")
+"""Bases that were made from what a layer is given on some data."""
+CALIBRATED = (*OF_INPUTS, "gradient")
+"""Bases that look at data, one of them at the loss there; they come from a file (`pica.basis.file`)."""
 
 # Upcasting a half-precision weight happens in slices of this many elements, so it never costs a full copy.
 SLICE_ELEMENTS = 2**18

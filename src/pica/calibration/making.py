@@ -20,12 +20,15 @@ from pica.basis.file import About, BasisFile, LayerRows, check_free, weight_samp
 from pica.basis.moments import Leading, oriented, rows_of_outputs
 from pica.basis.spectral import CALIBRATED
 from pica.calibration.collecting import MEMORY, leading_of
+from pica.calibration.gradients import gradient_directions
 from pica.calibration.texts import LENGTH, TOKENS, Calibration, Source, calibration
 from pica.errors import ConfigError, TargetError
 from pica.tuners.base.bank import get_bank
+from pica.tuners.base.roles import Member, plan_groups
 from pica.tuners.base.sharding import in_parts
 from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.layer import PicaLinear
+from pica.tuners.pica.sides import input_side_of
 
 
 def make_basis(
@@ -45,18 +48,21 @@ def make_basis(
 
     For "activation" P holds the leading eigenvectors of the uncentred second moment C of a layer's inputs; for "weighted"
     the row space of U_r^T W, with U_r the leading eigenvectors of W C W^T: what is best kept of W on this data. "principal",
-    "minor" and "random" need no data; from such a file they load without a decomposition.
+    "minor" and "random" need no data; from such a file they load without a decomposition. For "gradient" see
+    `pica.calibration.gradients`.
 
     Args:
         model: The base model, without adapters; it is left as it was.
         folder: New, or empty.
-        config: Projection, r, targets and seed; the others of its fields do not matter. Default: `activation`, r=256.
+        config: Projection, r, targets and seed, and for "gradient" `share` and `input_side`; the others of its fields do not
+            matter. Default: `activation`, r=256.
         data: See `pica.calibration.texts.calibration`; default: the text inside this package.
         tokenizer: Of the model, where data are texts.
         tokens: About how many to read.
         length: Longest sequence, in tokens.
         seed: Of the order in which data are read, and of the sketches of wide layers.
-        memory: Bytes that second moments may take together; the model reads the data again where they need more.
+        memory: Bytes that second moments, or gradients, may take together; the model reads the data again where they need
+            more.
         overwrite: Whether to replace a basis in `folder`.
 
     Returns:
@@ -84,8 +90,9 @@ def make_basis(
             else calibration(data, tokenizer, tokens=tokens, seed=seed, length=length)
         )
     with target_layers(model, config) as layers:
+        turned = input_side_of(config, _shapes(layers))
         rows = directions(model, layers, config, read, seed=seed, memory=memory)
-        parts = {path: _part(layers[path], rows[path]) for path in layers}
+        parts = {path: _part(layers[path], rows[path], turned=path in turned) for path in layers}
     own = getattr(model, "config", None)
     about = About(
         projection=config.projection,
@@ -95,6 +102,7 @@ def make_basis(
         calibration={} if read is None else read.about,
         seed=config.projection_seed if read is None else seed,
         pica_version=__version__,
+        input_side=sorted(turned),
     )
     return write_basis(folder, parts, about, overwrite=overwrite)
 
@@ -117,6 +125,7 @@ def target_layers(model: nn.Module, config: PicaConfig) -> Iterator[dict[str, Pi
     probe = copy.copy(config)
     probe.r, probe.projection, probe.rank_pattern = 1, "random", {}
     probe.basis_from, probe.basis_digest, probe.save_basis, probe.task_type = None, None, False, None
+    probe.input_side, probe.share = None, "role"
     probe.modules_to_save = probe.trainable_token_indices = None
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     with torch.random.fork_rng():
@@ -163,7 +172,7 @@ def directions(
 
     Returns:
         (k, in) by path, orthonormal, float32; k is r, or fewer where there are no more. Layers that are given the same have
-        one and the same tensor.
+        one and the same tensor. For "gradient" (k, out) where the matrix is on the side of the layer's input.
 
     Raises:
         ConfigError: The projection looks at data, and there is nothing to read.
@@ -189,6 +198,8 @@ def _of_data(
                 f"{path} is {what}, whose inputs projection={config.projection!r} cannot look at; leave it out, or use "
                 "projection='principal'."
             )
+    if config.projection == "gradient":
+        return _of_gradients(model, layers, bases, config, read, memory)
     outputs = config.projection == "weighted"
     widths = {path: layer.out_features if outputs else layer.in_features for path, layer in layers.items()}
     found, same = leading_of(
@@ -201,6 +212,27 @@ def _of_data(
         else:
             rows[path] = oriented(_rows_of(found.pop(path), layer, outputs))
     return rows
+
+
+def _of_gradients(
+    model: nn.Module,
+    layers: Mapping[str, PicaLinear],
+    bases: Mapping[str, nn.Module],
+    config: PicaConfig,
+    read: Calibration,
+    memory: int,
+) -> dict[str, Tensor]:
+    shapes = _shapes(layers)
+    turned = input_side_of(config, shapes)
+    members = [Member(path, *shape, config.r, path in turned) for path, shape in shapes.items()]
+    groups = [[member.path for member in group.members] for group in plan_groups(members, config.share)]
+    return gradient_directions(
+        model, bases, shapes, read.batches, config.r, groups=groups, input_side=turned, memory=memory
+    )
+
+
+def _shapes(layers: Mapping[str, PicaLinear]) -> dict[str, tuple[int, int]]:
+    return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
 
 def _rows_of(leading: Leading, layer: PicaLinear, outputs: bool) -> Tensor:
@@ -231,8 +263,9 @@ def _of_weights(layers: Mapping[str, PicaLinear], config: PicaConfig) -> dict[st
     return dict(zip(layers, with_progress(solve(), len(layers))))
 
 
-def _part(layer: PicaLinear, rows: Tensor) -> LayerRows:
+def _part(layer: PicaLinear, rows: Tensor, *, turned: bool) -> LayerRows:
     weight = layer.frozen.read()
     with full_precision(weight.device):
-        gains = (rows.to(weight.device) @ weight.to(torch.float32).T).norm(dim=1)
+        wide = weight.to(torch.float32)
+        gains = (rows.to(weight.device) @ (wide if turned else wide.T)).norm(dim=1)
     return LayerRows(rows, gains.cpu(), weight_sample(weight))

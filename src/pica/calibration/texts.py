@@ -50,6 +50,7 @@ def calibration(
     tokens: int = TOKENS,
     seed: int = 0,
     length: int = LENGTH,
+    labels: bool = False,
 ) -> Calibration:
     """Choose what is read.
 
@@ -62,6 +63,7 @@ def calibration(
         tokens: Read about so many: the sequences, in an order that the seed decides, until there are enough.
         seed: Decides the order.
         length: Longest sequence, in tokens.
+        labels: Whether the labels of a data set's `input_ids` are kept: for directions of a loss, whose digest they enter.
 
     Returns:
         What is read, in its order.
@@ -73,7 +75,7 @@ def calibration(
     for name, value in (("tokens", tokens), ("length", length)):
         if value < 1:
             raise ConfigError(f"Calibration: {name}={value} must be at least 1.")
-    name, given = _given(source)
+    name, given, gold = _given(source)
     if given and isinstance(given[0], Mapping) and any(isinstance(v, Tensor) for v in given[0].values()):
         return _of_batches(given, name, seed)
     if given and not isinstance(given[0], str):
@@ -83,20 +85,25 @@ def calibration(
             raise ConfigError("Calibration: texts need the model's tokenizer; pass it as tokenizer.")
         texts = [text for text in given if text.strip()]
         rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    rows = [row for row in rows if len(row)]
-    if not rows:
+    pairs = [(row, gold[i] if labels and gold else None) for i, row in enumerate(rows) if len(row)]
+    if not pairs:
         raise DataError(f"Calibration: {name} holds no text to read.")
-    random.Random(seed).shuffle(rows)
+    random.Random(seed).shuffle(pairs)
     chosen: list[list[int]] = []
+    batches: list[Batch] = []
+    digest = hashlib.sha256()
     left = tokens
-    for row in rows:
+    for row, label in pairs:
         chosen.append([int(token) for token in row[: min(length, left)]])
         left -= len(chosen[-1])
+        batch = {"input_ids": torch.tensor([chosen[-1]])}
+        digest.update(len(chosen[-1]).to_bytes(8, "little") + np.asarray(chosen[-1], dtype="<i8").tobytes())
+        if label is not None:
+            batch["labels"] = torch.tensor([label[: len(chosen[-1])] if isinstance(label, Sequence) else label])
+            digest.update(batch["labels"].numpy().tobytes())
+        batches.append(batch)
         if left <= 0:
             break
-    digest = hashlib.sha256()
-    for row in chosen:
-        digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype="<i8").tobytes())
     about = {
         "source": name,
         "digest": digest.hexdigest()[:32],
@@ -104,7 +111,7 @@ def calibration(
         "sequences": len(chosen),
         "seed": seed,
     }
-    return Calibration([{"input_ids": torch.tensor([row])} for row in chosen], about)
+    return Calibration(batches, about)
 
 
 def embedded_text() -> str:
@@ -112,19 +119,19 @@ def embedded_text() -> str:
     return (resources.files("pica") / "assets" / "calibration.txt").read_text(encoding="utf-8")
 
 
-def _given(source: Source) -> tuple[str, list[Any]]:
-    """A source's name for messages, and its texts, rows of token numbers, or batches."""
+def _given(source: Source) -> tuple[str, list[Any], list[Any]]:
+    """A source's name for messages; its texts, rows of token numbers, or batches; and the labels of such rows, if any."""
     if source is None or source == EMBEDDED:
-        return EMBEDDED, _paragraphs(embedded_text())
+        return EMBEDDED, _paragraphs(embedded_text()), []
     if isinstance(source, (str, Path)):
-        return Path(source).name, _of_place(str(source))
+        return Path(source).name, _of_place(str(source)), []
     data: Any = source
     if isinstance(columns := getattr(data, "column_names", None), list):
         name = str(getattr(data, "builder_name", None) or "a data set")
         if "input_ids" in columns:
-            return name, list(data["input_ids"])
-        return name, [_text_of(row) for row in data]
-    return "what was passed", list(source)
+            return name, list(data["input_ids"]), list(data["labels"]) if "labels" in columns else []
+        return name, [_text_of(row) for row in data], []
+    return "what was passed", list(source), []
 
 
 def _of_place(place: str) -> list[str]:

@@ -14,8 +14,9 @@ EPILOG = """examples:
   pica train my.yaml --adapter.projection activation --adapter.basis_from ./basis
 
 activation: the directions in which a layer's inputs have most of their energy. weighted: those of the weight, on these.
-Neither can be computed from the weights again, so an adapter names its basis by the digest of the file. Wide layers and
-large models are read several times, within 2 GiB beside the model.
+gradient: those of the first gradient of the loss on the text (`pica train` takes its training problems' own loss), turned
+alike over the layers of a role. None of them can be computed from the weights again, so an adapter names its basis by the
+digest of the file. Wide layers and large models are read several times, within 2 GiB beside the model.
 """
 
 
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")
     made.add_argument(
         "--projection",
-        choices=("activation", "weighted", "principal", "minor", "random"),
+        choices=("activation", "weighted", "gradient", "principal", "minor", "random"),
         default="activation",
         help="which directions (default: activation)",
     )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from pica.basis import CALIBRATED
+from pica.basis import OF_INPUTS
 from pica.calibration.capture import LayerCapture, captured_gradient
 from pica.calibration.making import directions, target_layers
 from pica.calibration.texts import LENGTH, TOKENS, Batch, Calibration, calibration
@@ -84,7 +84,7 @@ def screen(question: ScreenQuestion) -> Screen:
     captured = captured_gradient(model, rows, as_batch(text))
     ranks = {path: len(found) for path, found in rows["random"].items()}
     for name, held in rows.items():
-        if name in CALIBRATED and any(len(found) < ranks[path] for path, found in held.items()):
+        if name in OF_INPUTS and any(len(found) < ranks[path] for path, found in held.items()):
             least = min(map(len, held.values()))
             notes.append(f"The calibration text gives some layers fewer {name} directions, {least} at least.")
     return Screen(
@@ -173,7 +173,7 @@ def _bases(
         if left := len(layers) - len(linear):
             notes.append(f"{left} of the layers are embeddings or stacks of experts, which are left out.")
         rows = {}
-        for projection in OF_WEIGHTS if read is None else (*OF_WEIGHTS, *CALIBRATED):
+        for projection in OF_WEIGHTS if read is None else (*OF_WEIGHTS, *OF_INPUTS):
             config.projection = projection
             rows[projection] = directions(model, chosen, config, read, seed=question.seed)
     return rows, notes

@@ -196,7 +196,11 @@ def _compare_layers(
             if path in spectra:
                 layer, spectrum = layers[path], spectra[path]
                 left, rows = layer.method.frames(adapter)
-                wanted = layer.method.core(adapter).to(rows) @ (rows @ probes.to(rows))
+                core = layer.method.core(adapter).to(rows)
+                if layer.method.transposed(adapter):
+                    wanted = rows.T @ (core.T @ probes.to(rows))
+                else:
+                    wanted = core @ (rows @ probes.to(rows))
                 wanted = (wanted if left is None else left @ wanted).to(found)
                 # a few random inputs see the known error only within a factor
                 allowed = 3 * spectrum.row(rank).relative + 16 * eps

@@ -176,6 +176,8 @@ def layer_factors(
         small_a, small_b = spectrum.factors(directions.detach().cpu(), rank)
         if left is not None:
             small_b = left.detach().cpu() @ small_b
+        if layer.method.transposed(adapter):
+            small_a, small_b = small_b.T, small_a.T
     kept = small_a.shape[0]
     a = torch.zeros(rank, layer.in_features, dtype=dtype)
     b = torch.zeros(layer.out_features, rank, dtype=dtype)

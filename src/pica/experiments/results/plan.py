@@ -11,6 +11,7 @@ from pica.experiments.results.screening import Screen
 class GroupRow:
     """Layers that share one matrix M (out_features, rank). `in_features` lists the widths that occur.
 
+    Of layers whose matrix is on the side of their input (gradient directions), `out_features` is the width of that side.
     `layers` counts each expert of a stack, since each has a basis of its own.
     """
 

@@ -90,6 +90,8 @@ def _basis_for(pipeline: Pipeline, section: AdapterSection, rows: Any, recipe: R
     targets = [section.target_modules, section.exclude_modules, section.layers_to_transform]
     model_of = [dataclasses.asdict(recipe.model), model_digest(recipe.model.path, recipe.model.revision)]
     parts = [model_of, recipe.task.name, targets, section.projection, rank, read.about["digest"]]
+    if section.projection == "gradient":
+        parts += [section.share, section.options.get("input_side")]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     if (found := kept(key)) is not None:
         return found.path
@@ -112,7 +114,12 @@ def _read(pipeline: Pipeline, section: AdapterSection, rows: Any, recipe: Recipe
         source = pipeline.readable(rows, section.calibration_tokens)
     tokenizer = getattr(pipeline, "tokenizer", None)
     read = calibration(
-        source, tokenizer, tokens=section.calibration_tokens, seed=recipe.data.seed, length=recipe.trainer.max_length
+        source,
+        tokenizer,
+        tokens=section.calibration_tokens,
+        seed=recipe.data.seed,
+        length=recipe.trainer.max_length,
+        labels=section.projection == "gradient",
     )
     if section.calibration == OWN_DATA:
         read.about["source"] = f"training data of {recipe.name}"

@@ -185,7 +185,8 @@ def type_problems(config: object) -> list[str]:
 def pattern_problems(config: Any) -> list[str]:
     """Regular expressions of a configuration (of the right types) that are none."""
     patterns = [("rank_pattern", key) for key in getattr(config, "rank_pattern", None) or {}]
-    patterns += [("modules_to_save", name) for name in getattr(config, "modules_to_save", None) or ()]
+    for field in ("modules_to_save", "input_side"):
+        patterns += [(field, name) for name in getattr(config, field, None) or ()]
     patterns += [(n, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(config, n), str)]
     blocks = getattr(config, "layers_pattern", None) or ()
     patterns += [("layers_pattern", pattern) for pattern in ([blocks] if isinstance(blocks, str) else blocks)]

@@ -44,6 +44,7 @@ _FORMS = {
     "layers_pattern": _Form(r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.", whole=False),
     "rank_pattern": _ENDS,
     "share": _ENDS,
+    "input_side": _ENDS,
 }
 _COUNT = re.compile(r"(\)?)\{(\d+)")
 _VERBOSE = re.compile(r"\(\?[A-Za-z-]*x")  # blanks within a count would hide it

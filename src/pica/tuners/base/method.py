@@ -52,6 +52,10 @@ class Method(Protocol):
         """(L, R) of the update L C R, (out, k) and (k, in), in at least float32; None where L is the identity."""
         ...
 
+    def transposed(self, name: str) -> bool:
+        """Whether `core` and `frames` are those of the update's transpose, as the trained matrix is on the input's side."""
+        ...
+
     # ---- the directions of an adapter
 
     def direction_count(self, name: str) -> int:

@@ -164,6 +164,23 @@ class MixedBatch(list[str]):
         else:
             _add_batched(part.once("gathered", y, lambda: _gathered(part, placed)), y, h)
 
+    def read(self, layer: MixingLayer, part: BatchPart, x: Tensor) -> Tensor:
+        """x M with each sample's own M (in, rank), where matrices are on the side of the layer's input.
+
+        Args:
+            layer: The layer.
+            part: Samples with the same basis.
+            x: (samples, ..., in), of all samples.
+        Returns:
+            (samples, ..., rank), for the part's rank; zero for a sample without an adapter.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            stack = part.once("stack", x, lambda: _stack(part, _cast(layer, part, x), x))
+        else:
+            placed: Placed = part.once("placed", x, lambda: _place(layer, part, x))
+            stack = part.once("gathered", x, lambda: _gathered(part, placed))
+        return torch.bmm(x.reshape(part.samples, -1, x.shape[-1]), stack.mT).view(*x.shape[:-1], part.rank)
+
 
 class Bags:
     """y += h M^T for short samples on a CPU: the matrices' rows as an embedding table, from which each token takes its own.

@@ -10,6 +10,8 @@ from pica.errors import ConfigError
 from pica.tuners.base.matching import matches, problem_of_pattern
 
 Share = str | int | Mapping[str, str]
+Bucket = tuple[str, int, bool]
+"""What the layers of a group have in common: a label, the width of their matrix, and whether that is on the input's side."""
 
 
 @dataclass(frozen=True)
@@ -20,35 +22,42 @@ class Member:
         path: Module path in the base model, e.g. "model.layers.0.self_attn.q_proj".
         out_features, in_features: The layer's width and input width.
         rank: Directions that the layer is to use (already limited by its shape).
+        input_side: Whether its matrix is on the side of its input: M^T (rank, in) reads it.
     """
 
     path: str
     out_features: int
     in_features: int
     rank: int
+    input_side: bool = False
+
+    @property
+    def width(self) -> int:
+        """Rows of its matrix."""
+        return self.in_features if self.input_side else self.out_features
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share one trainable matrix M, (out_features, rank).
+    """Layers that share one trainable matrix M, (width, rank).
 
     Attributes:
         key: Name of M in the model and in the adapter file; holds no dot (`torch.nn.ParameterDict` forbids it).
         role: What its layers have in common, for people.
-        out_features: Width of all its layers.
+        width: Of all its layers, on the side where the matrix is: their outputs as a rule.
         rank: Columns of M: the largest rank among its layers; a layer with fewer directions uses the first columns.
         members: Its layers, in the model's order.
     """
 
     key: str
     role: str
-    out_features: int
+    width: int
     rank: int
     members: tuple[Member, ...]
 
     @property
     def parameters(self) -> int:
-        return self.out_features * self.rank
+        return self.width * self.rank
 
 
 def role_of(path: str) -> str:
@@ -90,16 +99,17 @@ def plan_groups(members: Sequence[Member], share: Share) -> list[Group]:
     Raises:
         ConfigError: An expression of a mapping matches no layer.
     """
-    buckets: dict[tuple[str, int], list[Member]] = {}
+    buckets: dict[Bucket, list[Member]] = {}
     used: set[str] = set()
-    seen: dict[tuple[str, int], int] = {}
+    seen: dict[Bucket, int] = {}
     for member in members:
         label = role_of(member.path)
         if share == "none":
             label = member.path
         elif isinstance(share, int):
-            position = seen.get((label, member.out_features), 0)
-            seen[label, member.out_features] = position + 1
+            bucket = (label, member.width, member.input_side)
+            position = seen.get(bucket, 0)
+            seen[bucket] = position + 1
             label = f"{label}@{position // share}"
         elif isinstance(share, Mapping):
             for pattern, name in share.items():
@@ -107,7 +117,7 @@ def plan_groups(members: Sequence[Member], share: Share) -> list[Group]:
                     label = name
                     used.add(pattern)
                     break
-        buckets.setdefault((label, member.out_features), []).append(member)
+        buckets.setdefault((label, member.width, member.input_side), []).append(member)
     if isinstance(share, Mapping) and (idle := [p for p in share if p not in used]):
         raise ConfigError(f"share: {', '.join(map(repr, idle))} matches no adapted layer; correct or remove it.")
     keys = _unique_keys(list(buckets))
@@ -117,15 +127,16 @@ def plan_groups(members: Sequence[Member], share: Share) -> list[Group]:
     ]
 
 
-def _unique_keys(buckets: Sequence[tuple[str, int]]) -> dict[tuple[str, int], str]:
+def _unique_keys(buckets: Sequence[Bucket]) -> dict[Bucket, str]:
     """A file-safe key for each (label, width), e.g. model-layers-N-self_attn-q_proj-576."""
-    keys: dict[tuple[str, int], str] = {}
+    keys: dict[Bucket, str] = {}
     taken: set[str] = set()
-    for label, width in buckets:
+    for bucket in buckets:
+        label, width, _ = bucket
         base = re.sub(r"[^0-9A-Za-z_-]", "-", label.replace("*", "N")) + f"-{width}"
         key, copy = base, 2
         while key in taken:  # only where paths themselves contain dashes or stars
             key, copy = f"{base}-{copy}", copy + 1
         taken.add(key)
-        keys[label, width] = key
+        keys[bucket] = key
     return keys

@@ -130,7 +130,8 @@ def _check_ranks(slot: SharedMatrices, adapter_name: str, prints: Mapping[bytes,
     """Refuse an adapter whose configuration gives a layer other directions of the shared matrix than it was trained with."""
     for path, layer in slot.layers.items():
         trained, rank = prints[path_hash(path)], layer.method.direction_count(adapter_name)
-        same_shape = (trained.out_features, trained.in_features) == (layer.out_features, layer.in_features)
+        # of a matrix on the input's side the print is of the transpose
+        same_shape = {trained.out_features, trained.in_features} == {layer.out_features, layer.in_features}
         if same_shape and trained.rank != rank:
             raise AdapterFileError(
                 f"The adapter was trained with rank {trained.rank} at {path}, and its configuration gives that layer rank "

@@ -87,6 +87,6 @@ def basis_from_file(layer: SharedLayer, request: BasisRequest) -> Basis:
     file = open_basis(Path(request.file))
     if not layer.frozen.is_deferred():
         file.check_weight(request.tensor, layer.frozen.read(), quantised=layer.frozen.quantised)
-    rows = file.rows(request.tensor, request.rank, layer.in_features)
+    rows = file.rows(request.tensor, request.rank, layer.out_features if request.input_side else layer.in_features)
     gains = file.gains(request.tensor, request.rank)
     return Basis(rows, "in", gains, request.projection, FROM_FILE)

@@ -29,6 +29,9 @@ SAME_DIRECTION = 1 - 1e-4
 class PicaMethod(Part):
     """What PiCa does in one layer. A projection's basis serves every adapter: a smaller rank uses its first rows.
 
+    As a rule y += M P x. Where a basis is of the layer's output (`BasisRequest.input_side`), everything here is that of the
+    transposed weight: the projector's rows are U^T (k, out), the matrix is N^T (in, rank), and y += U N x.
+
     Attributes:
         rank_of: {adapter: directions that it asks of this layer}.
         usable_of: {adapter: those that it was trained with, where a file says so}.
@@ -51,8 +54,9 @@ class PicaMethod(Part):
 
     def coordinates(self, x: Tensor, y: Tensor, names: list[str]) -> dict[str, Tensor]:
         """h = P x (..., rank): computed once for each projector that `names` use, however many adapters there are."""
+        h_of = {name: self._read_by_matrix(x, y, name) for name in names if self.transposed(name)}
+        names = [name for name in names if name not in h_of]
         of_key = self._coordinates(x, y, names)
-        h_of = {}
         for name in names:
             h, rank = of_key[self.key_of(name)], self.usable_rank(name)
             h_of[name] = h[..., :rank] if rank < h.shape[-1] else h
@@ -79,12 +83,17 @@ class PicaMethod(Part):
             # some embeddings multiply what they look up
             scale = getattr(self.layer.get_base_layer(), "embed_scale", 1.0)
             return (F.embedding(x, projector.T) * scale).to(y.dtype)
-        if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(y.dtype)  # base layers that cast their input themselves
-        return coordinates(x, projector)
+        return coordinates(_as_computed(x, y), projector)
+
+    def _read_by_matrix(self, x: Tensor, y: Tensor, name: str) -> Tensor:
+        """N x, (..., rank)."""
+        matrix = self.layer.matrix(name)[:, : self.usable_directions(name)]
+        return coordinates(_as_computed(x, y), matrix.T.to(y.device))
 
     def add(self, y: Tensor, h: Tensor, name: str, *, in_place: bool) -> Tensor:
-        """y + M h."""
+        """y + M h, or y + U h."""
+        if self.transposed(name):
+            return add_product(y, h, self.first_directions(name).T, in_place=in_place)
         matrix = self.layer.matrix(name)
         if h.shape[-1] < matrix.shape[1]:
             matrix = matrix[:, : h.shape[-1]]
@@ -97,12 +106,17 @@ class PicaMethod(Part):
             return y
         ranks: dict[str, int] = {}
         for part in parts:
-            ranks[part.key] = max(ranks.get(part.key, 0), part.rank)
+            if not self.request(part.key).input_side:
+                ranks[part.key] = max(ranks.get(part.key, 0), part.rank)
         h_of = {key: self._coordinates_of(x, y, key, rank) for key, rank in ranks.items()}  # before y changes
         # in place on our own copy at least: an output that nobody else holds needs none
         if torch.is_grad_enabled() or not in_place:
             y = y.clone(memory_format=torch.contiguous_format)
         for part in parts:
+            if self.request(part.key).input_side:
+                h = batch.read(self.layer, part, x.to(y.dtype))
+                y = add_product(y, h, self.require(part.key)[: part.rank].T, in_place=not torch.is_grad_enabled())
+                continue
             h = h_of[part.key]
             batch.add(self.layer, part, y, h if h.shape[-1] == part.rank else h[..., : part.rank])
         return y
@@ -121,12 +135,16 @@ class PicaMethod(Part):
         return self.layer.bases.get(key).directions(weight)
 
     def update(self, name: str) -> Tensor:
-        """M P, (out, in)."""
+        """M P, or U N, (out, in)."""
         weight = self.layer.frozen.read()
         rows = self.directions(self.key_of(name), weight)
         rank = self.usable_rank(name)
         with full_precision(weight.device):
-            return delta_weight(self.layer.matrix(name).detach()[:, :rank].to(weight.device), rows[:rank])
+            delta = delta_weight(self.layer.matrix(name).detach()[:, :rank].to(weight.device), rows[:rank])
+        return delta.T if self.transposed(name) else delta
+
+    def transposed(self, name: str) -> bool:
+        return self.request(self.key_of(name)).input_side
 
     def core(self, name: str) -> Tensor:
         return self.layer.matrix(name).detach()[:, : self.usable_rank(name)]
@@ -176,7 +194,7 @@ class PicaMethod(Part):
         source = source_of(self.layer, request)
         return take_print(
             projector,
-            source.weight,
+            source.weight.T if request.input_side else source.weight,
             self.layer.bases.side(key),
             rank=self.rank_of[name],
             projection=request.projection,
@@ -190,6 +208,7 @@ class PicaMethod(Part):
         key = self.key_of(name)
         projector = self.require(key)
         weight, _, origin = source_of(self.layer, self.request(key))
+        weight = weight.T if self.transposed(name) else weight
         side = self.layer.bases.side(key)
 
         def gains() -> Tensor:
@@ -294,12 +313,13 @@ class PicaMethod(Part):
 
     def stored_basis_problem(self, name: str, stored: Tensor) -> str | None:
         rank, widths = self.rank_of[name], (self.layer.in_features, self.layer.out_features)
+        widths = widths[1:] if self.transposed(name) else widths
         if stored.ndim != 2 or stored.shape[1] not in widths or stored.shape[0] > rank:
             return f"has shape {tuple(stored.shape)}, expected at most {rank} rows"
         return None if stored.is_floating_point() and bool(torch.isfinite(stored).all()) else "is not finite"
 
     def use_stored_basis(self, name: str, stored: Tensor) -> None:
-        side: Side = "in" if stored.shape[1] == self.layer.in_features else "out"
+        side: Side = "in" if self.transposed(name) or stored.shape[1] == self.layer.in_features else "out"
         rows = stored.to(torch.promote_types(stored.dtype, torch.float32))
         self.use(name, Projector(rows, side, FROM_FILE, len(rows)))
 
@@ -310,6 +330,8 @@ class PicaMethod(Part):
         for key in dict.fromkeys(bases.key_of.values()):
             held = bases.rows(key)
             if held is None or held.is_meta or bases.side(key) != projector.side:
+                continue
+            if self.request(key).input_side != self.transposed(name):
                 continue
             same = len(held) == len(rows) or len(rows) == self.rank_of[name] <= len(held)
             if same and torch.equal(held[: len(rows)].to(rows.device), rows):
@@ -329,6 +351,11 @@ class PicaLinear(SharedLayer):
     @property
     def pica_M(self) -> MatrixBank:
         return self.bank
+
+
+def _as_computed(x: Tensor, y: Tensor) -> Tensor:
+    """`x` in the dtype of `y`: some base layers cast their input themselves."""
+    return x if x.dtype == y.dtype or torch.is_autocast_enabled(x.device.type) else x.to(y.dtype)
 
 
 def projection_key(request: BasisRequest) -> str:

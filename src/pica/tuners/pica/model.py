@@ -104,7 +104,7 @@ class PicaModel(BankedModel):
     def _initial_matrix(
         self, group: Group, peft_config: PicaConfig, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """M (out, rank), zeros unless `init_weights` is off."""
+        """M (width, rank), zeros unless `init_weights` is off."""
         if peft_config.init_weights or device.type == "meta":
-            return torch.zeros(group.out_features, group.rank, dtype=dtype, device=device)
-        return torch.randn(group.out_features, group.rank, dtype=dtype).to(device) / group.rank**0.5
+            return torch.zeros(group.width, group.rank, dtype=dtype, device=device)
+        return torch.randn(group.width, group.rank, dtype=dtype).to(device) / group.rank**0.5

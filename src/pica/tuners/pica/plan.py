@@ -23,6 +23,7 @@ from pica.tuners.pica.config import PicaConfig
 from pica.tuners.pica.experts import ExpertView, PicaExpert, expert_layers, target_stacks
 from pica.tuners.pica.from_file import basis_from_file, named_basis, names_in
 from pica.tuners.pica.layer import PicaLinear, projection_key
+from pica.tuners.pica.sides import input_side_of, short_names
 from pica.tuners.pica.source import source_of
 
 if TYPE_CHECKING:
@@ -59,18 +60,24 @@ class PicaPlan:
             self.stacks.append(Stack(path, parameter, experts))
             named.update(dict.fromkeys(experts, f"{path}.{parameter}"))
             layers.update(experts)
+        stored = config.save_basis and config.basis_format is not None
+        made = named_basis(config, needed=not stored)
+        names = {} if made is None else names_in(made, list(layers))
+        shapes = {path: _shape_of(_base_of(module)) for path, module in layers.items()}
+        input_side = input_side_of(config, shapes, None if made is None else _of_input_side(made, names))
+        if config.projection == "gradient":
+            config.input_side = short_names(input_side, shapes)
         members = []
         limited: list[str] = []
         idle = set(config.rank_pattern)
-        for path, module in layers.items():
-            in_features, out_features = features_of(_base_of(module))
+        for path, (out_features, in_features) in shapes.items():
             hits = [p for p in config.rank_pattern if matches(p, named[path], what="rank_pattern")]
             idle.difference_update(hits)
             wanted = config.rank_pattern[hits[0]] if hits else config.r
             rank = min(wanted, max_rank(out_features, in_features, config.projection))
             if rank < wanted:
                 limited.append(f"{path} ({out_features} x {in_features}: {rank})")
-            members.append(Member(path, out_features, in_features, rank))
+            members.append(Member(path, out_features, in_features, rank, path in input_side))
         if limited:
             more = f" and {len(limited) - 1} more" if len(limited) > 1 else ""
             warnings.warn(
@@ -92,9 +99,7 @@ class PicaPlan:
             path: module if isinstance(module, PicaLinear) else _wrap(module, path, tuner.model)
             for path, module in layers.items()
         }
-        stored = config.save_basis and config.basis_format is not None
-        made = named_basis(config, needed=not stored)
-        tensors = _named_tensors(config, wrapped) if made is None else names_in(made, list(wrapped))
+        tensors = _named_tensors(config, wrapped) if made is None else names
         self.requests = {m.path: _request(m, config, tensors, made) for m in members}
         # A saved adapter that brings its basis needs none solved; should its file never be read, the layers solve later.
         self.bases = self._solve(tuner.model, wrapped, stored=stored)
@@ -141,12 +146,20 @@ class PicaPlan:
 
 
 def _request(member: Member, config: PicaConfig, tensors: dict[str, str], made: BasisFile | None) -> BasisRequest:
-    tensor = tensors.get(member.path, "")
+    tensor, turned = tensors.get(member.path, ""), member.input_side
     if made is not None:
         place, digest = str(made.path), made.digest
-        return BasisRequest(member.path, member.rank, config.projection, "in", 0, None, tensor, place, digest)
+        return BasisRequest(member.path, member.rank, config.projection, "in", 0, None, tensor, place, digest, turned)
     checkpoint, seed = config.basis_from if tensor else None, config.projection_seed
-    return BasisRequest(member.path, member.rank, config.projection, "auto", seed, checkpoint, tensor)
+    return BasisRequest(
+        member.path, member.rank, config.projection, "auto", seed, checkpoint, tensor, input_side=turned
+    )
+
+
+def _of_input_side(made: BasisFile, names: dict[str, str]) -> set[str]:
+    """Layers of which a basis has directions of their output."""
+    known = set(made.about.input_side)
+    return {path for path, name in names.items() if name in known}
 
 
 def _named_tensors(config: PicaConfig, layers: dict[str, PicaLinear]) -> dict[str, str]:
@@ -191,6 +204,12 @@ def _wrap(module: nn.Module, path: str, root: nn.Module) -> PicaLinear:
 
 def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer's weight."""
+    in_features, out_features = features_of(module)
+    return out_features, in_features
 
 
 def _lacks_basis(layer: PicaLinear, request: BasisRequest) -> bool:

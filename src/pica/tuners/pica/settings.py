@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Projection = Literal["principal", "minor", "random", "activation", "weighted"]
+Projection = Literal["principal", "minor", "random", "activation", "weighted", "gradient"]
 
 
 @dataclass
@@ -27,7 +27,16 @@ class PicaSettings:
             "help": "Which directions: 'principal' (the paper), or for ablations 'minor' (the last singular directions) "
             "and 'random' (seeded orthonormal directions). Directions that look at data are made once for a base model "
             "(pica.make_basis, pica basis) and named in basis_from: 'activation' (in which the layer's inputs have most of "
-            "their energy) and 'weighted' (those of the weight, on these inputs)."
+            "their energy), 'weighted' (those of the weight, on these inputs) and 'gradient' (those of the first gradient, "
+            "turned alike over the layers that share; see input_side)."
+        },
+    )
+    input_side: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of projection='gradient': layers whose trained matrix is on the side of their input, as ends of paths "
+            "or regular expressions: y += U N x with N (r, in) shared and U (out, r) frozen, instead of M P x. By default "
+            "those that read the residual stream (query, key, value, up and gate); filled in by itself."
         },
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of projection='random'; no effect otherwise."})
@@ -81,6 +90,11 @@ class PicaSettings:
         names = self.target_parameters
         if names is not None and not (isinstance(names, (list, set, tuple)) and all(isinstance(n, str) for n in names)):
             found.append(f"target_parameters={names!r} must be a list of names")
+        sides = self.input_side
+        if sides is not None and not (isinstance(sides, (list, set, tuple)) and all(isinstance(n, str) for n in sides)):
+            found.append(f"input_side={sides!r} must be a list of names")
+        elif sides is not None and self.projection != "gradient":
+            found.append("input_side goes with projection='gradient'; leave it out")
         digest = self.basis_digest
         if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
             found.append(f"basis_digest={digest!r} must be a SHA-256 in hexadecimal, or null")

@@ -160,6 +160,9 @@ class SvftMethod(Part):
         dtype = torch.promote_types(right.dtype, torch.float32)
         return left.to(dtype), right.to(dtype)
 
+    def transposed(self, name: str) -> bool:
+        return False
+
     # ---- the directions of an adapter --------------------------------------------------------------------------
 
     def usable_directions(self, name: str) -> int:

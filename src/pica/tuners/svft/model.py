@@ -29,7 +29,7 @@ class SvftModel(BankedModel):
         self, group: Group, peft_config: SvftConfig, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """The entries of T (count,), zeros unless `init_weights` is off."""
-        count = entry_count(group.out_features, peft_config.band)
+        count = entry_count(group.width, peft_config.band)
         if peft_config.init_weights or device.type == "meta":
             return torch.zeros(count, dtype=dtype, device=device)
-        return torch.randn(count, dtype=dtype).to(device) * (group.out_features / max(count, 1)) ** 0.5
+        return torch.randn(count, dtype=dtype).to(device) * (group.width / max(count, 1)) ** 0.5

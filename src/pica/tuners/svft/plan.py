@@ -54,14 +54,14 @@ class SvftPlan:
         self.groups: dict[str, Group] = {}
         self.entries: dict[str, Entries] = {}
         for group in plan_groups(members, config.share):
-            n = group.out_features
+            n = group.width
             self.groups.update({m.path: group for m in group.members})
             band = min(config.band, max(n - 1, 0))
             self.entries[group.key] = Entries(n, config.pattern, band, config.pattern_seed)
-        if short := [g for g in self.groups.values() if g.out_features <= config.band]:
+        if short := [g for g in self.groups.values() if g.width <= config.band]:
             warnings.warn(
                 f"SVFT: off_diagonals={config.band} is more than some layers have; {short[0].members[0].path} (width "
-                f"{short[0].out_features}) trains all its entries.",
+                f"{short[0].width}) trains all its entries.",
                 stacklevel=2,
             )
         self.bases: dict[str, Factorisation] = {}
