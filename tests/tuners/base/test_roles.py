@@ -41,7 +41,7 @@ def test_berts_two_dense_layers_and_t5s_two_stacks_are_apart():
 
 def test_widths_never_share():
     groups = plan_groups([*members("blocks.0.to_q", out=8), *members("blocks.1.to_q", out=16)], "role")
-    assert [g.out_features for g in groups] == [8, 16]
+    assert [g.width for g in groups] == [8, 16]
     mapped = plan_groups([*members("blocks.0.a", out=8), *members("blocks.1.b", out=16)], {r"[ab]": "both"})
     assert len(mapped) == 2
 
@@ -92,3 +92,11 @@ def test_bad_settings_are_described(share):
 @pytest.mark.parametrize("share", ["role", "none", 1, 7, {}, {r".*q_proj": "q"}])
 def test_good_settings_pass(share):
     assert check_share(share) is None
+
+
+def test_the_sides_of_a_matrix_never_share():
+    """One that reads what layers are given and one that writes what they give, though both may be as wide."""
+    members = [Member(f"b.{i}.q", 8, 8, 2, input_side=i < 2) for i in range(3)] + [Member("b.3.q", 4, 8, 2, True)]
+    groups = plan_groups(members, "role")
+    assert [(g.width, len(g.members)) for g in groups] == [(8, 3), (8, 1)]
+    assert len({g.key for g in groups}) == 2
