@@ -48,6 +48,7 @@ from benchmarks.short_runs import (
     Records,
     Row,
     Task,
+    batch_of,
     begin,
     best_rate,
     losses,
@@ -57,6 +58,8 @@ from benchmarks.short_runs import (
     train,
     weight_gradients,
 )
+from pica.calibration.collecting import MEMORY
+from pica.calibration.gradients import gradient_directions
 from pica.calibration.making import directions, target_layers
 from pica.calibration.texts import Calibration
 from pica.tuners.base.roles import role_of
@@ -64,8 +67,6 @@ from pica.tuners.base.roles import role_of
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 CALIBRATION_ROWS = 64
 """Training problems that directions, energies and first gradients are of."""
-ALIGNMENTS = 20
-"""Rounds of Procrustes."""
 TIE = 0.005
 """A smaller mean difference, in nats a token, is a tie in practice."""
 
@@ -174,18 +175,6 @@ class Looked:
         return {path: torch.linalg.eigh(c).eigenvectors[:, -r:].flip(1).float() for path, c in moments.items()}
 
 
-def aligned(cores: Sequence[Tensor]) -> list[Tensor]:
-    """Rotations R_i (r, r) that turn matrices (r, n) toward one another: R_i core_i are near their mean."""
-    rotations = [torch.eye(len(cores[0])) for _ in cores]
-    middle = max(cores, key=lambda core: float(core.norm()))
-    for _ in range(ALIGNMENTS):
-        for i, core in enumerate(cores):
-            left, _, right = torch.linalg.svd(middle @ core.T)
-            rotations[i] = left @ right
-        middle = torch.stack([rotation @ core for rotation, core in zip(rotations, cores)]).mean(0)
-    return rotations
-
-
 Made = tuple[dict[str, LowRank], list[nn.Parameter]]
 """The adapted layers by path, and all that is trained."""
 
@@ -233,19 +222,19 @@ def residual(looked: Looked, r: int, write: Mapping[str, Tensor], read: Mapping[
 
 
 def of_gradients(looked: Looked, r: int) -> Made:
-    """`residual` with the leading directions of the first gradients, aligned over each role's layers."""
-    write, read = {}, {}
-    for role, paths in looked.roles.items():
-        spectra = [torch.linalg.svd(looked.gradients[path], full_matrices=False) for path in paths]
-        if role.endswith("down_proj"):
-            rows = [right[:r] for _, _, right in spectra]
-            turns = aligned([p @ looked.gradients[path].T for p, path in zip(rows, paths)])
-            read |= {path: turn @ p for path, turn, p in zip(paths, turns, rows)}
-        else:
-            columns = [left[:, :r] for left, _, _ in spectra]
-            turns = aligned([u.T @ looked.gradients[path] for u, path in zip(columns, paths)])
-            write |= {path: u @ turn.T for path, turn, u in zip(paths, turns, columns)}
-    return residual(looked, r, write, read)
+    """`residual` with the leading directions of the first gradients, aligned over each role's layers, as PiCa has them."""
+    turned = [path for role, paths in looked.roles.items() if not role.endswith("down_proj") for path in paths]
+    found = gradient_directions(
+        looked.task.model,
+        looked.layers,
+        {path: (layer.out_features, layer.in_features) for path, layer in looked.layers.items()},
+        [batch_of(looked.rows[start : start + 8]) for start in range(0, len(looked.rows), 8)],
+        r,
+        groups=list(looked.roles.values()),
+        input_side=turned,
+        memory=MEMORY,
+    )
+    return residual(looked, r, {path: rows.T for path, rows in found.items()}, found)
 
 
 def of_outputs(looked: Looked, r: int) -> Made:

@@ -22,6 +22,8 @@ losses on the same seed and problem. Its 95% interval is a bootstrap that draws 
 3. Activation directions are "better than the paper's" if they win so over `principal`, and "better than LoRA" if they win
    so over LoRA r=1 AND over EVA, at no more parameters than those. Winning over LoRA but not over EVA says that the start is
    what helps, not the sharing.
+   "Gradient" (added before any of its runs) likewise: better than LoRA if it wins over LoRA r=1 and over EVA. A LoRA that
+   begins with the same gradient is in the screen only (`benchmarks.candidates`).
 4. Sharing helps if `activation` wins over `activation, not shared` at equal parameters.
 5. Text of another kind is good enough if `activation, other text` is not beaten by more than 0.005 by `activation`.
 6. Accuracy is reported beside the loss and decides nothing: 150 problems tell nothing below eight points.
@@ -73,12 +75,13 @@ ACTIVATION = [5e-4, 1e-3, 2e-3, 4e-3]
 LORA = [2.5e-3, 5e-3, 1e-2]
 
 
-def first(r: int) -> list[Row]:
-    """The five rows that settle most, the most telling pairs first."""
+def first(r: int, gradient: int) -> list[Row]:
+    """The six rows that settle most, the most telling pairs first; `gradient` is the r of directions of the gradient."""
     return [
         pica_row("principal", r, PRINCIPAL),
         pica_row("activation", r, ACTIVATION, projection="activation"),
         ("LoRA r=1", {"method": "lora", "r": 1}, LORA),
+        pica_row("gradient", gradient, ACTIVATION, projection="gradient"),
         pica_row("random", r, PRINCIPAL, projection="random"),
         ("EVA r=1", {"method": "eva", "r": 1}, LORA),
     ]
@@ -106,11 +109,12 @@ def second(r: int, unshared: int, other: str, vera: int) -> list[Row]:
     ]
 
 
-def quarter(r: int) -> list[Row]:
+def quarter(r: int, gradient: int) -> list[Row]:
     """A quarter of the parameters, below which LoRA has no rank."""
     return [
         pica_row("principal", r, PRINCIPAL),
         pica_row("activation", r, ACTIVATION, projection="activation"),
+        pica_row("gradient", gradient, ACTIVATION, projection="gradient"),
         pica_row("random", r, PRINCIPAL, projection="random"),
     ]
 
@@ -193,20 +197,20 @@ def settings(data: Path, models: Path, vit: Path | None) -> dict[str, dict[str, 
 
 
 def stages(data: Path) -> dict[str, Stage]:
-    """All stages in their order. 205,824 parameters of 207,360 on SmolLM2, 165,888 on MiniLM, and a quarter of each."""
+    """All stages in their order. At most 207,360 parameters on SmolLM2, 165,888 on MiniLM, and a quarter of each."""
     sentences, problems = str(data / "sst2" / "train.tsv"), str(data / "arithmetic" / "train.json")
     return {
-        "smollm2-arithmetic-1": Stage("smollm2-arithmetic", first(67)),
+        "smollm2-arithmetic-1": Stage("smollm2-arithmetic", first(67, 72)),
         "minilm-sst2-1": Stage(
-            "minilm-sst2", [*scaled(first(48), 0.4), ("LoRA r=4", {"method": "lora", "r": 4}, [3e-4, 1e-3, 3e-3])]
+            "minilm-sst2", [*scaled(first(48, 86), 0.4), ("LoRA r=4", {"method": "lora", "r": 4}, [3e-4, 1e-3, 3e-3])]
         ),
-        "smollm2-gsm8k-1": Stage("smollm2-gsm8k", first(67)),
+        "smollm2-gsm8k-1": Stage("smollm2-gsm8k", first(67, 72)),
         "smollm2-arithmetic-2": Stage("smollm2-arithmetic", second(67, 2, sentences, 760)),
         "minilm-sst2-2": Stage("minilm-sst2", scaled(second(48, 8, problems, 256), 0.4)),
-        "smollm2-arithmetic-quarter": Stage("smollm2-arithmetic", quarter(17)),
-        "minilm-sst2-quarter": Stage("minilm-sst2", scaled(quarter(12), 0.4)),
+        "smollm2-arithmetic-quarter": Stage("smollm2-arithmetic", quarter(17, 18)),
+        "minilm-sst2-quarter": Stage("minilm-sst2", scaled(quarter(12, 21), 0.4)),
         "smollm2-gsm8k-2": Stage("smollm2-gsm8k", second(67, 2, sentences, 760)),
-        "digits-1": Stage("digits", scaled(first(12)[:4], 5)),
+        "digits-1": Stage("digits", scaled(first(12, 18)[:5], 5)),
         "digits-2": Stage("digits", scaled(second(12, 2, "train", 64)[2:], 5)),
     }
 
