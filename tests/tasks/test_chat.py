@@ -141,6 +141,14 @@ def test_what_was_read_is_said(tmp_path: Path):
     system = {"role": "system", "content": "S"}
     found = load(tmp_path, {"messages": [ASKED, ANSWERED]}, {"messages": [system, ASKED, ANSWERED, ASKED, ANSWERED]})
     assert described(found) == "2 conversations, `messages`, 1.5 turns on average, 50% with a system prompt"
+    asked = [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c?"},
+    ]
+    found = load(tmp_path, {"messages": asked})
+    assert [len(one.messages) for one in found] == [2]
+    assert described(found).endswith("one turn each, 1 of which the last words are left out, as nobody answers them")
     assert described(load(tmp_path, {"text": "abcd"})) == "1 texts, `text`, 4 characters on average"
 
 

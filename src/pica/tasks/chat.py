@@ -39,6 +39,7 @@ class Conversation:
         place: Where it stands ("chats.jsonl, line 7"), for messages.
         form: What the form of its file is called.
         source: The data location that it is of, where there are several.
+        unanswered: Messages at its end that nobody answers, and that are left out.
     """
 
     messages: tuple[Message, ...] = ()
@@ -48,6 +49,7 @@ class Conversation:
     place: str = field(default="", compare=False)
     form: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
+    unanswered: int = field(default=0, compare=False)
 
     @property
     def identity(self) -> str:
@@ -143,6 +145,8 @@ def described(conversations: Sequence[Conversation]) -> str:
     ):
         if share := sum(map(has, conversations)) / count:
             parts.append(f"{share:.0%} with {what}")
+    if open_ended := sum(one.unanswered > 0 for one in conversations):
+        parts.append(f"{open_ended:,} of which the last words are left out, as nobody answers them")
     return ", ".join(parts)
 
 
@@ -255,11 +259,18 @@ def _unknown(fields: Mapping[str, Any]) -> str:
 
 def _conversation(record: Record, turns: Sequence[Any], *, learnt_from: int) -> Conversation:
     messages = [read_message(record, turn, number) for number, turn in enumerate(turns, start=1)]
+    given = len(messages)
     while messages and messages[-1]["role"] != "assistant":
-        messages.pop()  # nobody answers it
+        messages.pop()
     if not any(message["role"] == "assistant" for message in messages[learnt_from:]):
         raise DataError(f"{record.place}: the assistant says nothing, so there is nothing to learn.")
-    return Conversation(tuple(messages), tools=tuple(read_tools(record)), learnt_from=learnt_from, place=record.place)
+    return Conversation(
+        tuple(messages),
+        tools=tuple(read_tools(record)),
+        learnt_from=learnt_from,
+        place=record.place,
+        unanswered=given - len(messages),
+    )
 
 
 def _said(message: Message) -> Any:
