@@ -630,14 +630,16 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_put_back(folder):
 # ---- a basis that a file brings ----------------------------------------------------------------------------------------
 
 
-def test_one_basis_file_serves_the_quantised_and_the_unquantised_model(folder, kind, tmp_path):
-    """Directions of activations are no weight's: both read their own input with the very same ones."""
-    wanted = PicaConfig(**{**SETTINGS, "projection": "activation"})
+@pytest.mark.parametrize("projection", ["activation", "gradient"])
+def test_one_basis_file_serves_the_quantised_and_the_unquantised_model(folder, kind, tmp_path, projection):
+    """Directions of data are no weight's: both use the very same ones."""
+    wanted = PicaConfig(**{**SETTINGS, "projection": projection})
     made = make_basis(load(folder), tmp_path / "basis", wanted, data=[{"input_ids": IDS}])
-    settings = {"projection": "activation", "basis_from": str(tmp_path / "basis"), "init_weights": False}
+    settings = {"projection": projection, "basis_from": str(tmp_path / "basis"), "init_weights": False}
     on_quantised, plain = adapted(folder, kind, **settings), adapted(folder, None, **settings)
     for layer, other in zip(layers_of(on_quantised), layers_of(plain)):
-        rows = made.rows(layer.path, SETTINGS["r"], layer.in_features)
+        width = layer.out_features if layer.path in made.about.input_side else layer.in_features
+        rows = made.rows(layer.path, SETTINGS["r"], width)
         for one in (layer, other):
             assert torch.equal(
                 one.method.first_directions("default").float(), rows.to(one.frozen.device_and_dtype()[1])
@@ -645,3 +647,19 @@ def test_one_basis_file_serves_the_quantised_and_the_unquantised_model(folder, k
     trained = logits(on_quantised)
     on_quantised.save_pretrained(tmp_path / "a")
     assert torch.equal(logits(PeftModel.from_pretrained(load(folder, kind), str(tmp_path / "a"))), trained)
+
+
+def test_directions_of_the_gradient_can_be_made_of_a_quantised_model(folder, kind, tmp_path):
+    """From what goes in and comes back at each layer; packed weights have no gradient of their own."""
+    wanted = PicaConfig(**{**SETTINGS, "projection": "gradient"})
+    if kind == "torchao int8 dynamic":
+        with pytest.raises(QuantisationError, match="such layers pass no gradient on"):
+            make_basis(load(folder, kind), tmp_path / "quantised", wanted, data=[{"input_ids": IDS}])
+        return
+    made = make_basis(load(folder, kind), tmp_path / "quantised", wanted, data=[{"input_ids": IDS}])
+    plain = make_basis(load(folder), tmp_path / "plain", wanted, data=[{"input_ids": IDS}])
+    for path, layer in ((layer.path, layer) for layer in layers_of(adapted(folder, None))):
+        width = layer.out_features if path in made.about.input_side else layer.in_features
+        one, other = (basis.rows(path, SETTINGS["r"], width) for basis in (made, plain))
+        shared, chance = float(torch.linalg.vector_norm(one @ other.T) ** 2) / len(one), len(one) / width
+        assert shared - chance > 0.25 * (1 - chance), path  # four bits of a model that has learnt nothing
