@@ -1,4 +1,4 @@
-"""Adapters that pica 0.1.0 saved load with the meaning they had then. The files in `saved/` are never made again."""
+"""Adapters that were saved before load with the meaning they had then. The files in `saved/` are never made again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def test_there_is_something_to_load():
-    assert len(FOLDERS) == 5
+    assert len(FOLDERS) == 6
 
 
 @pytest.mark.parametrize("name", FOLDERS)
