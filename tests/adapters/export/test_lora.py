@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -87,6 +88,8 @@ def test_folder_holds_what_every_engine_reads(pica_llama, tmp_path: Path) -> Non
         for block in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
         for factor in "AB"
     }
+    with safe_open(tmp_path / "lora" / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers asks what wrote it
     assert {p.name for p in (tmp_path / "lora").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -244,6 +247,25 @@ def test_named_adapter_of_several(pica_llama, tmp_path: Path) -> None:
     assert done.check.logits < 1e-4 < done.check.effect
     with pytest.raises(ConfigError, match="'third'"):
         export_lora(model, tmp_path / "no", adapter_name="third")
+
+
+def test_an_adapter_that_is_switched_off_is_exported_as_it_is_on(pica_llama, tmp_path: Path) -> None:
+    """The check switches it on in its own copy: otherwise it would refuse the export for an effect that is not there."""
+    model = pica_llama()
+    model.base_model.disable_adapter_layers()
+    done = export_lora(model, tmp_path / "lora")
+    assert done.check is not None
+    assert done.check.logits < 1e-4 < done.check.effect
+
+
+def test_modules_to_save_of_another_adapter_stay_out_of_the_check(pica_llama, tmp_path: Path) -> None:
+    model = pica_llama()
+    model.add_adapter("other", pica.PicaConfig(r=4, modules_to_save=["lm_head"], init_weights=False))
+    model.set_adapter("other")
+    model.get_base_model().get_submodule("lm_head.modules_to_save.other").weight.data.mul_(-3.0)
+    done = export_lora(model, tmp_path / "lora", adapter_name="default")
+    assert done.check is not None
+    assert done.check.logits < 1e-4 < done.check.effect
 
 
 def test_modules_to_save_travel_with_the_adapter(tmp_path: Path) -> None:

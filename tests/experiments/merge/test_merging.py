@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from transformers import (
 
 import pica
 from pica.adapters.export.check import example_inputs, output_of
+from pica.adapters.fitting import fit_embeddings
 from pica.errors import AdapterFileError, ExportError
 from pica.experiments.merge.merging import merge
 from tests.experiments.tiny import write_tiny_llama
@@ -214,6 +215,25 @@ def test_resized_embeddings_that_are_adapted_themselves(tmp_path: Path):
     adapted.save_pretrained(str(tmp_path / "adapter"))
     report = pica.verify(tmp_path / "adapter", str(base))
     assert report.ok, report
+
+
+def test_embeddings_that_are_trained_whole_are_those_of_the_adapter_alone(tmp_path: Path):
+    """The base gets new rows only: with the adapter switched off, its tokens are as they were."""
+    base, adapter = write_tiny_llama(tmp_path / "base"), str(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 1)
+    adapted = trained(model, task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    adapted.save_pretrained(adapter, save_embedding_layers=False)
+    fitted = AutoModelForCausalLM.from_pretrained(base)
+    before = fitted.model.embed_tokens.weight.detach().clone()
+    fit_embeddings(fitted, tmp_path / "adapter", PeftConfig.from_pretrained(adapter))
+    PeftModel.from_pretrained(fitted, adapter)
+    embedding = fitted.model.embed_tokens
+    assert torch.equal(
+        embedding.modules_to_save["default"].weight, model.model.embed_tokens.modules_to_save["default"].weight
+    )
+    assert torch.equal(embedding.original_module.weight[:rows], before)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file permissions")

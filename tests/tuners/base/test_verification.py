@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 import pica.basis._progress
 import pica.tuners.pica.layer
-from pica import PicaConfig
+from pica import PicaConfig, SvftConfig
 from pica.basis import Basis, solve_basis, spectral
 from pica.errors import AdapterFileError, BasisMismatchError
 from pica.tuners.base import verification as meaning
@@ -340,10 +340,11 @@ def test_a_larger_rank_later_keeps_what_smaller_adapters_were_trained_with(saved
     torch.testing.assert_close(rows @ rows.T, torch.eye(24), atol=1e-4, rtol=0)
 
 
-def test_one_check_serves_every_adapter_with_the_same_fingerprint(monkeypatch, tiny_llama, tmp_path):
+@pytest.mark.parametrize("method", [PicaConfig, SvftConfig], ids=lambda method: method.method)
+def test_one_check_serves_every_adapter_with_the_same_fingerprint(monkeypatch, tiny_llama, tmp_path, method):
     """Hundreds of adapters of one base are loaded; another base's is refused however many fit before it."""
     for seed, name in ((0, "a"), (0, "b"), (7, "foreign")):
-        get_peft_model(tiny_llama(seed), PicaConfig(r=4, init_weights=False)).save_pretrained(str(tmp_path / name))
+        get_peft_model(tiny_llama(seed), method(init_weights=False)).save_pretrained(str(tmp_path / name))
     checks = []
     original = meaning.check_fingerprint
     monkeypatch.setattr(meaning, "check_fingerprint", lambda *args: checks.append(args[1]) or original(*args))

@@ -177,6 +177,7 @@ CHOICES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_modules_are_chosen_as_peft_chooses_them(choice: dict[str, Any]):
     config = PicaConfig(**choice)
+    given = config.to_dict()
     for key in KEYS:
         wanted = BaseTuner._check_target_module_exists(config, key)
         found = BaseTuner._check_target_module_exists(resolved(config, key), key)
@@ -184,3 +185,4 @@ def test_modules_are_chosen_as_peft_chooses_them(choice: dict[str, Any]):
             bool(wanted),
             isinstance(wanted, _ExcludedModule),
         ), key
+    assert config.to_dict() == given, "what is found out is noted in copies"

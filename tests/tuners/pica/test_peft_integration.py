@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from typing import Any, cast
 
 import pytest
@@ -72,6 +73,20 @@ def test_files_of_compiled_models_are_plain_files(tiny_llama, tmp_path, wrap):
     set_peft_model_state_dict(model, {k: v * 2 if v.is_floating_point() else v for k, v in state.items()})
     again = get_peft_model_state_dict(model)
     assert all(torch.equal(again[k], state[k] * 2) for k in state if "proj" in k)
+
+
+def test_an_adapter_of_a_compiled_model_is_in_the_model_itself(tiny_llama):
+    """Whoever goes on with the model without its wrapper keeps the matrices, in state dicts too."""
+    base = tiny_llama()
+    get_peft_model(cast(nn.Module, torch.compile(base)), config())
+    assert any(key.startswith("pica_M.") for key in base.state_dict())
+
+
+def test_a_version_of_transformers_without_its_fsdp_test_adapts_models(tiny_llama, monkeypatch):
+    """Where that is not to be had, every process is taken to have the weights."""
+    monkeypatch.setitem(sys.modules, "transformers.integrations", None)
+    wanted = logits(get_peft_model(tiny_llama(), config(init_weights=True)))
+    assert torch.equal(wanted, logits(tiny_llama()))
 
 
 def test_loading_over_an_adapter_keeps_its_parameter_objects(tiny_llama, tmp_path):

@@ -252,3 +252,27 @@ def test_second_derivatives_are_those_with_kept_weights():
         return torch.stack([g.square().sum() for g in found]).sum()
 
     assert_same_bits_as_kept(model, loss)
+
+
+# ---- where it does not apply -----------------------------------------------------------------------------------------
+
+
+def test_gradients_are_the_same_where_hooks_are_forbidden():
+    """As within torch.func: what a forward pass keeps cannot be replaced there."""
+    model = mixture(1, "eager")
+    wanted = gradients(model, lambda: loss_of(model))
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+        found = gradients(model, lambda: loss_of(model))
+    assert len(found) == len(wanted) > 0
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@remakes
+def test_adapted_experts_compile_in_one_piece():
+    model = mixture(1, "batched_mm")
+    model.set_attn_implementation("eager")
+    wanted = gradients(model, lambda: loss_of(model))
+    found = gradients(model, lambda: loss_of(torch.compile(model, fullgraph=True, backend="eager")))
+    assert len(found) == len(wanted) > 0
+    for first, second in zip(found, wanted, strict=True):
+        torch.testing.assert_close(first, second)

@@ -244,7 +244,6 @@ class MatrixBank(nn.ModuleDict):
 
     def __delitem__(self, key: str) -> None:
         super().__delitem__(key)
-        self.layouts.forget(key)
         self.stacks.forget(key)
 
     def train(self, mode: bool = True) -> Self:

@@ -235,8 +235,7 @@ def take_out(tuner: Tuner, adapter_name: str, arrival: Arrival | None) -> None:
     if arrival is not None and arrival.trainable is not None:
         trainable = {id(p) for p in arrival.trainable}
         for parameter in root.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(id(parameter) in trainable)
+            parameter.requires_grad_(id(parameter) in trainable)
 
 
 def _activate(root: nn.Module, names: list[str]) -> None:
