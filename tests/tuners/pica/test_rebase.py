@@ -125,6 +125,23 @@ def test_a_trained_adapter_is_saved_over_other_weights_with_its_basis(tmp_path: 
     assert_loads_on(1, tmp_path, expected)
 
 
+def test_a_stored_basis_stays_whatever_weights_come(tmp_path: Path):
+    """It may be none that the weights give: here it is another base model's."""
+    model = wrapped(0, save_basis=True)
+    train(model)
+    overwrite(model.get_base_model(), 1)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base(1), str(tmp_path))
+    inner = loaded.get_base_model()
+    inner.load_state_dict(checkpoint(inner, 2), strict=False)
+    assert all(torch.equal(*pair) for pair in zip(directions(loaded), directions(model), strict=True))
+
+
+def directions(model: nn.Module) -> list[Tensor]:
+    layers = [module for module in model.modules() if isinstance(module, PicaLinear)]
+    return [layer.method.require(layer.method.key_of("default")) for layer in layers]
+
+
 def test_a_trained_adapter_is_refused_once_a_state_dict_brought_other_weights():
     model = wrapped(0)
     train(model)
