@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from pica import PicaConfig
+from pica import PicaConfig, SvftConfig
 from pica.errors import AdapterFileError, ConfigError
 
 
@@ -21,12 +21,26 @@ def make_base() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).eval()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A saved adapter of `make_base`."""
-    model = get_peft_model(make_base(), PicaConfig(r=3, target_modules=["0", "2"], init_weights=False))  # pyright: ignore[reportArgumentType]
+OWN: dict[Any, dict[str, Any]] = {PicaConfig: {"r": 3}, SvftConfig: {}}
+
+
+@pytest.fixture(params=OWN, ids=lambda method: method.method)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A saved adapter of `make_base`, of either method."""
+    model = get_peft_model(
+        make_base(), request.param(target_modules=["0", "2"], init_weights=False, **OWN[request.param])
+    )
     model.save_pretrained(str(tmp_path / "adapter"))
     return tmp_path / "adapter"
+
+
+def method_of(folder: Path) -> type[PicaConfig] | type[SvftConfig]:
+    return {"PICA": PicaConfig, "SVFT": SvftConfig}[
+        json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+    ]
+
+
+PICA_ONLY = pytest.mark.parametrize("folder", [PicaConfig], indirect=True, ids=["PICA"])
 
 
 def edit(folder: Path, **fields: Any) -> None:
@@ -55,18 +69,8 @@ def refused(folder: Path, kind: type[Exception], match: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": "8"}, "r='8' must be a whole number of at least 1"),
-        ({"r": 0}, "r=0 must be a whole number"),
-        ({"r": True}, "r=True must be a whole number"),
-        ({"r": None}, "r=None must be a whole number"),
-        ({"r": 2.0}, "r=2.0 must be a whole number"),
         ({"share": ["role"]}, r"share=\['role'\] must be 'role', 'none'"),
         ({"share": {"0": 3}}, "share: the group of '0' must be a non-empty name"),
-        ({"rank_pattern": {"0": "4"}}, r"rank_pattern\['0'\]='4' must be a whole number"),
-        ({"rank_pattern": [4]}, r"rank_pattern=\[4\] must be a mapping"),
-        ({"rank_pattern": None}, "rank_pattern=None must be a mapping"),
-        ({"rank_pattern": [["0", 4], ["2"]]}, r"rank_pattern=\[\['0', 4\], \['2'\]\] must be a mapping"),
-        ({"rank_pattern": {"(": 4}}, r"rank_pattern='\(' is not a regular expression"),
         ({"target_modules": 5}, "target_modules=5 must be a name, a list of names or null"),
         ({"target_modules": ["0", 2]}, r"target_modules=\['0', 2\] must be a name"),
         ({"target_modules": [["0"]]}, r"target_modules=\[\['0'\]\] must be a name"),
@@ -74,21 +78,42 @@ def refused(folder: Path, kind: type[Exception], match: str) -> None:
         ({"modules_to_save": "2"}, "modules_to_save='2' must be a list of names or null"),
         ({"layers_to_transform": ["1"]}, r"layers_to_transform=\['1'\] must be a whole number, a list"),
         ({"trainable_token_indices": {"0": "1"}}, "trainable_token_indices=.* must be a list of whole numbers"),
-        ({"projection": "top"}, "projection='top' is unknown"),
-        ({"projection": ["principal"]}, r"projection=\['principal'\] is unknown"),
-        ({"projection_seed": "1"}, "projection_seed='1' must be a whole number"),
-        ({"save_basis": "no"}, "save_basis='no' must be true or false"),
         ({"inference_mode": 1}, "inference_mode=1 must be true or false"),
         ({"bias": None}, "bias=None is unknown"),
         ({"task_type": "POETRY"}, "Invalid task type: 'POETRY'"),
         ({"auto_mapping": []}, r"auto_mapping=\[\] must be a mapping or null"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path=7 must be text or null"),
+    ],
+)
+def test_a_wrong_value_is_told_with_the_file(folder: Path, fields: dict[str, Any], message: str):
+    edit(folder, **fields)
+    refused(folder, ConfigError, f"adapter_config.json'?: {method_of(folder).__name__}: {message}")
+
+
+@PICA_ONLY
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": "8"}, "r='8' must be a whole number of at least 1"),
+        ({"r": 0}, "r=0 must be a whole number"),
+        ({"r": True}, "r=True must be a whole number"),
+        ({"r": None}, "r=None must be a whole number"),
+        ({"r": 2.0}, "r=2.0 must be a whole number"),
+        ({"rank_pattern": {"0": "4"}}, r"rank_pattern\['0'\]='4' must be a whole number"),
+        ({"rank_pattern": [4]}, r"rank_pattern=\[4\] must be a mapping"),
+        ({"rank_pattern": None}, "rank_pattern=None must be a mapping"),
+        ({"rank_pattern": [["0", 4], ["2"]]}, r"rank_pattern=\[\['0', 4\], \['2'\]\] must be a mapping"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern='\(' is not a regular expression"),
+        ({"projection": "top"}, "projection='top' is unknown"),
+        ({"projection": ["principal"]}, r"projection=\['principal'\] is unknown"),
+        ({"projection_seed": "1"}, "projection_seed='1' must be a whole number"),
+        ({"save_basis": "no"}, "save_basis='no' must be true or false"),
         ({"basis_format": "one"}, "basis_format='one' must be a whole number or null"),
         ({"basis_digest": "0" * 63}, "basis_digest='0{63}' must be a SHA-256 in hexadecimal"),
         ({"basis_digest": 7}, "basis_digest=7 must be"),
     ],
 )
-def test_a_wrong_value_is_told_with_the_file(folder: Path, fields: dict[str, Any], message: str):
+def test_a_wrong_value_of_picas_own_is_told_with_the_file(folder: Path, fields: dict[str, Any], message: str):
     edit(folder, **fields)
     refused(folder, ConfigError, f"adapter_config.json'?: PicaConfig: {message}")
 
@@ -147,16 +172,18 @@ def test_missing_weights_are_told_and_never_looked_for_on_the_hub(folder: Path):
     "content", [b"", b"{", b"\xff\xfe{}", b'{"r": ' + b"9" * 5000 + b"}", b"[1]", b'"PICA"', b"null"]
 )
 def test_a_configuration_that_is_no_json_object_is_told(folder: Path, content: bytes):
+    method = method_of(folder)
     (folder / "adapter_config.json").write_bytes(content)
     with pytest.raises(AdapterFileError, match=r"adapter_config.json' (cannot be read|must hold a JSON object)"):
-        PicaConfig.from_pretrained(folder)
+        method.from_pretrained(folder)
 
 
 def test_a_subfolder_is_checked_too(folder: Path):
-    assert PicaConfig.from_pretrained(folder.parent, subfolder="adapter").r == 3
+    method = method_of(folder)
+    assert method.from_pretrained(folder.parent, subfolder="adapter").target_modules == {"0", "2"}
     (folder / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(AdapterFileError, match="cut short"):
-        PicaConfig.from_pretrained(str(folder.parent), subfolder="adapter")
+        method.from_pretrained(str(folder.parent), subfolder="adapter")
 
 
 def test_pickled_weights_are_refused_unless_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch):
