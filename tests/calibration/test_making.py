@@ -110,13 +110,13 @@ def test_padding_is_left_out(tmp_path: Path):
 
 def test_in_little_memory_the_data_are_read_again_and_nothing_changes(tiny_llama, tmp_path, made, monkeypatch):
     rounds: list[list[str]] = []
-    whole = collecting._rounds
+    whole = collecting.rounds_within
 
     def noted(*args: Any) -> Any:
         rounds[:] = whole(*args)
         return rounds
 
-    monkeypatch.setattr(collecting, "_rounds", noted)
+    monkeypatch.setattr(collecting, "rounds_within", noted)
     little = make_basis(tiny_llama(), tmp_path / "b", config(), data=batches(), memory=100_000)
     assert len(rounds) > 2
     assert little.digest == made.digest

@@ -57,7 +57,8 @@ def leading_of(
     device = next(model.parameters()).device
     with _evaluating(model):
         same = {} if outputs else _same_inputs(model, layers, batches[0], device)
-        rounds = list(_rounds([path for path in layers if path not in same], widths, rank, memory))
+        sizes = {path: stream_bytes(widths[path], rank) for path in layers if path not in same}
+        rounds = list(rounds_within(memory, sizes))
         passes = sum(max(passes_of(widths[path], rank) for path in paths) for paths in rounds)
         found: dict[str, Leading] = {}
 
@@ -78,11 +79,10 @@ def leading_of(
     return found, same
 
 
-def _rounds(paths: list[str], widths: Mapping[str, int], rank: int, memory: int) -> Iterator[list[str]]:
-    """Layers whose streams fit into memory together, in the model's order."""
+def rounds_within(memory: int, sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Layers of which so many bytes fit into memory together, in the model's order; at least one."""
     held, room = list[str](), memory
-    for path in paths:
-        size = stream_bytes(widths[path], rank)
+    for path, size in sizes.items():
         if held and size > room:
             yield held
             held, room = [], memory

@@ -11,6 +11,7 @@ Memory: the gradients, in float32, of as many layers as `memory` has room for; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pica.basis import full_precision, max_rank, solve_basis, with_progress
+from pica.calibration.collecting import rounds_within
 from pica.calibration.texts import Batch
 from pica.errors import BasisError, ConfigError
 from pica.tuners.base.pointwise import as_positions, is_pointwise, read_positions
@@ -61,7 +63,7 @@ def gradient_directions(
     """
     rows: dict[str, Tensor] = {}
     cores: dict[str, Tensor] = {}
-    rounds = list(_rounds(shapes, memory))
+    rounds = list(rounds_within(memory, {path: 4 * math.prod(shape) for path, shape in shapes.items()}))
 
     def work() -> Iterator[None]:
         for paths in rounds:
@@ -114,20 +116,6 @@ def _leading(path: str, gradient: Tensor, rank: int, *, transposed: bool) -> tup
     with full_precision(matrix.device):
         core = matrix.double() @ rows.double().T
     return rows.cpu(), core.cpu()
-
-
-def _rounds(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator[list[str]]:
-    """Layers whose gradients fit into memory together, in the model's order; at least one."""
-    held, room = list[str](), memory
-    for path, (out_features, in_features) in shapes.items():
-        size = 4 * out_features * in_features
-        if held and size > room:
-            yield held
-            held, room = [], memory
-        held.append(path)
-        room -= size
-    if held:
-        yield held
 
 
 def _accumulated(
