@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.candidates import Looked, LowRank, aligned, count, rank_for, scaled
+from benchmarks.candidates import Looked, LowRank, count, rank_for, scaled
 from benchmarks.short_runs import Records, Task, best_rate, load_task, losses, mean, paired_difference
 from torch import nn
 from torch.nn.functional import linear
@@ -94,15 +94,6 @@ def test_directions_energies_and_gradients_are_those_of_the_problems(task: Task,
     torch.testing.assert_close(u @ u.T, outputs.T @ outputs, atol=1e-4, rtol=0)
     assert looked.gradients[path].shape == (128, 384)
     assert not any(parameter.requires_grad for parameter in task.model.parameters())
-
-
-def test_alignment_undoes_rotations():
-    core = torch.randn(4, 9)
-    turns = [torch.linalg.qr(torch.randn(4, 4)).Q for _ in range(3)]
-    turned = [rotation @ turn @ core for rotation, turn in zip(aligned([turn @ core for turn in turns]), turns)]
-    for one in turned[1:]:
-        torch.testing.assert_close(one, turned[0], atol=1e-4, rtol=0)
-    assert (turns[0] @ core - turns[1] @ core).abs().max() > 0.1
 
 
 def test_a_grid_goes_on_where_its_best_rate_is_at_the_edge():

@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
         "--projection",
         choices=("activation", "weighted", "gradient", "principal", "minor", "random"),
         default="activation",
-        help="which directions (default: activation)",
+        metavar="WHICH",
+        help="activation (default), weighted, gradient, principal, minor or random",
     )
     made.add_argument("--r", type=positive, default=256, metavar="R", help="directions a layer (default: 256)")
     made.add_argument(
