@@ -125,7 +125,7 @@ def target_layers(model: nn.Module, config: PicaConfig) -> Iterator[dict[str, Pi
     probe = copy.copy(config)
     probe.r, probe.projection, probe.rank_pattern = 1, "random", {}
     probe.basis_from, probe.basis_digest, probe.save_basis, probe.task_type = None, None, False, None
-    probe.input_side, probe.share = None, "role"
+    probe.input_side, probe.share, probe.base_model_name_or_path = None, "role", None
     probe.modules_to_save = probe.trainable_token_indices = None
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     with torch.random.fork_rng():
