@@ -176,7 +176,10 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
         {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
     ),
     "bert": (BertConfig(vocab_size=96, **SMALL), {"query", "key", "value", "intermediate.dense"}),
-    "vit": (ViTConfig(image_size=16, patch_size=8, **SMALL), {"q_proj", "k_proj", "v_proj", "fc1"}),
+    "vit": (
+        ViTConfig(image_size=16, patch_size=8, **SMALL),  # earlier versions of transformers have the later names
+        {"q_proj", "k_proj", "v_proj", "fc1", "query", "key", "value", "intermediate.dense"},
+    ),
     "gpt2": (GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4), {"c_attn", "c_fc"}),
     "t5": (T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4), {"q", "k", "v", "wi"}),
 }
@@ -193,9 +196,9 @@ def test_which_layers_read_the_residual_stream(name):
             turned = type(module).__name__ == "Conv1D"
             if isinstance(module, nn.Linear) or turned:
                 shapes[path] = tuple(weight.shape[::-1] if turned else weight.shape)
-    found = readers(shapes)
-    assert {end for path in found for end in expected if path.endswith(f".{end}")} == expected
-    assert all(any(path.endswith(f".{end}") for end in expected) for path in found)
+    wanted = {path for path in shapes if any(path.endswith(f".{end}") for end in expected)}
+    assert 0 < len(wanted) < len(shapes)
+    assert readers(shapes) == wanted
 
 
 def test_names_are_as_short_as_tells_layers_apart():
