@@ -6,7 +6,7 @@ An adapter that starts at zero moves W by M P, and the gradient of M is G P^T, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,7 @@ def captured_gradient(model: nn.Module, bases: Mapping[str, Directions], batch: 
     weights = {path: _weight_of(path, module) for path, module in modules.items()}
     if len({id(weight) for weight in weights.values()}) < len(weights):
         raise ConfigError("Two of the layers have one and the same weight, so neither has a gradient of its own.")
-    with _only_trained(model, list(weights.values())):
+    with only_trained(model, list(weights.values())):
         handles = [w.register_post_accumulate_grad_hook(measure(path, modules[path])) for path, w in weights.items()]
         try:
             device = next(iter(weights.values())).device
@@ -109,7 +109,7 @@ def _as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def _only_trained(model: nn.Module, weights: list[nn.Parameter]) -> Any:
+def only_trained(model: nn.Module, weights: Sequence[nn.Parameter] = ()) -> Iterator[None]:
     """The model in evaluation mode, with gradients of these parameters alone; then as it was, gradients included."""
     training = [module for module in model.modules() if module.training]
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

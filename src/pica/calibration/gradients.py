@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pica.basis import full_precision, max_rank, solve_basis, with_progress
+from pica.calibration.capture import only_trained
 from pica.calibration.collecting import rounds_within
 from pica.calibration.texts import Batch
 from pica.errors import BasisError, ConfigError
@@ -72,7 +72,7 @@ def gradient_directions(
                 rows[path], cores[path] = _leading(path, found.pop(path), rank, transposed=path in input_side)
 
     found: dict[str, Tensor] = {}
-    with _frozen(model):
+    with only_trained(model):
         with_progress(work(), len(rounds) * len(batches), unit="text")
     for group in groups:
         count = min(len(rows[path]) for path in group)
@@ -178,21 +178,3 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
             "projection='gradient', which reads the training problems."
         )
     return loss
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without trained parameters; then as it was."""
-    training = [module for module in model.modules() if module.training]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True

@@ -18,7 +18,7 @@ from pica.adapters.export.lora import export_lora
 from pica.errors import BasisMismatchError, ConfigError
 from pica.tuners.pica.layer import PicaLinear
 from pica.tuners.pica.sides import readers, short_names
-from tests.shared import IDS, logits
+from tests.shared import IDS, layers_of, logits
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SIDE = ["k_proj", "q_proj", "up_proj", "v_proj"]
@@ -39,14 +39,14 @@ def config(basis: str | None, **more: Any) -> pica.PicaConfig:
     return pica.PicaConfig(**{"task_type": "CAUSAL_LM", **given, **more})
 
 
-def layers_of(model: nn.Module) -> dict[str, PicaLinear]:
-    return {m.path: m for m in model.modules() if isinstance(m, PicaLinear)}
+def by_path(model: nn.Module) -> dict[str, PicaLinear]:
+    return {layer.path: layer for layer in layers_of(model)}
 
 
 def test_the_update_is_that_of_the_formula(tiny_llama, basis):
     model = get_peft_model(tiny_llama(), config(basis))
     plain, made = tiny_llama().double(), pica.basis.file.open_basis(Path(basis))
-    for path, layer in layers_of(model).items():
+    for path, layer in by_path(model).items():
         matrix = layer.matrix("default").detach().double()
         read = path.rpartition(".")[2] in SIDE
         assert matrix.shape == (layer.in_features if read else layer.out_features, 8)
@@ -61,10 +61,10 @@ def test_the_matrices_are_shared_and_have_the_gradient_of_the_formula(tiny_llama
     model = get_peft_model(tiny_llama(), config(basis))
     model(IDS, labels=IDS).loss.backward()
     plain = tiny_llama()
-    for path, layer in layers_of(model).items():
+    for path, layer in by_path(model).items():
         plain.get_submodule(path).weight.data += layer.get_delta_weight("default")
     plain(IDS, labels=IDS).loss.backward()
-    ups = {path: layer for path, layer in layers_of(model).items() if path.endswith("up_proj")}
+    ups = {path: layer for path, layer in by_path(model).items() if path.endswith("up_proj")}
     made = pica.basis.file.open_basis(Path(basis))
     wanted = sum(
         plain.get_submodule(path).weight.grad.T @ made.rows(path, 8, layer.out_features).T
@@ -132,7 +132,7 @@ def test_the_other_side_is_refused_even_where_shapes_allow_it(tiny_llama, basis,
 )
 def test_what_does_not_go_is_one_sentence(tiny_llama, basis, settings, message):
     with pytest.raises(ConfigError, match=message):
-        get_peft_model(tiny_llama(), config(**{"basis": basis, **settings} | {}))
+        get_peft_model(tiny_llama(), config(basis, **settings))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_its_export_is_the_adapter(tiny_llama, basis, tmp_path, settings):
     model = get_peft_model(tiny_llama(), config(basis))
     export = export_lora(model, tmp_path / "lora", check_inputs={"input_ids": IDS}, **settings)
     lora = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").get_base_model()
-    for path, layer in layers_of(model).items():
+    for path, layer in by_path(model).items():
         delta: Any = layer.get_delta_weight("default")
         module: Any = lora.get_submodule(path)
         if module.r["default"] >= 8:
@@ -160,7 +160,7 @@ def test_adapters_of_the_same_basis_add_up(tiny_llama, basis):
     model: Any = get_peft_model(tiny_llama(), config(basis), "one")
     model.add_adapter("two", config(basis, r=4))
     model.add_weighted_adapter(["one", "two"], [1.0, -0.5], "sum")
-    for layer in layers_of(model).values():
+    for layer in layers_of(model):
         wanted = layer.get_delta_weight("one") - 0.5 * layer.get_delta_weight("two")
         torch.testing.assert_close(layer.get_delta_weight("sum"), wanted, atol=1e-5, rtol=1e-4)
 

@@ -87,14 +87,13 @@ class PicaSettings:
                 found.append(f"{what}={rank!r} must be a whole number of at least 1")
         if self.basis_from is not None and (not isinstance(self.basis_from, str) or not self.basis_from.strip()):
             found.append(f"basis_from={self.basis_from!r} must be a folder or the name of a model on the hub")
-        names = self.target_parameters
-        if names is not None and not (isinstance(names, (list, set, tuple)) and all(isinstance(n, str) for n in names)):
-            found.append(f"target_parameters={names!r} must be a list of names")
-        sides = self.input_side
-        if sides is not None and not (isinstance(sides, (list, set, tuple)) and all(isinstance(n, str) for n in sides)):
-            found.append(f"input_side={sides!r} must be a list of names")
-        elif sides is not None and self.projection != "gradient":
-            found.append("input_side goes with projection='gradient'; leave it out")
+        for what, names in (("target_parameters", self.target_parameters), ("input_side", self.input_side)):
+            if names is None:
+                continue
+            if not (isinstance(names, (list, set, tuple)) and all(isinstance(name, str) for name in names)):
+                found.append(f"{what}={names!r} must be a list of names")
+            elif what == "input_side" and self.projection != "gradient":
+                found.append("input_side goes with projection='gradient'; leave it out")
         digest = self.basis_digest
         if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
             found.append(f"basis_digest={digest!r} must be a SHA-256 in hexadecimal, or null")
